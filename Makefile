@@ -1,0 +1,40 @@
+# Everything starts from these commands; `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+DEMO ?= demo
+
+.PHONY: help setup demo test lint types docs clean
+
+help: ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## make .venv and install slidevlm with everything for development
+
+# torch first and pinned: any other spec would pull a CUDA build of several gigabytes.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## synthesize a cohort, train, evaluate; a run folder to look at, in minutes
+	rm -rf $(DEMO)
+	$(BIN)/slidevlm demo $(DEMO)
+
+test: $(STAMP) ## the whole test suite
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check src tests benchmarks scripts
+	$(BIN)/ruff format --check src tests benchmarks scripts
+
+types: $(STAMP) ## mypy
+	$(BIN)/mypy
+
+docs: $(STAMP) ## write docs/arguments.md anew
+	$(BIN)/python -m slidevlm.flags > docs/arguments.md
+
+clean: ## remove what the commands above made
+	rm -rf $(VENV) $(DEMO) logs .pytest_cache .mypy_cache .ruff_cache
