@@ -1,0 +1,514 @@
+"""Every training argument, declared once: eight frozen dataclasses, one field an argument.
+
+`flags.py` turns these declarations into the command line, the YAML form and the table in
+docs/arguments.md. This module imports neither torch nor a parser, so `--help` is instant.
+What each argument does is told in its help; the specification is docs/spec/flags.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from slidevlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a declaration says beside its type and default."""
+
+    help: str
+    flag: str | None = None  # spelling, where it is not "--" + name with hyphens
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None  # the value must be greater than this
+    default_text: str | None = None  # what help shows where None is not the whole truth
+    positional: bool = False
+    file: bool = False  # the value names files that must exist
+    pending: bool = False  # the effect comes with a later release: any other value is refused
+    pending_values: tuple[Any, ...] = ()
+    extra: bool = False  # not one of the 85 of the specification
+
+
+def arg(default: Any, help: str, **spec: Any) -> Any:
+    """Declare one argument; see `Spec` for what may be said of it."""
+    metadata = {"spec": Spec(help=help, **spec)}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Data:
+    """data: what is read, and how."""
+
+    train_split: str | None = arg(
+        None,
+        "file of the specimen or patient identifiers to train on: separated by commas and/or "
+        "newlines, a JSON list, or a CSV with a column specimen, case_id, slide_id or patient",
+        file=True,
+    )
+    test_split: str | None = arg(
+        None,
+        "the same for the test split; evaluated with --test, and once after training",
+        file=True,
+    )
+    val_split: tuple[str, ...] | None = arg(
+        None, "the same for one or more validation splits, each reported by its name", file=True
+    )
+    workers: int = arg(4, "loader processes a training process; 0 reads in it", minimum=0)
+    batch_size: int = arg(64, "specimens a batch and process", minimum=1)
+    aug_cfg: Mapping[str, Any] = arg({}, "augmentation of the training bags", pending=True)
+    text_data_file: str | None = arg(
+        None,
+        "reports: JSON {patient: {specimen: text}} or {specimen: text}, a list of {id, report}, "
+        "CSV or JSONL; wins over the text in the HDF5 file",
+        file=True,
+    )
+    hdf5_filename: str | None = arg(
+        None,
+        "HDF5 file in the case layout: /patients/<patient>/<specimen>",
+        flag="--hdf5_filename",
+        file=True,
+    )
+    hdf5_feature_attribute: str | None = arg(
+        None,
+        "group under a specimen that holds features (and positions), such as uni or hipt_4096",
+        flag="--hdf5_feature_attribute",
+    )
+    hdf5_text_attribute: str | None = arg(
+        None,
+        "text dataset under a specimen, such as report",
+        flag="--hdf5_text_attribute",
+    )
+    num_samples: int | None = arg(
+        None, "train on the first N usable specimens of the split only", minimum=1
+    )
+    root_dir: str | None = arg(
+        None,
+        "instead of an HDF5 file: folder of data_*/feature_information.txt and "
+        "data_*/extracted_features/*.pth",
+        file=True,
+    )
+    image_features_cutoff: int = arg(
+        100_000,
+        "tiles read of one specimen at most, sampled without replacement: afresh each epoch in "
+        "training, the same ones in every evaluation",
+        minimum=1,
+    )
+    allow_patient_overlap: bool = arg(
+        False, "let a patient be in several splits (otherwise an error: leakage)", extra=True
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """model: what is trained."""
+
+    model: str = arg(
+        "coca_stage_1",
+        "name of a shipped configuration, or the path of a JSON or YAML file of one",
+    )
+    pretrained: str | None = arg(
+        None,
+        "weights to start from: a checkpoint (.pt) of slidevlm or the folder of a run; every "
+        "tensor must match",
+    )
+    lock_image: bool = arg(False, "freeze the image tower", pending=True)
+    lock_image_unlocked_groups: int = arg(0, "last groups left trainable", pending=True)
+    lock_image_freeze_bn_stats: bool = arg(False, "freeze BatchNorm statistics", pending=True)
+    lock_text: bool = arg(False, "freeze the text tower", pending=True)
+    lock_text_unlocked_layers: int = arg(0, "last layers left trainable", pending=True)
+    lock_text_freeze_layer_norm: bool = arg(False, "freeze LayerNorm weights too", pending=True)
+    use_bnb_linear: str | None = arg(None, "linear layers of bitsandbytes", pending=True)
+    torchscript: bool = arg(False, "torch.jit.script the model", pending=True)
+    torchcompile: bool = arg(False, "torch.compile the model", pending=True)
+    trace: bool = arg(False, "torch.jit.trace the model for evaluation", pending=True)
+    grad_checkpointing: bool = arg(False, "recompute activations in backward", pending=True)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """optim: how it is trained."""
+
+    epochs: int = arg(32, "passes over the training split", minimum=1)
+    epochs_cooldown: int | None = arg(
+        None, "last epochs over which const-cooldown lowers the rate", minimum=1
+    )
+    lr: float | None = arg(None, "learning rate", default_text="5e-4", minimum=0.0)
+    beta1: float | None = arg(None, "Adam's beta1", default_text="0.9", minimum=0.0, maximum=1.0)
+    beta2: float | None = arg(
+        None,
+        "Adam's beta2",
+        default_text="0.98 where the model's name has vit in it, else 0.999",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    eps: float | None = arg(
+        None,
+        "Adam's epsilon",
+        default_text="1e-6 where the model's name has vit in it, else 1e-8",
+        above=0.0,
+    )
+    wd: float = arg(
+        0.2,
+        "weight decay of AdamW; vectors, scalars and positional embeddings are exempt",
+        minimum=0.0,
+    )
+    warmup: int = arg(100, "optimizer steps over which the rate rises from 0", minimum=0)
+    skip_scheduler: bool = arg(False, "constant rate after the warmup")
+    lr_scheduler: str = arg(
+        "cosine",
+        "course of the rate after the warmup",
+        choices=("cosine", "const", "const-cooldown"),
+    )
+    lr_cooldown_end: float = arg(0.0, "rate at the end of const-cooldown", minimum=0.0)
+    lr_cooldown_power: float = arg(1.0, "power of const-cooldown; 1 is a line", above=0.0)
+    accum_freq: int = arg(
+        1,
+        "batches a step; the gradient is exactly that of one batch as many times as large",
+        minimum=1,
+    )
+    grad_clip_norm: float | None = arg(
+        None, "largest norm of the gradient of all parameters", above=0.0
+    )
+    precision: str = arg(
+        "amp",
+        "amp: float16 autocast with scaling on CUDA, bfloat16 autocast on a CPU; amp_bf16: "
+        "bfloat16 autocast; fp32 (the other forms are not available yet)",
+        choices=(
+            "amp",
+            "amp_bf16",
+            "amp_bfloat16",
+            "bf16",
+            "fp16",
+            "pure_bf16",
+            "pure_fp16",
+            "fp32",
+        ),
+        pending_values=("bf16", "fp16", "pure_bf16", "pure_fp16"),
+    )
+    device: str = arg("cuda", "cuda, cuda:1, cpu; where there is no CUDA the default is the CPU")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """loss: what is minimised."""
+
+    local_loss: bool = arg(False, "compute the loss of the local rows only", pending=True)
+    gather_with_grad: bool = arg(False, "gather embeddings with their graph", pending=True)
+    coca_caption_loss_weight: float = arg(
+        2.0, "weight of the caption loss; 0 switches it off", minimum=0.0
+    )
+    coca_contrastive_loss_weight: float = arg(
+        1.0, "weight of the contrastive loss; 0 switches it off", minimum=0.0
+    )
+    siglip: bool = arg(False, "sigmoid loss in the contrastive loss's place")
+    false_negatives: str = arg(
+        "mask",
+        "identical reports in one batch: mask keeps them from being each other's negatives",
+        choices=("keep", "mask"),
+        extra=True,
+    )
+
+
+@dataclass(frozen=True)
+class Logging:
+    """logging: what is told and kept."""
+
+    logs: str = arg("./logs/", "folder of the run folders; None writes nothing at all")
+    log_local: bool = arg(False, "a log file on every node", pending=True)
+    name: str | None = arg(
+        None, "name of the run folder", default_text="date, time and the main settings"
+    )
+    report_to: str = arg("", "tensorboard, besides the metrics.jsonl that is always written")
+    wandb_notes: str = arg("", "notes of the wandb run", pending=True)
+    wandb_project_name: str = arg("open-clip", "project of the wandb run", pending=True)
+    log_every_n_steps: int = arg(100, "optimizer steps between two log lines", minimum=1)
+    log_memory: bool = arg(False, "peak memory with each log line", pending=True)
+    debug: bool = arg(False, "debug level, anomaly detection, tracebacks")
+    copy_codebase: bool = arg(False, "run from a copy of the package", pending=True)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """checkpoint: what is saved and where training goes on."""
+
+    save_frequency: int = arg(
+        20, "epochs between two checkpoints; the last epoch is always saved", minimum=0
+    )
+    save_most_recent: bool = arg(False, "keep epoch_latest.pt of the last epoch besides")
+    resume: str | None = arg(
+        None, "checkpoint to go on from, or latest: the newest whole one of the run --name"
+    )
+    remote_sync: str | None = arg(None, "URL to copy the run folder to", pending=True)
+    remote_sync_frequency: int = arg(300, "seconds between two copies", pending=True)
+    remote_sync_protocol: str = arg("s3", "how to copy", choices=("s3", "fsspec"), pending=True)
+    delete_previous_checkpoint: bool = arg(
+        False, "delete the previous checkpoint once the new one is safely stored"
+    )
+    save_every_n_steps: int | None = arg(
+        None, "optimizer steps between two checkpoints within an epoch", minimum=1, extra=True
+    )
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """distributed: several processes (start them with torchrun)."""
+
+    dist_url: str = arg("env://", "where the processes meet", pending=True)
+    dist_backend: str = arg(
+        "nccl", "nccl, or gloo; where there is no CUDA gloo is taken, with a warning"
+    )
+    use_bn_sync: bool = arg(False, "synchronised BatchNorm", pending=True)
+    horovod: bool = arg(False, "Horovod in torch.distributed's place", pending=True)
+    ddp_static_graph: bool = arg(False, "static graph in DDP", pending=True)
+    no_set_device_rank: bool = arg(
+        False, "use the first visible CUDA device instead of the one of the local rank"
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """evaluation: what is measured, and the rest."""
+
+    val_frequency: int = arg(
+        1, "epochs between two evaluations; the last is always evaluated", minimum=1
+    )
+    save_captions: bool = arg(
+        False,
+        "generate reports for the evaluated splits, save them as captions_epoch_N.json and "
+        "score them (BLEU, ROUGE-L, CIDEr; METEOR is not available yet)",
+    )
+    caption_val_frequency: int = arg(1, "epochs between two such generations", minimum=1)
+    caption_val_max_seq_len: int = arg(100, "tokens generated at most", minimum=1)
+    val_gen_top_k: int = arg(
+        50,
+        "draw each token from the k most likely, seeded; 1 is greedy (0, beam search, is not "
+        "available yet)",
+        minimum=0,
+        pending_values=(0,),
+    )
+    val_gen_num_beams: int = arg(6, "beams", pending=True)
+    val_gen_num_beam_groups: int = arg(3, "groups of beams", pending=True)
+    zsc_class_prompt_mapping: tuple[str, ...] | None = arg(
+        None,
+        "prompt files for zero-shot classification: {class: prompt}, {class: [prompts]} or "
+        "{classes, templates}",
+        file=True,
+    )
+    zsc_specimen_class_mapping: tuple[str, ...] | None = arg(
+        None, "label files, {specimen: class}, one for each prompt file or all for one", file=True
+    )
+    eval_metric_bootstraps: int = arg(1, "bootstrap samples for intervals", pending=True)
+    eval_metric_ci: float = arg(0.95, "coverage of the intervals", pending=True)
+    eval_grace_period: int = arg(0, "first epochs without evaluation", minimum=0)
+    test: bool = arg(
+        False, "no training: evaluate every split given, from --resume or --pretrained"
+    )
+    few_shot_examples: tuple[str, ...] | None = arg(None, "few-shot examples", pending=True)
+    seed: int = arg(0, "seed of everything random", minimum=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All arguments. `given` names the fields that a user set, in a file or on the command line."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    loss: Loss = field(default_factory=Loss)
+    logging: Logging = field(default_factory=Logging)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    distributed: Distributed = field(default_factory=Distributed)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    given: frozenset[str] = frozenset()
+
+    @property
+    def logs(self) -> Path | None:
+        """Folder of the run folders, or None when nothing may be written."""
+        return None if self.logging.logs in ("None", "none", "") else Path(self.logging.logs)
+
+    @property
+    def prompt_pairs(self) -> tuple[tuple[str, str], ...]:
+        """(prompt file, label file) of every zero-shot task; `validate` has checked the counts."""
+        prompts = self.evaluation.zsc_class_prompt_mapping or ()
+        labels = self.evaluation.zsc_specimen_class_mapping or ()
+        if len(prompts) == 1:
+            prompts = prompts * len(labels)
+        return tuple(zip(prompts, labels, strict=True))
+
+
+GROUPS: dict[str, type] = {
+    "data": Data,
+    "model": Model,
+    "optim": Optim,
+    "loss": Loss,
+    "logging": Logging,
+    "checkpoint": Checkpoint,
+    "distributed": Distributed,
+    "evaluation": Evaluation,
+}
+
+# (lr, beta1, beta2, eps), as the specification gives them for models with "vit" in their name.
+ADAM_VIT = (5e-4, 0.9, 0.98, 1e-6)
+ADAM = (5e-4, 0.9, 0.999, 1e-8)
+
+
+def flag_of(name: str, spec: Spec) -> str:
+    """The spelling on the command line: `batch_size` -> `--batch-size`."""
+    return spec.flag or "--" + name.replace("_", "-")
+
+
+def declarations(group: type) -> Iterator[tuple[str, Any, Spec]]:
+    """(name, default, spec) of every argument of a group, in order."""
+    for f in fields(group):
+        default = {} if f.default_factory is dict else f.default
+        yield f.name, default, f.metadata["spec"]
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """A copy with `values` (field name -> value) set and marked as given."""
+    changed: dict[str, Any] = {}
+    known: set[str] = set()
+    for name, group in GROUPS.items():
+        names = {f.name for f in fields(group)}
+        known |= names
+        mine = {k: v for k, v in values.items() if k in names}
+        if mine:
+            changed[name] = replace(getattr(config, name), **mine)
+    unknown = set(values) - known
+    assert not unknown, f"no such argument: {sorted(unknown)}"
+    return replace(config, **changed, given=config.given | frozenset(values))
+
+
+def given_values(config: Config) -> dict[str, Any]:
+    """{field name: value} of what a user set."""
+    return {
+        f.name: getattr(getattr(config, name), f.name)
+        for name, group in GROUPS.items()
+        for f in fields(group)
+        if f.name in config.given
+    }
+
+
+def with_adam_defaults(config: Config) -> Config:
+    """Fill --lr, --beta1, --beta2 and --eps where not given."""
+    defaults = ADAM_VIT if "vit" in config.model.model.lower() else ADAM
+    optim = config.optim
+    names = ("lr", "beta1", "beta2", "eps")
+    values = (optim.lr, optim.beta1, optim.beta2, optim.eps)
+    filled: dict[str, Any] = {
+        n: d for n, v, d in zip(names, values, defaults, strict=True) if v is None
+    }
+    return replace(config, optim=replace(optim, **filled))
+
+
+def validate(config: Config) -> None:
+    """Check everything that can be checked before data is opened.
+
+    Raises:
+        ConfigError: listing every problem found, not only the first.
+    """
+    problems = [*_pending(config), *_values(config), *_combinations(config)]
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        lines = "\n".join(f"  - {p}" for p in problems)
+        raise ConfigError(f"{len(problems)} problems with the arguments:\n{lines}")
+
+
+def _entries(config: Config) -> Iterator[tuple[str, Any, Any, Spec]]:
+    for name, group in GROUPS.items():
+        values = getattr(config, name)
+        for key, default, spec in declarations(group):
+            yield flag_of(key, spec), getattr(values, key), default, spec
+
+
+def _pending(config: Config) -> Iterator[str]:
+    for flag, value, default, spec in _entries(config):
+        if spec.pending and value != default:
+            yield f"{flag} is not available yet; leave it out"
+        elif value in spec.pending_values:
+            yield f"{flag} {value} is not available yet; choose another value"
+    if "wandb" in config.logging.report_to or config.logging.report_to.strip() == "all":
+        yield f"--report-to {config.logging.report_to} is not available yet; use tensorboard"
+
+
+def _values(config: Config) -> Iterator[str]:
+    for flag, value, default, spec in _entries(config):
+        if value is None or (spec.pending and value == default):
+            continue
+        if spec.choices and value not in spec.choices:
+            yield f"{flag} {value!r} is not one of {', '.join(spec.choices)}"
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            # `not (a <= b)` also catches NaN.
+            if spec.minimum is not None and not value >= spec.minimum:
+                yield f"{flag} must be at least {spec.minimum:g}, not {value}"
+            if spec.above is not None and not value > spec.above:
+                yield f"{flag} must be greater than {spec.above:g}, not {value}"
+            if spec.maximum is not None and not value <= spec.maximum:
+                yield f"{flag} must be at most {spec.maximum:g}, not {value}"
+            if value in (float("inf"), float("-inf")):
+                yield f"{flag} must be finite, not {value}"
+        if spec.file:
+            for path in (value,) if isinstance(value, str) else value:
+                if not Path(path).exists():
+                    yield f"{flag}: no file or folder {path!r} (looked in {Path.cwd()})"
+
+
+def _combinations(config: Config) -> Iterator[str]:
+    data, optim, evaluation = config.data, config.optim, config.evaluation
+    if data.hdf5_filename and data.root_dir:
+        yield "--hdf5_filename and --root-dir are both given; data comes from one of them"
+    if not data.hdf5_filename and not data.root_dir:
+        yield "no data: give --hdf5_filename (with --hdf5_feature_attribute) or --root-dir"
+    if data.hdf5_filename and not data.hdf5_feature_attribute:
+        yield "--hdf5_filename needs --hdf5_feature_attribute, the group that holds the features"
+    if data.hdf5_filename and not (data.hdf5_text_attribute or data.text_data_file):
+        yield "no reports: give --hdf5_text_attribute or --text-data-file"
+    if data.root_dir and not data.text_data_file:
+        yield "--root-dir has no reports of its own; give --text-data-file"
+    if evaluation.test:
+        if not (config.checkpoint.resume or config.model.pretrained):
+            yield "--test evaluates a trained model; give it by --resume or --pretrained"
+        if not (data.train_split or data.val_split or data.test_split):
+            yield "--test needs a split: --test-split, --val-split or --train-split"
+    elif not data.train_split:
+        yield "training needs --train-split"
+    if optim.lr_scheduler == "const-cooldown" and not optim.skip_scheduler:
+        if optim.epochs_cooldown is None:
+            yield "--lr-scheduler const-cooldown needs --epochs-cooldown"
+    elif optim.epochs_cooldown is not None:
+        yield "--epochs-cooldown works only with --lr-scheduler const-cooldown"
+    names = ["train", "test", *(Path(path).stem for path in data.val_split or ())]
+    if len(set(names)) < len(names):
+        yield (
+            f"--val-split files are reported by their stems ({', '.join(names[2:])}), which must "
+            "differ from each other and from train and test"
+        )
+    weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight
+    if not any(weights):
+        yield "both loss weights are 0; nothing would be trained"
+    prompts = evaluation.zsc_class_prompt_mapping or ()
+    labels = evaluation.zsc_specimen_class_mapping or ()
+    if bool(prompts) != bool(labels) or (len(prompts) > 1 and len(prompts) != len(labels)):
+        yield (
+            f"--zsc-class-prompt-mapping has {len(prompts)} and --zsc-specimen-class-mapping "
+            f"{len(labels)} files; they go in pairs, or one prompt file serves all label files"
+        )
+    reports = {r.strip() for r in config.logging.report_to.split(",")} - {""}
+    bad = reports - {"tensorboard", "wandb", "all"}
+    if bad:
+        yield f"--report-to does not know {', '.join(sorted(bad))}; it knows tensorboard"
+    if config.checkpoint.resume == "latest":
+        if config.logs is None:
+            yield "--resume latest looks in the run folder, but --logs is None"
+        elif config.logging.name is None:
+            yield "--resume latest needs --name, the run to go on with"
+    name = config.logging.name
+    if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
+        yield f"--name {name!r} must be the name of one folder"

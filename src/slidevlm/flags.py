@@ -1,0 +1,345 @@
+"""Dataclasses of arguments <-> command line <-> YAML, and the table in docs/arguments.md.
+
+The only module that knows a command line parser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import shutil
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from slidevlm.config import GROUPS, Config, Spec, arg, declarations, flag_of, with_values
+from slidevlm.errors import ConfigError
+from slidevlm.registry import unknown
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One declaration, ready for a parser."""
+
+    name: str
+    flag: str
+    kind: str  # str, int, float, switch, list[str], key=value...
+    default: Any
+    spec: Spec
+    group: str
+
+
+def kind_of(annotation: Any) -> str:
+    """Type annotation -> the word of flags.json: `int | None` -> "int"."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if annotation is bool:
+        return "switch"
+    origin = typing.get_origin(annotation)
+    if origin is tuple:
+        return "list[str]"
+    if origin is not None and issubclass(origin, Mapping):
+        return "key=value..."
+    return str(annotation.__name__)
+
+
+def arguments(groups: Mapping[str, type] = GROUPS) -> tuple[Argument, ...]:
+    """Every argument of the groups, in order."""
+    found = []
+    for group, cls in groups.items():
+        hints = typing.get_type_hints(cls)
+        for name, default, spec in declarations(cls):
+            flag = name.upper() if spec.positional else flag_of(name, spec)
+            found.append(Argument(name, flag, kind_of(hints[name]), default, spec, group))
+    return tuple(found)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\nsee {self.prog} --help")
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    width = min(shutil.get_terminal_size().columns, 100)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)
+
+
+def _help(argument: Argument) -> str:
+    spec = argument.spec
+    default = spec.default_text or argument.default
+    text = spec.help.replace("%", "%%")
+    if spec.pending:
+        text += " (not available yet)"
+    elif argument.kind != "switch" and default not in (None, "", {}) and not spec.positional:
+        text += f" (default: {default})"
+    return text
+
+
+def _add(parser: Any, argument: Argument) -> None:
+    spec, kind = argument.spec, argument.kind
+    options: dict[str, Any] = {"help": _help(argument), "default": argparse.SUPPRESS}
+    if spec.positional:
+        if argument.default is not None:
+            options["nargs"] = "?"
+        parser.add_argument(argument.name, metavar=argument.flag, **options)
+        return
+    if kind == "switch":
+        parser.add_argument(argument.flag, dest=argument.name, action="store_true", **options)
+        # The only way to undo a switch that a --config file sets.
+        parser.add_argument(
+            _negated(argument.flag),
+            dest=argument.name,
+            action="store_false",
+            help=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
+        )
+        return
+    if spec.choices:
+        options |= {"choices": spec.choices}
+    if kind == "list[str]":
+        options |= {"nargs": "+", "metavar": "FILE"}
+    elif kind == "key=value...":
+        options |= {"nargs": "+", "metavar": "KEY=VALUE"}
+    else:
+        numbers: dict[str, Any] = {"int": int, "float": float}
+        options |= {"type": numbers.get(kind, str)}
+        if not spec.choices:
+            options["metavar"] = {"int": "N", "float": "X"}.get(
+                kind, "FILE" if spec.file else "TEXT"
+            )
+    parser.add_argument(argument.flag, dest=argument.name, **options)
+
+
+def _negated(flag: str) -> str:
+    return "--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:]
+
+
+def parse(
+    argv: Sequence[str], prog: str, groups: Mapping[str, type], description: str, epilog: str = ""
+) -> dict[str, Any]:
+    """Parse a command line into {field name: value}, only what was given.
+
+    Underscores and hyphens are the same in a flag's name; abbreviations are refused.
+
+    Raises:
+        ConfigError: for anything the declarations do not allow.
+    """
+    known = arguments(groups)
+    positional = "".join(f" {a.flag}" for a in known if a.spec.positional)
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog}{positional} [--argument value ...]",
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=_formatter,
+    )
+    sections: dict[str, Any] = {}
+    for argument in known:
+        if argument.group not in sections:
+            doc = (groups[argument.group].__doc__ or "").partition(": ")[2].rstrip(".")
+            sections[argument.group] = parser.add_argument_group(argument.group, doc)
+        _add(sections[argument.group], argument)
+    spellings = {
+        flag.replace("_", "-"): flag
+        for a in known
+        if not a.spec.positional
+        for flag in (a.flag, _negated(a.flag))
+    }
+    values = vars(parser.parse_args([_canonical(word, spellings) for word in argv]))
+    kinds = {a.name: a.kind for a in known}
+    return {name: _finish(kinds[name], value) for name, value in values.items()}
+
+
+def _canonical(word: str, spellings: Mapping[str, str]) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return spellings.get(name.replace("_", "-"), name) + equals + value
+
+
+def _finish(kind: str, value: Any) -> Any:
+    if kind == "list[str]":
+        return tuple(value)
+    if kind == "key=value...":
+        return parse_key_values(value)
+    return value
+
+
+def parse_key_values(words: Sequence[str]) -> dict[str, Any]:
+    """`["p=0.5", "path=a/b=c"]` -> `{"p": 0.5, "path": "a/b=c"}`.
+
+    Values are Python literals where they read as such, else strings.
+    """
+    result: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"{word!r} is not of the form key=value")
+        try:
+            result[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            result[key] = text
+    return result
+
+
+TRAIN_HELP = "Train a vision-language model of whole slides on bags of tile features and reports."
+TRAIN_EPILOG = """\
+Underscores and hyphens are the same. --no-NAME undoes a switch that --config sets.
+
+example:
+  slidevlm train --hdf5_filename cohort.h5 --hdf5_feature_attribute uni \\
+      --hdf5_text_attribute report --train-split train.txt --val-split val.txt --name first
+"""
+
+
+@dataclass(frozen=True)
+class _ConfigFile:
+    """config: a file of arguments."""
+
+    config: str | None = arg(
+        None, "YAML file of arguments; the command line wins", file=True, extra=True
+    )
+
+
+def parse_config(
+    argv: Sequence[str],
+    prog: str = "slidevlm train",
+    description: str = TRAIN_HELP,
+    epilog: str = TRAIN_EPILOG,
+    positional: type | None = None,
+) -> tuple[Config, dict[str, Any]]:
+    """Command line (and its --config file) -> Config, and the values of `positional`'s fields."""
+    first: dict[str, type] = {} if positional is None else {"arguments": positional}
+    values = parse(argv, prog, {**first, "config": _ConfigFile, **GROUPS}, description, epilog)
+    others = {a.name for a in arguments(first)}
+    config = Config()
+    path = values.pop("config", None)
+    if path is not None:
+        config = with_values(config, read_yaml(Path(path)))
+    mine = {k: v for k, v in values.items() if k not in others}
+    return with_values(config, mine), {k: v for k, v in values.items() if k in others}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a --config file into {field name: value}.
+
+    Raises:
+        ConfigError: unreadable, not a mapping, an unknown name, a value of the wrong type.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not plain YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} must be a mapping of argument names to values")
+    known = {a.name: a for a in arguments()}
+    values = {}
+    for key, value in content.items():
+        name = str(key).lstrip("-").replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"--config {path}: {unknown('argument', name, known)}")
+        values[name] = _typed(known[name], value, path)
+    return values
+
+
+def _typed(argument: Argument, value: Any, path: Path) -> Any:
+    """Check and convert a YAML value (YAML reads 5e-4 as text, and one file name as text)."""
+    kind = argument.kind
+    if value is None:
+        if argument.name == "logs":
+            return "None"
+        if argument.default is None:
+            return None
+    elif kind == "switch" and isinstance(value, bool):
+        return value
+    elif kind == "list[str]" and isinstance(value, (str, list)):
+        return (value,) if isinstance(value, str) else tuple(str(v) for v in value)
+    elif kind == "key=value..." and isinstance(value, dict):
+        return value
+    elif kind == "str" and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    elif kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif kind == "float" and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise ConfigError(
+        f"--config {path}: {argument.name} must be {_KIND_WORDS[kind]}, not {value!r}"
+    )
+
+
+_KIND_WORDS = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "switch": "true or false",
+    "list[str]": "a file name or a list of them",
+    "key=value...": "a mapping",
+}
+
+# A run's own: repeated as they are they would stop the next run, or continue the wrong one.
+_OF_ONE_RUN = ("name", "resume")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as a --config file that can be run again as it is.
+
+    What was neither given nor resolved stands as a comment, since giving a flag can mean
+    more than its value (a given --device cuda must exist, the default one need not).
+    """
+    import yaml
+
+    lines = ["# slidevlm train --config THIS_FILE repeats the run; # marks defaults."]
+    for group in GROUPS:
+        lines += ["", f"# {group}"]
+        for argument in (a for a in arguments() if a.group == group):
+            value = getattr(getattr(config, group), argument.name)
+            plain = list(value) if isinstance(value, tuple) else value
+            plain = dict(plain) if isinstance(plain, Mapping) else plain
+            shown = yaml.safe_dump(plain, default_flow_style=True, width=10_000, sort_keys=False)
+            text = f"{argument.name}: {shown.removesuffix('...' + chr(10))}"
+            if argument.name in _OF_ONE_RUN or (
+                value == argument.default and argument.name not in config.given
+            ):
+                text = "# " + text
+            lines.append(text.rstrip("\n"))
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table() -> str:
+    """The table of docs/arguments.md: one row an argument, a section a group."""
+    parts = [
+        "# Arguments of `slidevlm train`",
+        "",
+        "Generated from `src/slidevlm/config.py` by `python -m slidevlm.flags`; do not edit.",
+        "Beside the 85 of the specification there are a few more, marked +. *Later*: refused",
+        "until the release that brings its effect.",
+    ]
+    for group, cls in GROUPS.items():
+        parts += ["", f"## {(cls.__doc__ or group).rstrip('.')}", ""]
+        parts += ["| argument | type | default | effect |", "|---|---|---|---|"]
+        for a in (a for a in arguments() if a.group == group):
+            default = a.spec.default_text or ("" if a.default in (None, "", {}) else a.default)
+            mark = " +" if a.spec.extra else ""
+            later = "*Later*: " if a.spec.pending else ""
+            choices = f" ({', '.join(a.spec.choices)})" if a.spec.choices else ""
+            parts.append(
+                f"| `{a.flag}`{mark} | {a.kind}{choices} | {default} | {later}{a.spec.help} |"
+            )
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown_table(), end="")
