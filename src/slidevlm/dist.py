@@ -1,0 +1,149 @@
+"""Everything that needs several processes; in one process every function is the identity.
+
+The contrastive loss needs the embeddings of all ranks, but not their graphs: each rank
+computes the global loss from everybody's values, takes its gradient with respect to its own
+embeddings only, and sends that through its own graph. Summed over ranks the gradients of the
+parameters are then exactly those of one process with the whole batch. So one gather of
+values and one sum of gradients are all the traffic of a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+from slidevlm.errors import ConfigError
+
+log = logging.getLogger("slidevlm.dist")
+T = TypeVar("T")
+
+_BUCKET_ELEMENTS = 8 * 1024 * 1024  # 32 MB of float32: few messages, little extra memory
+
+
+def start(backend: str, device: torch.device, timeout_minutes: float = 10.0) -> None:
+    """Join the other processes, where torchrun has started any.
+
+    Raises:
+        ConfigError: an unknown backend, or nccl on purpose without CUDA.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or td.is_initialized():
+        return
+    if backend not in ("nccl", "gloo"):
+        raise ConfigError(f"--dist-backend {backend!r} is not one of nccl, gloo")
+    if backend == "nccl" and device.type != "cuda":
+        log.warning("--dist-backend nccl needs CUDA; using gloo")
+        backend = "gloo"
+    td.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+
+
+def stop() -> None:
+    """Leave the group; harmless where there is none."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, 0 when alone."""
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process writes the run folder."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all."""
+    if td.is_initialized():
+        td.barrier()
+
+
+def gather(tensor: Tensor) -> list[Tensor]:
+    """The tensors (equal shapes) of all ranks, in the order of ranks, without graph."""
+    if world_size() == 1:
+        return [tensor.detach()]
+    mine = tensor.detach().contiguous()
+    parts = [torch.empty_like(mine) for _ in range(world_size())]
+    td.all_gather(parts, mine)
+    return parts
+
+
+def gather_objects(value: T) -> list[T]:
+    """Picklable values of all ranks, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    parts: list[Any] = [None] * world_size()
+    td.all_gather_object(parts, value)
+    return parts
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    td.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    if world_size() > 1:
+        td.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Add up every parameter's gradient over ranks, in place, in large buckets.
+
+    A parameter without gradient counts as zeros, so that ranks never wait for each other.
+    """
+    if world_size() == 1:
+        return
+    bucket: list[torch.nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if bucket and (
+            size + parameter.numel() > _BUCKET_ELEMENTS or parameter.dtype != bucket[0].dtype
+        ):
+            _sum_bucket(bucket)
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel()
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(parameters: list[torch.nn.Parameter]) -> None:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    td.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def broadcast_parameters(module: torch.nn.Module) -> None:
+    """Rank 0's parameters and buffers on every rank, so that all start equal."""
+    if world_size() == 1:
+        return
+    for tensor in module.state_dict().values():
+        td.broadcast(tensor, src=0)

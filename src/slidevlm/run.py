@@ -1,0 +1,245 @@
+"""The run folder and everything that writes to it or to the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from slidevlm.errors import ConfigError
+
+log = logging.getLogger("slidevlm")
+
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+class Sink(Protocol):
+    """Where numbers go."""
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Store one line of numbers."""
+
+    def text(self, name: str, step: int, content: str) -> None:
+        """Store a text, such as an example of a generated report."""
+
+    def close(self) -> None:
+        """Flush and release."""
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object a line, flushed line by line."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+
+    def text(self, name: str, step: int, content: str) -> None:
+        """Texts have files of their own."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files under <run>/tensorboard."""
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "--report-to tensorboard needs the extra: pip install 'slidevlm[tensorboard]'"
+            ) from error
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def text(self, name: str, step: int, content: str) -> None:
+        self._writer.add_text(name, content, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Run:
+    """A run folder, or nothing at all: every method works either way.
+
+    Args:
+        folder: None where nothing may be written (--logs None, and every rank but the first).
+        report_to: names of further sinks.
+        resumed_step: the step that training goes on from; later lines of metrics.jsonl, which a
+            killed process left, are dropped. None for a new run.
+    """
+
+    def __init__(
+        self, folder: Path | None, report_to: Sequence[str] = (), resumed_step: int | None = None
+    ) -> None:
+        self.folder = folder
+        self._sinks: list[Sink] = []
+        self._handler: logging.Handler | None = None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if resumed_step is not None:
+            _drop_lines_after(folder / METRICS, resumed_step)
+        self._sinks.append(JsonLines(folder / METRICS))
+        if "tensorboard" in report_to:
+            self._sinks.append(TensorBoard(folder / "tensorboard", resumed_step))
+        self._handler = logging.FileHandler(folder / "out.log", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(self._handler)
+
+    @property
+    def checkpoints(self) -> Path | None:
+        """Folder of the checkpoints."""
+        return None if self.folder is None else self.folder / CHECKPOINTS
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Send numbers to every sink."""
+        for sink in self._sinks:
+            sink.log(kind, step, values)
+
+    def text(self, name: str, step: int, content: str) -> None:
+        """Send a text to every sink."""
+        for sink in self._sinks:
+            sink.text(name, step, content)
+
+    def write(self, name: str, content: str) -> None:
+        """Write a text file of the run folder, whole or not at all."""
+        if self.folder is not None:
+            write_text(self.folder / name, content)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file of the run folder."""
+        self.write(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for sink in self._sinks:
+            sink.close()
+        if self._handler is not None:
+            log.removeHandler(self._handler)
+            self._handler.close()
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write to a temporary file beside `path` and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a line that a kill cut short
+        if content["step"] <= step:
+            kept.append(line)
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def environment(
+    packages: Sequence[str] = ("slidevlm", "torch", "numpy", "h5py", "tokenizers"),
+) -> dict[str, Any]:
+    """What the run ran on: versions, platform, command."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+class Bar:
+    """Progress on a terminal; elsewhere it does nothing and the log lines tell."""
+
+    def __init__(self, title: str, total: int, *, shown: bool) -> None:
+        self._progress: Any = None
+        if not (shown and sys.stderr.isatty()):
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._progress.add_task(title, total=total, note="")
+        self._progress.start()
+
+    @property
+    def visible(self) -> bool:
+        """Whether anything is shown, so that a note is worth making."""
+        return self._progress is not None
+
+    def update(self, done: int, note: str = "") -> None:
+        """Show that `done` of the total are done."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, note=note)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def configure_logging(*, debug: bool, main: bool) -> None:
+    """Log to stderr: everything from the first process, warnings' worth from the others."""
+    if not any(
+        isinstance(h, logging.StreamHandler) and not isinstance(h, logging.FileHandler)
+        for h in log.handlers
+    ):
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+    log.propagate = False
+    log.setLevel((logging.DEBUG if debug else logging.INFO) if main else logging.ERROR)
