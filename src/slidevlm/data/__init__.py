@@ -1,0 +1,1 @@
+"""Data: cohorts on disk, splits, reports, tokens, batches. See docs/architecture.md."""

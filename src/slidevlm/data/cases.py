@@ -1,0 +1,170 @@
+"""What the program knows of a cohort's files: cases, bags, and stores that read them.
+
+A format is one module of `slidevlm.data.formats`; nothing else knows how features lie on disk.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slidevlm.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One specimen. `specimen` is unique in its store; `location` is the format's own key.
+
+    Where two patients have specimens of one name ("A", "B"), `specimen` is "<patient>/<name>".
+    """
+
+    specimen: str
+    patient: str
+    location: str
+
+
+@dataclass(frozen=True)
+class Bag:
+    """Some or all tiles of one specimen, N of them, in the order of the file."""
+
+    features: Tensor  # [N, D] float16, bfloat16 or float32, as on disk; float64 becomes float32
+    positions: Tensor | None  # [N, 2] float32, x and y in `unit`, as on disk
+    slides: Tensor | None  # [N] int64, index of the tile's slide; 0 where nothing names slides
+    unit: str | None  # "um" (micrometres) or "px" (level-0 pixels); None without positions
+    centres: Tensor | None = None  # [N, 2] float32, centre of the tile's slide; see `centres_of`
+
+    def relative_positions(self) -> Tensor | None:
+        """[N, 2] float32: positions from the centre of their slide, or None without positions."""
+        if self.positions is None or self.centres is None:
+            return None
+        return self.positions - self.centres
+
+
+class CaseStore(Protocol):
+    """Read access to a cohort. Picklable; reopens its files in the process that uses it."""
+
+    path: Path
+    cases: tuple[Case, ...]
+
+    def has_features(self, case: Case) -> bool:
+        """Whether features of `case` are there; looks at names only, reads no data."""
+        ...
+
+    def length(self, case: Case) -> int:
+        """Number of tiles of `case`; reads no features."""
+        ...
+
+    def width(self) -> int:
+        """Width D of the features, from the first case that has any."""
+        ...
+
+    def read(self, case: Case, rows: np.ndarray | None) -> Bag:
+        """The bag of `case`; with `rows` ([K] int64, strictly increasing) only those tiles.
+
+        Of the features, only the rows asked for are read from disk.
+        """
+        ...
+
+    def text(self, case: Case) -> str | None:
+        """The report kept beside the features, or None."""
+        ...
+
+
+def open_store(
+    *,
+    hdf5_filename: str | os.PathLike[str] | None,
+    hdf5_feature_attribute: str | None,
+    hdf5_text_attribute: str | None,
+    root_dir: str | os.PathLike[str] | None,
+) -> CaseStore:
+    """Open the one source of data that is given.
+
+    ConfigError when none or two are given; DataError when it cannot be used.
+    """
+    if hdf5_filename and root_dir:
+        raise ConfigError(
+            f"--hdf5_filename {hdf5_filename} and --root-dir {root_dir} are both given; "
+            "data comes from one of them"
+        )
+    # The formats import this module, and only they may pay for h5py.
+    if hdf5_filename:
+        from slidevlm.data.formats.hdf5_cases import Hdf5Cases
+
+        if not hdf5_feature_attribute:
+            raise ConfigError(
+                f"--hdf5_filename {hdf5_filename} needs --hdf5_feature_attribute, the group under "
+                "each specimen that holds its features"
+            )
+        return Hdf5Cases(hdf5_filename, hdf5_feature_attribute, hdf5_text_attribute or None)
+    if root_dir:
+        from slidevlm.data.formats import open_folder
+
+        return open_folder(Path(root_dir))
+    raise ConfigError("no data: give --hdf5_filename (with --hdf5_feature_attribute) or --root-dir")
+
+
+def unique_cases(found: list[tuple[str, str, str]], path: Path) -> tuple[Case, ...]:
+    """Cases from (patient, specimen, location), told apart where patients share specimen names.
+
+    DataError when one patient has the same specimen twice.
+    """
+    counts: dict[str, int] = {}
+    for _, specimen, _ in found:
+        counts[specimen] = counts.get(specimen, 0) + 1
+    cases: dict[tuple[str, str], Case] = {}
+    for patient, specimen, location in found:
+        if (patient, specimen) in cases:
+            raise DataError(
+                f"{path}: specimen {specimen!r} of patient {patient!r} is listed twice, as "
+                f"{cases[patient, specimen].location} and {location}; remove one"
+            )
+        name = specimen if counts[specimen] == 1 else f"{patient}/{specimen}"
+        cases[patient, specimen] = Case(name, patient, location)
+    if not cases:
+        raise DataError(f"{path} holds no specimens; check that it is the right place")
+    return tuple(cases.values())
+
+
+def centres_of(positions: np.ndarray, slides: np.ndarray) -> np.ndarray:
+    """Centre of each row's slide: [N, 2] positions, [N] slides -> [N, 2] float32.
+
+    The centre is that of the bounding box of ALL rows of the slide, so it does not depend on
+    which of them are sampled afterwards.
+    """
+    if not len(positions):
+        return np.zeros((0, 2), np.float32)
+    count = int(slides.max()) + 1
+    low = np.full((count, 2), np.inf)
+    high = np.full((count, 2), -np.inf)
+    for slide in range(count):
+        rows = positions if count == 1 else positions[slides == slide]
+        low[slide], high[slide] = rows.min(axis=0), rows.max(axis=0)
+    centres: np.ndarray = ((low + high) / 2)[slides].astype(np.float32)
+    return centres
+
+
+def make_bag(
+    features: Tensor,
+    positions: np.ndarray | None,
+    slides: np.ndarray,
+    unit: str | None,
+    rows: np.ndarray | None,
+) -> Bag:
+    """A bag from features [K, D] of the chosen rows and positions, slides [N] of all rows."""
+    chosen = slice(None) if rows is None else rows
+    if positions is None:
+        return Bag(features, None, torch.from_numpy(slides[chosen].copy()), None)
+    centres = centres_of(positions, slides)
+    return Bag(
+        features,
+        torch.from_numpy(positions[chosen].astype(np.float32)),
+        torch.from_numpy(slides[chosen].copy()),
+        unit,
+        torch.from_numpy(centres[chosen].copy()),
+    )

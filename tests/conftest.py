@@ -1,0 +1,23 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Two cores: more threads than that, in tests that start processes, only wait for each other.
+torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and oracles beside the checkout (or at $SLIDEVLM_SHARED); not for distribution."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("SLIDEVLM_SHARED", beside))
+    if not (folder / "oracles").is_dir():
+        pytest.skip("no shared folder with real data and oracles here")
+    return folder

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from slidevlm.data.dataset import BagDataset, collate, make_loader
+from slidevlm.data.formats.hdf5_cases import CaseWriter, Hdf5Cases
+from slidevlm.data.reports import report_id
+from slidevlm.data.sampling import EvalBatches, TrainBatches
+from slidevlm.data.tokenizer import Tokenizer
+from slidevlm.errors import DataError
+
+REPORTS = [f"Report of specimen {i}." for i in range(20)]
+TOKENIZER = Tokenizer.train(REPORTS, 300)
+
+
+def dataset(path, cutoff=8, seed=0, training=True, max_tokens=64):
+    store = Hdf5Cases(path, "uni", "report")
+    reports = [store.text(case) for case in store.cases]
+    return BagDataset(store, store.cases, reports, TOKENIZER, max_tokens, cutoff, seed, training)
+
+
+def test_sample(write):
+    sample = dataset(write([5]))[0]
+    assert sample.bag.features[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert sample.bag.positions[:, 0].tolist() == [-10, 0, 10, -5, 5]
+    assert TOKENIZER.decode(sample.tokens.tolist()) == REPORTS[0]
+
+
+def test_the_cutoff_samples_rows_with_their_positions(write):
+    data = dataset(write([100]), cutoff=10)
+    sample, whole = data[0], dataset(write([100]), cutoff=100)[0]
+    rows = sample.bag.features[:, 0].long()
+    assert len(rows) == 10 and (rows.diff() > 0).all()
+    for field in ("features", "positions", "slides"):
+        assert torch.equal(getattr(sample.bag, field), getattr(whole.bag, field)[rows])
+
+
+def test_sampling_depends_on_seed_epoch_and_specimen_in_training(write):
+    path = write([100, 100])
+
+    def rows(index, epoch, **options):
+        data = dataset(path, **options)
+        by_pair = data[epoch, index].bag.features[:, 0].tolist()
+        data.set_epoch(epoch)
+        assert data[index].bag.features[:, 0].tolist() == by_pair
+        return tuple(by_pair)
+
+    drawn = {rows(i, e, seed=s) for i in (0, 1) for e in (0, 1) for s in (0, 1)}
+    assert len(drawn) == 8 and rows(0, 1) == rows(0, 1)
+    fixed = {rows(0, e, seed=s, training=False) for e in (0, 1) for s in (0, 1)}
+    assert len(fixed) == 1
+    assert rows(1, 0, training=False) not in fixed
+
+
+def test_collate(write):
+    data = dataset(write([3, 1, 8]))
+    data.reports = ("x", "Report of specimen 1.", "X ")
+    batch = collate([data[i] for i in range(3)])
+    assert batch.bags.lengths == (3, 1, 8) and batch.bags.features.shape == (12, 6)
+    assert batch.bags.offsets.tolist() == [0, 3, 4, 12] and batch.bags.unit == "um"
+    assert batch.bags.features.dtype == torch.float16 and batch.bags.positions.shape == (12, 2)
+    assert batch.bags.slides.dtype == torch.int64
+    assert batch.specimen_ids == ("s0", "s1", "s2") and batch.patient_ids == ("p0", "p1", "p2")
+    assert batch.report_ids.tolist() == [report_id("x"), report_id(REPORTS[1]), report_id("x")]
+    for row in range(3):
+        length = len(data[row].tokens)
+        assert batch.token_mask[row].tolist() == [i < length for i in range(batch.tokens.shape[1])]
+        assert batch.tokens[row, length:].unique().tolist() in ([], [TOKENIZER.pad_id])
+        assert batch.tokens[row, length - 1] == TOKENIZER.eos_id
+
+
+def test_long_reports_are_cut_and_counted(write):
+    data = dataset(write([3]), max_tokens=12)
+    data.reports = ("word " * 10_000,)
+    assert len(data[0].tokens) == 12 and data.truncated() == 1
+
+
+def test_bags_that_cannot_be_in_one_batch(tmp_path):
+    with CaseWriter(tmp_path / "a.h5", "uni", attributes={"unit": "um"}) as writer:
+        writer.add("p0", "s0", np.ones((2, 3), "f2"), "a", np.zeros((2, 2)))
+        writer.add("p1", "s1", np.ones((2, 3), "f2"), "b")
+        writer.add("p2", "s2", np.ones((2, 4), "f2"), "c", np.zeros((2, 2)))
+    data = dataset(tmp_path / "a.h5")
+    with pytest.raises(DataError, match="'s0' .* and 's1' .*: unit of positions um and None"):
+        collate([data[0], data[1]])
+    with pytest.raises(DataError, match="'s0' .* and 's2' .*: feature width 3 and 4"):
+        collate([data[0], data[2]])
+    assert collate([data[1]]).bags.positions is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "bf16"])
+def test_features_that_are_not_finite(tmp_path, bad, dtype):
+    features = np.ones((300, 700), "f4")
+    features[[3, 299], 5] = bad
+    features[299, 6] = bad
+    features[0, 0] = 6e4
+    if dtype == "bf16":
+        features = torch.from_numpy(features).bfloat16().view(torch.int16).numpy().view("u2")
+    else:
+        features = features.astype(dtype)
+    with CaseWriter(tmp_path / "a.h5", "uni") as writer:
+        writer.add("p0", "s0", features, "a")
+    with pytest.raises(DataError, match=r"a\.h5: specimen 's0' has 2 of 300 tiles .* NaN or inf"):
+        dataset(tmp_path / "a.h5", cutoff=1000)[0]
+
+
+def test_no_tiles_and_one_tile(write):
+    data = dataset(write([0, 1]))
+    with pytest.raises(DataError, match=r"cohort\.h5: specimen 's0' has 0 tiles; remove it"):
+        data[0]
+    assert data[1].bag.features.shape == (1, 6)
+    assert data[1].bag.positions.tolist() == [[0, 0]]
+
+
+def contents(loader):
+    return [
+        (b.specimen_ids, b.bags.features, b.bags.positions, b.tokens, b.report_ids) for b in loader
+    ]
+
+
+def tiles_of(batches):
+    """(specimen, its rows) of everything in `batches`: bags carry both in their features."""
+    for names, features, *_ in batches:
+        for name in names:
+            yield name, features[features[:, 1] == int(name[1:]), 0].tolist()
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        x[0] == y[0] and all(torch.equal(p, q) for p, q in zip(x[1:], y[1:], strict=True))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_change_nothing_and_see_the_epoch(write, method):
+    path = write([5 + 3 * i for i in range(12)])
+
+    def loader(workers, start_method=None):
+        data = dataset(path)
+        assert data[0]  # opens the file before the workers start
+        sampler = TrainBatches(len(data), 3, seed=0)
+        return sampler, make_loader(data, sampler, workers, start_method=start_method)
+
+    (here, direct), (there, parallel) = loader(0), loader(2, method)
+    epochs = []
+    for epoch in (0, 1):
+        here.set_epoch(epoch)
+        there.set_epoch(epoch)
+        epochs.append(contents(direct))
+        assert same(epochs[-1], contents(parallel))
+    # The same specimen has other tiles in the next epoch, in workers that lived on.
+    tiles = [{key: tuple(rows) for key, rows in tiles_of(epoch)} for epoch in epochs]
+    assert tiles[0]["s11"] != tiles[1]["s11"]
+
+
+@pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "fork"), (1, "spawn")])
+def test_errors_of_workers_arrive_as_they_are(write, workers, method):
+    path = write([4, 4, 4, 4])
+    with h5py.File(path, "a") as file:
+        file["patients/p2/s2/uni/features"][1, 1] = np.nan
+    data = dataset(path)
+    loader = make_loader(data, EvalBatches(4, 2), workers, start_method=method)
+    batches = iter(loader)
+    assert next(batches).specimen_ids == ("s0", "s1")
+    # No `pytest.raises`: it keeps the frames, and with them the workers, until they are collected
+    # in an order in which torch waits 5 seconds for each.
+    message = ""
+    try:
+        next(batches)
+    except DataError as error:
+        message = str(error)
+    assert message.startswith(f"{path}: specimen 's2' has 1 of 4 tiles read with NaN")
+    assert "Traceback" not in message
+
+
+def test_real_data(shared):
+    folder = shared / "data/tcga"
+    store = Hdf5Cases(folder / "tcga.h5", "hipt_4096", "diagnosis")
+    cases = store.cases[:16]
+    reports = [store.text(case) for case in cases]
+    data = BagDataset(store, cases, reports, TOKENIZER, 32, 20, 0, True)
+    batch = next(iter(make_loader(data, TrainBatches(16, 8, 0), 0)))
+    assert max(batch.bags.lengths) <= 20 and batch.bags.features.shape[1] == 192
+    assert batch.tokens.shape[1] <= 32

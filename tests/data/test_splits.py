@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slidevlm.data.formats.hdf5_cases import CaseWriter, Hdf5Cases
+from slidevlm.data.splits import check_leakage, read_identifiers, resolve
+from slidevlm.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "s 1,b\nc"),
+        ("a.txt", "\ufeff s 1 ,, b\r\n\n c ,b,\n"),
+        ("a", "s 1\nb\nc\n"),
+        ("a.json", '["s 1", " b", "c", "c"]'),
+        ("a.txt", ' ["s 1", "b", "c"]'),
+        ("a.csv", "specimen,label\ns 1,0\nb,1\nc,1\n"),
+        ("a.csv", "label;Case_ID\n0;s 1\n1;b\n2;c\n"),
+        ("a.txt", "slide_id\ns 1\nb\nc\n"),
+        ("a.tsv", "x\tpatient\n0\ts 1\n0\tb\n0\tc\n"),
+        ("a.csv", '"patient","specimen"\n"p","s 1"\n"p","b"\n"p","c"\n'),
+    ],
+)
+def test_forms(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_identifiers(tmp_path / name) == ["s 1", "b", "c"]
+
+
+def test_integers_are_names(tmp_path):
+    (tmp_path / "a.json").write_text("[1, 2]")
+    assert read_identifiers(tmp_path / "a.json") == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "", r"a\.txt names no specimen; write identifiers"),
+        ("a.txt", " ,\n,", "names no specimen"),
+        ("a.json", "{}", "not a JSON list of names"),
+        ("a.json", "[true]", "not a JSON list of names"),
+        ("a.json", "[", "is not JSON"),
+        ("a.csv", "name,label\na,b\n", "has the columns name, label; one of specimen"),
+        ("a.csv", "specimen\n", "names no specimen"),
+    ],
+)
+def test_errors(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_identifiers(tmp_path / name)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(DataError, match=r"no\.txt cannot be read: No such file"):
+        read_identifiers(tmp_path / "no.txt")
+
+
+letters = st.characters(codec="utf-8", categories=("Ll", "Lu", "Nd"), include_characters="-_. ")
+identifiers = st.lists(
+    st.text(letters, min_size=1).map(str.strip).filter(bool), min_size=1, unique=True
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(names=identifiers, data=st.data())
+def test_separators_and_space_do_not_matter(tmp_path_factory, names, data):
+    names = [f"x{name}" for name in names]  # no header by chance
+    blanks = st.sampled_from([",", "\n", " , ", "\r\n", ",\n\n", "\t,"])
+    path = tmp_path_factory.mktemp("splits") / "a.txt"
+    text = "".join(name + data.draw(blanks) for name in [*names, names[0]])
+    path.write_text(text, encoding="utf-8", newline="")
+    assert read_identifiers(path) == names
+    path.write_text(json.dumps(names))
+    assert read_identifiers(path) == names
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.binary(max_size=60), suffix=st.sampled_from([".json", ".txt", ".csv"]))
+def test_junk_is_an_error_of_ours_or_names(tmp_path_factory, content, suffix):
+    path = tmp_path_factory.mktemp("junk") / f"a{suffix}"
+    path.write_bytes(content)
+    try:
+        assert read_identifiers(path)
+    except DataError as error:
+        assert str(path) in str(error)
+
+
+@pytest.fixture
+def store(tmp_path):
+    path = tmp_path / "cohort.h5"
+    with CaseWriter(path, "uni") as writer:
+        for patient, specimen, text in [
+            ("p1", "a", "Text  a"), ("p1", "b", "b"), ("p2", "c", "c"), ("p3", "d", None),
+            ("p4", "e", " \n"), ("p5", "A", "1"), ("p6", "A", "2"),
+        ]:  # fmt: skip
+            writer.add(patient, specimen, np.ones((2, 3), "f2"), text)
+    return Hdf5Cases(path, "uni", "report")
+
+
+def split(tmp_path, name, *identifiers):
+    path = tmp_path / f"{name}.txt"
+    path.write_text("\n".join(identifiers))
+    return path
+
+
+def test_specimens_then_patients_in_the_order_of_the_file(store, tmp_path):
+    found = resolve(split(tmp_path, "train", "c", "p1", "a", "p6"), store)
+    assert found.name == "train" and len(found) == 4
+    assert [case.specimen for case in found.cases] == ["c", "a", "b", "p6/A"]
+    assert found.reports == ("c", "Text a", "b", "2")
+    assert [case.specimen for case in found.first(2).cases] == ["c", "a"]
+
+
+def test_missing_and_textless_are_reported(store, tmp_path, caplog):
+    wanted = ["a", *(f"no{i}" for i in range(12)), "d", "e"]
+    with caplog.at_level(logging.WARNING, "slidevlm.data"):
+        found = resolve(split(tmp_path, "train", *wanted), store)
+    assert len(found) == 1 and len(found.missing) == 12 and found.without_text == ("d", "e")
+    assert "12 of 15 identifiers have no features" in caplog.text
+    assert "no9, ... (2 more)" in caplog.text and "no10" not in caplog.text
+    assert "2 of 3 specimens have no report and are dropped: d, e" in caplog.text
+
+
+def test_nothing_found(store, tmp_path):
+    with pytest.raises(DataError, match=r"none of its 2 identifiers has features in .*names x, y"):
+        resolve(split(tmp_path, "train", "x", "y"), store)
+    with pytest.raises(DataError, match="none of its 1 specimens has a report"):
+        resolve(split(tmp_path, "train", "d"), store)
+
+
+def test_a_text_file_wins_and_is_the_only_source(store, tmp_path):
+    texts = {"a": "new", "p5/A": "one", "p6/A": "two"}
+    found = resolve(split(tmp_path, "train", "p1", "p5", "p6"), store, texts)
+    assert found.reports == ("new", "one", "two") and found.without_text == ("b",)
+
+
+def test_a_case_of_the_index_that_is_not_there_is_missing(store, tmp_path):
+    import h5py
+
+    store.close()
+    with h5py.File(store.path, "a") as file:
+        del file["patients/p2/c/uni"]
+    assert resolve(split(tmp_path, "train", "a", "c"), store).missing == ("c",)
+
+
+def test_leakage(store, tmp_path):
+    train = resolve(split(tmp_path, "train", "a", "c"), store)
+    val = resolve(split(tmp_path, "val", "b"), store)
+    with pytest.raises(
+        DataError,
+        match=r"1 patient\(s\) are both in split 'train' and in split 'val': p1;.*"
+        "--allow-patient-overlap",
+    ):
+        check_leakage([train, val])
+    check_leakage([train, resolve(split(tmp_path, "test", "p5", "p6"), store)])
+
+
+def test_real_data(shared):
+    folder = shared / "data/tcga"
+    store = Hdf5Cases(folder / "tcga.h5", "hipt_4096", "diagnosis")
+    splits = [resolve(folder / f"{name}.txt", store) for name in ("train", "val", "test")]
+    assert [len(s) for s in splits] == [513, 142, 191]
+    assert not any(s.missing or s.without_text for s in splits)
+    check_leakage(splits)
