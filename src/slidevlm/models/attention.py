@@ -1,0 +1,215 @@
+"""Attention over ragged bags, and the transformer layers that everything is built of.
+
+Bags lie end to end in one tensor and are never padded: attention from L latents to a bag
+costs L times that bag's own length. Keys and values are laid out [H, T, d], so that a bag is
+a view of contiguous rows for every head. Dropout acts on what a branch adds, never on
+attention weights: that would forbid the fused kernels and need the whole matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def ragged_cross_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """Each bag's own queries attend to that bag's rows only.
+
+    Args:
+        query: [B, H, L, d].
+        key: [H, T, d], all bags end to end.
+        value: [H, T, d].
+        lengths: rows of each bag; B numbers whose sum is T.
+
+    Returns:
+        [B, H, L, d]. No [L, T] matrix is kept; each bag goes through
+        `scaled_dot_product_attention` by itself, which on a CPU is faster than a padded
+        batch with a mask.
+    """
+    keys = key.split(list(lengths), dim=1)
+    values = value.split(list(lengths), dim=1)
+    outputs = [
+        F.scaled_dot_product_attention(q[None], k[None], v[None])
+        for q, k, v in zip(query, keys, values, strict=True)
+    ]
+    return torch.cat(outputs)
+
+
+class GEGLU(nn.Module):
+    """Gated feed-forward layer: `W_out(a * gelu(b))` with `a, b = W_in x` (Shazeer, 2020)."""
+
+    def __init__(self, width: int, multiple: float, dropout: float) -> None:
+        super().__init__()
+        # Two thirds keep the parameters of an ungated layer of the same multiple.
+        hidden = int(width * multiple * 2 / 3 + 7) // 8 * 8
+        self.inner = nn.Linear(width, 2 * hidden)
+        self.outer = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.inner(x).chunk(2, dim=-1)
+        return self.dropout(self.outer(a * F.gelu(b)))
+
+
+class KeyValues(nn.Module):
+    """Normalise and project a context to keys and values."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(context_width)
+        self.project = nn.Linear(context_width, 2 * width, bias=False)
+
+    def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., N, C] -> key and value, each [..., H, N, d]."""
+        key, value = self.project(self.norm(context)).chunk(2, dim=-1)
+        shape = (*key.shape[:-1], self.heads, -1)
+        return key.reshape(shape).transpose(-2, -3), value.reshape(shape).transpose(-2, -3)
+
+
+class CrossAttention(nn.Module):
+    """Residual branch in which queries attend to keys and values computed elsewhere."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        return self.query(self.norm(x)).view(batch, length, self.heads, -1).transpose(1, 2)
+
+    def _merge(self, attended: Tensor) -> Tensor:
+        """[B, H, L, d] -> [B, L, width]."""
+        return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """x [B, L, width]; key, value [B, H, N, d] -> [B, L, width]."""
+        return self._merge(F.scaled_dot_product_attention(self._queries(x), key, value))
+
+    def ragged(self, x: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+        """x [B, L, width]; key, value [H, T, d] of bags end to end -> [B, L, width]."""
+        return self._merge(ragged_cross_attention(self._queries(x), key, value, lengths))
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of the tokens so far, [B, H, capacity, d], of which `length` are filled."""
+
+    key: Tensor
+    value: Tensor
+    length: int = 0
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new [B, H, n, d] and return all so far."""
+        end = self.length + key.shape[2]
+        self.key[:, :, self.length : end] = key
+        self.value[:, :, self.length : end] = value
+        self.length = end
+        return self.key[:, :, :end], self.value[:, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these sequences of the batch."""
+        self.key, self.value = self.key[rows], self.value[rows]
+
+
+class SelfAttention(nn.Module):
+    """Residual branch of self-attention, causal or full, with a cache for generation."""
+
+    def __init__(self, width: int, heads: int, dropout: float, *, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """x [B, L, width] -> [B, L, width].
+
+        With a cache, x are the tokens after those cached; more than one only when it is empty.
+        """
+        batch, length, width = x.shape
+        projected = self.project(self.norm(x)).view(batch, length, 3, self.heads, -1)
+        query, key, value = projected.permute(2, 0, 3, 1, 4)
+        causal = self.causal and length > 1
+        if cache is not None:
+            assert length == 1 or cache.length == 0, "a prompt goes into an empty cache"
+            key, value = cache.append(key, value)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        return self.dropout(self.out(attended.transpose(1, 2).reshape(batch, length, width)))
+
+    def new_cache(self, batch: int, capacity: int, like: Tensor) -> LayerCache:
+        """An empty cache of `like`'s type and device."""
+        shape = (batch, self.heads, capacity, self.project.in_features // self.heads)
+        return LayerCache(like.new_empty(shape), like.new_empty(shape))
+
+
+class SelfAttentionLayer(nn.Module):
+    """Pre-norm transformer layer: self-attention, then a feed-forward layer."""
+
+    def __init__(
+        self, width: int, heads: int, dropout: float, *, causal: bool, multiple: float = 4.0
+    ) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width, heads, dropout, causal=causal)
+        self.norm = nn.LayerNorm(width)
+        self.feed_forward = GEGLU(width, multiple, dropout)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(x, cache)
+        return x + self.feed_forward(self.norm(x))
+
+
+class AttentionPooler(nn.Module):
+    """Learned queries attend to a sequence: [B, N, C] -> [B, Q, width] (Yu et al., CoCa, 2022)."""
+
+    def __init__(self, queries: int, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(queries, width))
+        self.key_values = KeyValues(width, context_width, heads)
+        self.attention = CrossAttention(width, heads, 0.0)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, context: Tensor) -> Tensor:
+        queries = self.queries.expand(len(context), -1, -1)
+        return self.norm(self.attention(queries, *self.key_values(context)))
+
+
+def initialise(module: nn.Module) -> None:
+    """Set every parameter below `module`, so that nothing depends on uninitialised memory.
+
+    Matrices: normal, standard deviation 1/sqrt(inputs), but 0 where a residual branch ends,
+    so that every layer starts as the identity at any depth; biases 0; norms 1 and 0; learned
+    queries, latents and embeddings: normal, 0.02.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.normal_(child.weight, std=child.in_features**-0.5)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.LayerNorm):
+            nn.init.ones_(child.weight)
+            nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.Embedding):
+            nn.init.normal_(child.weight, std=0.02)
+        else:
+            for parameter in child.parameters(recurse=False):
+                nn.init.normal_(parameter, std=0.02)
+    for child in module.modules():
+        if isinstance(child, GEGLU):
+            nn.init.zeros_(child.outer.weight)
+        elif isinstance(child, (CrossAttention, SelfAttention)):
+            nn.init.zeros_(child.out.weight)
+    for child in module.modules():
+        if isinstance(child, AttentionPooler):  # no residual sum: at 0 nothing would pass
+            nn.init.normal_(child.attention.out.weight, std=child.attention.out.in_features**-0.5)

@@ -1,0 +1,154 @@
+"""CoCa: contrastive image-text learning and report generation in one model (Yu et al., 2022)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slidevlm.batch import Bags, Output
+from slidevlm.models.attention import AttentionPooler, LayerCache, initialise
+from slidevlm.models.schema import ModelConfig
+from slidevlm.models.slide import SLIDE_ENCODERS
+from slidevlm.models.slide.base import FourierPositions
+from slidevlm.models.text import Decoder, DecoderCache, TextEncoder, TextPrior
+
+MAX_LOG_SCALE = math.log(100.0)
+
+
+class CoCa(nn.Module):
+    """Slide encoder, causal text encoder, and (family coca) a decoder that reads the slide.
+
+    Args:
+        config: the configuration, its tile width resolved.
+        vocab_size: V, the tokenizer's.
+        init_log_scale: logarithm of the first contrastive scale.
+        init_bias: first bias of the sigmoid loss; None for the softmax loss, which has none.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        init_log_scale: float = math.log(1 / 0.07),
+        init_bias: float | None = None,
+    ) -> None:
+        super().__init__()
+        assert config.tile_width is not None, "the tile width must be known by now"
+        width = config.text.width
+        self.slide: nn.Module = SLIDE_ENCODERS[config.slide_type](config.slide, config.tile_width)
+        slide_width = config.slide.width
+        self.slide_pooler = AttentionPooler(1, slide_width, slide_width, config.slide.heads)
+        self.slide_project = nn.Linear(slide_width, config.embed_dim, bias=False)
+        self.text = TextEncoder(config.text, vocab_size)
+        self.text_project = nn.Linear(width, config.embed_dim, bias=False)
+        self.prior: TextPrior | None = None
+        if config.text.prior_rank:
+            self.prior = TextPrior(vocab_size, config.text.prior_rank, config.embed_dim)
+        self.decoder: Decoder | None = None
+        if config.decoder is not None:
+            self.decoder = Decoder(config.decoder, width, vocab_size)
+            self.report_pooler = AttentionPooler(
+                config.decoder.slide_tokens, width, slide_width, config.decoder.heads
+            )
+        self.log_scale = nn.Parameter(torch.empty(()))
+        self.bias = None if init_bias is None else nn.Parameter(torch.empty(()))
+        self._reset(init_log_scale, init_bias)
+        if self.decoder is not None and config.decoder is not None and config.decoder.tied:
+            self.decoder.tie(self.text.tokens)
+
+    def _reset(self, init_log_scale: float, init_bias: float | None) -> None:
+        initialise(self)
+        for module in self.modules():
+            if isinstance(module, (FourierPositions, TextPrior)):
+                module.reset()
+        nn.init.constant_(self.log_scale, init_log_scale)
+        if self.bias is not None and init_bias is not None:
+            nn.init.constant_(self.bias, init_bias)
+
+    def forward(
+        self, bags: Bags, tokens: Tensor, token_mask: Tensor, *, with_logits: bool = True
+    ) -> Output:
+        """One pass over a batch.
+
+        Args:
+            bags: B bags.
+            tokens: [B, L], BOS ... EOS and padding.
+            token_mask: [B, L], True on real tokens.
+            with_logits: skip the decoder where its output is not wanted.
+        """
+        slide = self.slide(bags)  # [B, N, slide width]
+        hidden = self.text(tokens)  # [B, L, width]
+        logits = None
+        if with_logits and self.decoder is not None:
+            # The state at EOS predicts nothing.
+            logits = self.decoder(hidden[:, :-1], self._view(slide))
+        return Output(
+            image_embedding=self._embed_slide(slide),
+            text_embedding=self._embed_text(hidden, tokens, token_mask),
+            logits=logits,
+            logit_scale=self.log_scale.exp(),
+            logit_bias=self.bias,
+        )
+
+    def encode_image(self, bags: Bags) -> Tensor:
+        """Bags -> [B, E], L2-normalised."""
+        return self._embed_slide(self.slide(bags))
+
+    def encode_text(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """tokens, mask [B, L] -> [B, E], L2-normalised."""
+        return self._embed_text(self.text(tokens), tokens, token_mask)
+
+    def start(self, bags: Bags, capacity: int) -> tuple[Tensor, CoCaCache]:
+        """Encode the slides for generation: embeddings [B, E] and an empty cache."""
+        assert self.decoder is not None, "a clip model has no decoder"
+        slide = self.slide(bags)
+        view = self._view(slide)
+        batch, like = len(bags), view[0][0]
+        return self._embed_slide(slide), CoCaCache(
+            self.text.new_caches(batch, capacity, like),
+            DecoderCache(self.decoder.new_caches(batch, capacity, like), view),
+        )
+
+    def step(self, tokens: Tensor, cache: CoCaCache) -> Tensor:
+        """tokens [B, n] after those in the cache -> logits [B, V] of the next token."""
+        assert self.decoder is not None, "a clip model has no decoder"
+        hidden = self.text(tokens, cache.encoder)
+        logits: Tensor = self.decoder(hidden, cache.decoder.slide, cache.decoder.text)[:, -1]
+        return logits
+
+    @torch.no_grad()
+    def clamp_scale(self) -> None:
+        """Keep the contrastive scale within 1 and 100 after an optimizer step."""
+        self.log_scale.clamp_(0.0, MAX_LOG_SCALE)
+
+    def _embed_slide(self, slide: Tensor) -> Tensor:
+        pooled = self.slide_pooler(slide)[:, 0]
+        return F.normalize(self.slide_project(pooled).float(), dim=-1)
+
+    def _embed_text(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        embedding = self.text_project(self.text.pool(hidden, mask))
+        if self.prior is not None:
+            embedding = self.prior(tokens, mask, embedding)
+        return F.normalize(embedding.float(), dim=-1)
+
+    def _view(self, slide: Tensor) -> list[tuple[Tensor, Tensor]]:
+        assert self.decoder is not None
+        return self.decoder.view(self.report_pooler(slide))
+
+
+@dataclass
+class CoCaCache:
+    """All that generation keeps between two tokens."""
+
+    encoder: list[LayerCache]
+    decoder: DecoderCache
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these sequences of the batch."""
+        for cache in self.encoder:
+            cache.keep(rows)
+        self.decoder.keep(rows)

@@ -1,0 +1,92 @@
+"""What every slide encoder is, and the part they share: positions of tiles."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slidevlm.batch import Bags
+from slidevlm.registry import Registry
+
+
+class SlideEncoder(nn.Module):
+    """Base class. `width` is the width of the tokens that `forward` returns."""
+
+    Config: ClassVar[type[Any]]
+    width: int
+
+    @abstractmethod
+    def forward(self, bags: Bags) -> Tensor:
+        """Bags -> tokens [B, N, width]."""
+
+
+SLIDE_ENCODERS: Registry[type[SlideEncoder]] = Registry("slide encoder")
+
+
+class FourierPositions(nn.Module):
+    """Sines and cosines of x and y at log-spaced wavelengths, projected to the tile width.
+
+    Positions are in the unit of the data (micrometres, or level-0 pixels). The shortest
+    wavelength is about two tiles, the longest about two slides. The projection starts at 0:
+    a model without positions is its starting point, and positions enter as far as they help.
+    """
+
+    wavelengths: Tensor
+
+    def __init__(self, width: int, shortest: float = 500.0, longest: float = 100_000.0) -> None:
+        super().__init__()
+        count = 16
+        exponents = torch.linspace(math.log(shortest), math.log(longest), count)
+        self.register_buffer("wavelengths", exponents.exp(), persistent=False)
+        self.project = nn.Linear(4 * count, width, bias=False)
+
+    def reset(self) -> None:
+        """Start without influence."""
+        nn.init.zeros_(self.project.weight)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """[T, 2] -> [T, width]. Angles are computed in float32: bfloat16 has no room for them."""
+        angles = 2 * math.pi * positions.float()[:, :, None] / self.wavelengths  # [T, 2, J]
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        return self.project(waves)
+
+
+class Standardise(nn.Module):
+    """Subtract the mean and divide by the deviation of each channel over the training tiles.
+
+    Both are buffers, 0 and 1 until `set` is called, and travel with the checkpoint.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, tile_width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(tile_width))
+        self.register_buffer("deviation", torch.ones(tile_width))
+
+    def set(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take the statistics, [D] each."""
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[T, D] of any float type -> [T, D] of the buffers' type."""
+        return (features.to(self.mean.dtype) - self.mean) / self.deviation
+
+
+def moments(features: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Mean and standard deviation of each bag: [T, D] -> [B, 2 D].
+
+    The deviation of identical tiles (or of one) is 0, with gradient 0.
+    """
+    rows = []
+    for bag in features.split(list(lengths)):
+        mean = bag.mean(0)
+        variance = (bag - mean).square().mean(0)
+        rows.append(torch.cat([mean, (variance + 1e-12).sqrt() - 1e-6]))
+    return torch.stack(rows)

@@ -1,0 +1,92 @@
+"""The decoder that reads slide tokens and writes the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from slidevlm.errors import ConfigError
+from slidevlm.models.attention import CrossAttention, KeyValues, LayerCache, SelfAttentionLayer
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The `decoder` part of a model configuration."""
+
+    layers: int = 4
+    heads: int = 8
+    slide_tokens: int = 32  # queries of the pooler that makes the decoder's view of the slide
+    dropout: float = 0.1
+    tied: bool = True  # the vocabulary projection is the token embedding
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise ConfigError(f"decoder.layers must be at least 1, not {self.layers}")
+
+
+@dataclass
+class DecoderCache:
+    """Of each layer: the text so far, and the slide's keys and values, computed once."""
+
+    text: list[LayerCache]
+    slide: list[tuple[Tensor, Tensor]]
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these sequences of the batch."""
+        for cache in self.text:
+            cache.keep(rows)
+        self.slide = [(key[rows], value[rows]) for key, value in self.slide]
+
+
+class _Layer(nn.Module):
+    """Cross-attention to the slide, then a causal transformer layer."""
+
+    def __init__(self, width: int, config: DecoderConfig) -> None:
+        super().__init__()
+        self.key_values = KeyValues(width, width, config.heads)
+        self.cross = CrossAttention(width, config.heads, config.dropout)
+        self.causal = SelfAttentionLayer(width, config.heads, config.dropout, causal=True)
+
+    def forward(
+        self, x: Tensor, slide: tuple[Tensor, Tensor], cache: LayerCache | None = None
+    ) -> Tensor:
+        return self.causal(x + self.cross(x, *slide), cache)
+
+
+class Decoder(nn.Module):
+    """Layers over the text encoder's hidden states; every layer also reads the slide."""
+
+    def __init__(self, config: DecoderConfig, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer(width, config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+        self.vocabulary = nn.Linear(width, vocab_size, bias=False)
+
+    def new_caches(self, batch: int, capacity: int, like: Tensor) -> list[LayerCache]:
+        """Empty caches of the text, one a layer."""
+        layers = cast("list[_Layer]", list(self.layers))
+        return [layer.causal.attention.new_cache(batch, capacity, like) for layer in layers]
+
+    def tie(self, embedding: nn.Embedding) -> None:
+        """Use the token embedding as vocabulary projection."""
+        self.vocabulary.weight = embedding.weight
+
+    def view(self, slide_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Slide tokens [B, N, width] -> every layer's keys and values [B, H, N, d]."""
+        layers = cast("list[_Layer]", list(self.layers))
+        return [layer.key_values(slide_tokens) for layer in layers]
+
+    def forward(
+        self,
+        hidden: Tensor,
+        slide: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """hidden [B, L, width] and `view`'s result -> logits [B, L, V]."""
+        x = hidden
+        for i, layer in enumerate(self.layers):
+            x = layer(x, slide[i], caches[i] if caches else None)
+        return self.vocabulary(self.norm(x))

@@ -1,0 +1,75 @@
+"""The causal text encoder, trained from scratch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from slidevlm.errors import ConfigError
+from slidevlm.models.attention import LayerCache, SelfAttentionLayer
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The `text` part of a model configuration of type scratch."""
+
+    width: int = 256
+    layers: int = 4
+    heads: int = 8
+    context_length: int = 128  # tokens of a report at most, BOS and EOS included
+    vocab_size: int = 4096  # at most: a tokenizer trained on few reports has fewer
+    dropout: float = 0.1
+    prior_rank: int = 0  # width of the fixed table of token vectors; 0: none
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ConfigError(f"text.width {self.width} does not divide by {self.heads} heads")
+
+
+class PositionEmbedding(nn.Embedding):
+    """Learned positions; a type of their own because weight decay spares them."""
+
+
+class TextEncoder(nn.Module):
+    """Causal transformer. A report's embedding is read at its last real token, EOS.
+
+    Causality makes every output independent of what stands to the right, so padding changes
+    nothing and a prefix can be cached.
+    """
+
+    def __init__(self, config: TextConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.width, self.context_length = config.width, config.context_length
+        self.tokens = nn.Embedding(vocab_size, config.width)
+        self.positions = PositionEmbedding(config.context_length, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            SelfAttentionLayer(config.width, config.heads, config.dropout, causal=True)
+            for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, tokens: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
+        """tokens [B, L] -> hidden states [B, L, width].
+
+        With caches, `tokens` are those after the cached ones.
+        """
+        start = caches[0].length if caches else 0
+        places = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        x = self.dropout(self.tokens(tokens) + self.positions(places))
+        for i, layer in enumerate(self.layers):
+            x = layer(x, caches[i] if caches else None)
+        return x
+
+    def new_caches(self, batch: int, capacity: int, like: Tensor) -> list[LayerCache]:
+        """Empty caches, one a layer."""
+        layers = cast("list[SelfAttentionLayer]", list(self.layers))
+        return [layer.attention.new_cache(batch, capacity, like) for layer in layers]
+
+    def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """hidden [B, L, width], mask [B, L] -> [B, width], the state at the last real token."""
+        last = mask.sum(1) - 1
+        return self.norm(hidden[torch.arange(len(hidden), device=hidden.device), last])

@@ -1,0 +1,226 @@
+"""The whole model: what it depends on, what it must not depend on, how it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from slidevlm.batch import Bags
+from slidevlm.models import CoCa, create_model, zoo
+from slidevlm.models.slide.base import FourierPositions, moments
+
+LENGTHS = (7, 1, 30, 3)
+NAMES = [name for name in zoo.names() if "large" not in name]
+
+
+def model_for(name: str = "coca_tiny", width: int = 12, vocab: int = 50) -> CoCa:
+    torch.manual_seed(0)
+    model = create_model(name, tile_width=width, vocab_size=vocab).eval()
+    with torch.no_grad():  # branches that start at 0 would hide mistakes
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def bags_for(lengths: tuple[int, ...] = LENGTHS, width: int = 12, seed: int = 1) -> Bags:
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    return Bags(
+        torch.randn(total, width, generator=generator),
+        lengths,
+        2e4 * torch.rand(total, 2, generator=generator),
+        None,
+        "um",
+    )
+
+
+def alone(bags: Bags, b: int) -> Bags:
+    start = sum(bags.lengths[:b])
+    rows = slice(start, start + bags.lengths[b])
+    return Bags(bags.features[rows], (bags.lengths[b],), bags.positions[rows], None, bags.unit)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_composition_never_changes_an_embedding(name: str) -> None:
+    model, bags = model_for(name), bags_for()
+    with torch.no_grad():
+        together = model.encode_image(bags)
+        for b in range(len(bags)):
+            torch.testing.assert_close(
+                model.encode_image(alone(bags, b))[0], together[b], atol=1e-5, rtol=0
+            )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_right_padding_never_changes_a_text_embedding_or_logits(name: str) -> None:
+    model, bags = model_for(name), bags_for()
+    tokens = torch.randint(3, 50, (4, 9))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    padded = torch.cat([tokens, torch.zeros(4, 5, dtype=torch.int64)], 1)
+    longer = torch.cat([mask, torch.zeros(4, 5, dtype=torch.bool)], 1)
+    with torch.no_grad():
+        short, long = model(bags, tokens, mask), model(bags, padded, longer)
+    torch.testing.assert_close(short.text_embedding, long.text_embedding, atol=1e-5, rtol=0)
+    if short.logits is not None:
+        torch.testing.assert_close(short.logits, long.logits[:, :8], atol=1e-5, rtol=1e-5)
+
+
+def test_shapes_and_norms() -> None:
+    model, bags = model_for(), bags_for()
+    tokens = torch.randint(3, 50, (4, 9))
+    output = model(bags, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    assert output.image_embedding.shape == output.text_embedding.shape == (4, 32)
+    assert output.logits.shape == (4, 8, 50)
+    assert output.logit_bias is None
+    torch.testing.assert_close(output.image_embedding.norm(dim=-1), torch.ones(4))
+    torch.testing.assert_close(output.text_embedding.norm(dim=-1), torch.ones(4))
+    assert model(bags, tokens, tokens > 0, with_logits=False).logits is None
+
+
+def test_logits_depend_on_the_slide_and_only_on_earlier_tokens() -> None:
+    model = model_for()
+    tokens = torch.randint(3, 50, (4, 9))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    with torch.no_grad():
+        first = model(bags_for(), tokens, mask).logits
+        other = model(bags_for(seed=2), tokens, mask).logits
+        changed = tokens.clone()
+        changed[:, 5] = 3 + (changed[:, 5] - 2) % 47
+        later = model(bags_for(), changed, mask).logits
+    assert (first - other).abs().max() > 1e-3
+    torch.testing.assert_close(first[:, :5], later[:, :5])
+    assert (first[:, 5:] - later[:, 5:]).abs().max() > 1e-3
+
+
+def test_clip_has_no_decoder() -> None:
+    model = model_for("clip_stage_1")
+    assert model.decoder is None
+    tokens = torch.randint(3, 50, (4, 9))
+    assert model(bags_for(), tokens, tokens > 0).logits is None
+
+
+def test_order_of_tiles_does_not_matter_but_their_positions_do() -> None:
+    model, bags = model_for(), bags_for((20,))
+    order = torch.randperm(20)
+    shuffled = Bags(bags.features[order], (20,), bags.positions[order], None, "um")
+    swapped = Bags(bags.features, (20,), bags.positions[order], None, "um")
+    without = Bags(bags.features, (20,))
+    with torch.no_grad():
+        plain = model.encode_image(bags)
+        torch.testing.assert_close(model.encode_image(shuffled), plain, atol=1e-5, rtol=0)
+        assert (model.encode_image(swapped) - plain).abs().max() > 1e-3
+        assert (model.encode_image(without) - plain).abs().max() > 1e-3
+
+
+def test_positions_carry_what_features_do_not() -> None:
+    """Bags whose classes differ only in where the marked tiles lie: beside each other or far
+    apart. With positions the classes are learned, without them they cannot be."""
+    accuracy = {}
+    for kind in ("fourier", "none"):
+        torch.manual_seed(0)
+        config = zoo.load("coca_tiny")
+        config = dataclasses.replace(
+            config, tile_width=4, slide=dataclasses.replace(config.slide, positions=kind)
+        )
+        model = CoCa(config, 20)
+        head = nn.Linear(32, 2)
+        optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=3e-3)
+        for _ in range(150):
+            bags, labels = marked(64)
+            loss = nn.functional.cross_entropy(head(model.encode_image(bags)) * 10, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        bags, labels = marked(400)
+        with torch.no_grad():
+            accuracy[kind] = (
+                (head(model.eval().encode_image(bags)).argmax(1) == labels).float().mean()
+            )
+    assert accuracy["fourier"] > 0.9
+    assert accuracy["none"] < 0.6
+
+
+def marked(count: int) -> tuple[Bags, torch.Tensor]:
+    """16 tiles a bag at random places, two of them marked: left (0) or right (1) half."""
+    labels = torch.randint(0, 2, (count,))
+    features = 0.1 * torch.randn(count, 16, 4)
+    positions = 1e4 * (torch.rand(count, 16, 2) - 0.5)
+    features[:, :2, 0] += 1.0
+    positions[:, :2, 0] = positions[:, :2, 0].abs() * torch.where(labels == 1, 1.0, -1.0)[:, None]
+    return Bags(features.flatten(0, 1), (16,) * count, positions.flatten(0, 1), None, "um"), labels
+
+
+def test_fourier_positions_have_physical_wavelengths() -> None:
+    module = FourierPositions(8)
+    assert module.wavelengths.min().item() == pytest.approx(500, rel=1e-4)
+    assert module.wavelengths.max().item() == pytest.approx(100_000, rel=1e-4)
+    nn.init.normal_(module.project.weight)
+    here = torch.tensor([[1234.0, 777.0]])
+    shifted = here + torch.tensor([[500.0, 0.0]])  # a whole shortest wave, part of the others
+    assert not torch.allclose(module(here), module(shifted))
+
+
+def test_moments_equal_numpy_and_one_tile_is_safe() -> None:
+    features = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    rows = moments(features, (5, 1, 3))
+    for row, bag in zip(rows, features.split([5, 1, 3]), strict=True):
+        torch.testing.assert_close(row[:3], bag.mean(0))
+        torch.testing.assert_close(row[3:], bag.std(0, unbiased=False), atol=2e-6, rtol=0)
+    rows.sum().backward()
+    assert features.grad.isfinite().all()
+
+
+def test_prior_makes_untrained_texts_comparable() -> None:
+    """With a table the untrained text tower is that table's space."""
+    model = create_model("coca_tiny", tile_width=4, vocab_size=10).eval()
+    table = torch.zeros(10, 8)
+    table[3, 0] = table[4, 0] = table[5, 1] = 1.0  # 3 and 4 mean the same
+    model.prior.set_table(table)
+    tokens = torch.tensor([[1, 3, 2, 0], [1, 4, 4, 2], [1, 5, 2, 0]])
+    with torch.no_grad():
+        text = model.encode_text(tokens, tokens > 0)
+    cosine = text @ text.T
+    assert cosine[0, 1].item() == pytest.approx(1.0, abs=1e-5)
+    assert cosine[0, 2].item() == pytest.approx(0.0, abs=1e-5)
+    assert model.prior.gate.item() == 0.0
+
+
+def test_prior_weighs_a_repeated_token_by_the_logarithm_of_its_count() -> None:
+    model = create_model("coca_tiny", tile_width=4, vocab_size=10)
+    table = torch.zeros(10, 8)
+    table[3, 0] = table[4, 1] = 1.0
+    model.prior.set_table(table)
+    tokens = torch.tensor([[1, 3, 3, 3, 4, 2, 3]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0]]).bool()  # the last 3 is padding
+    row = model.prior(tokens, mask, torch.zeros(1, 32))
+    x, y = (model.prior.project.weight.T @ row[0])[:2]  # back through the isometry
+    assert (x / y).item() == pytest.approx(1 + math.log(3), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_left_uninitialised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory handed out is NaN; what the initialisation forgets stays NaN."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):  # type: ignore[no-untyped-def]
+        result = empty(*args, **kwargs)
+        return result.fill_(float("nan")) if result.is_floating_point() else result
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for reset in (nn.Linear, nn.LayerNorm, nn.Embedding):
+        monkeypatch.setattr(reset, "reset_parameters", lambda self: None)
+    model = create_model(name, tile_width=8, vocab_size=30)
+    bad = [n for n, p in model.state_dict().items() if not p.isfinite().all()]
+    assert bad == []
+
+
+def test_half_precision_features_are_read_as_they_are() -> None:
+    model, bags = model_for(), bags_for()
+    half = Bags(bags.features.half(), bags.lengths, bags.positions, None, "um")
+    same = Bags(bags.features.half().float(), bags.lengths, bags.positions, None, "um")
+    with torch.no_grad():
+        assert torch.equal(model.encode_image(half), model.encode_image(same))
