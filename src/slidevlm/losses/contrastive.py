@@ -1,0 +1,36 @@
+"""The symmetric softmax loss of CLIP (Radford et al., 2021)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def contrastive_loss(
+    image: Tensor, text: Tensor, scale: Tensor, report_ids: Tensor | None = None
+) -> Tensor:
+    """Mean of both cross-entropies over the batch.
+
+    Args:
+        image: [N, E], L2-normalised, float32 or float64.
+        text: [N, E], likewise; row i belongs to row i of `image`.
+        scale: [], multiplies the cosine.
+        report_ids: [N]; rows with equal ids have the same report and are not each other's
+            negatives. None: every other row is a negative.
+
+    Returns:
+        [].
+    """
+    logits = scale * image @ text.T  # [N, N]
+    logits = logits.masked_fill(duplicates(report_ids, logits), float("-inf"))
+    target = torch.arange(len(image), device=image.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def duplicates(report_ids: Tensor | None, like: Tensor) -> Tensor:
+    """[N, N] bool: the same report, off the diagonal."""
+    if report_ids is None:
+        return torch.zeros_like(like, dtype=torch.bool)
+    equal = report_ids[:, None] == report_ids[None, :]
+    return equal & ~torch.eye(len(report_ids), dtype=torch.bool, device=equal.device)
