@@ -1,0 +1,1 @@
+"""Training: the loop, the exact step, schedules, the optimizer, checkpoints."""

@@ -1,0 +1,211 @@
+"""Checkpoints: written whole or not at all, read without running any code in them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slidevlm.errors import CheckpointError
+
+log = logging.getLogger("slidevlm.checkpoint")
+
+FORMAT = 1
+LATEST = "epoch_latest.pt"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands. `batch` micro-batches of epoch `epoch` (counted from 0) are done."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """All that is needed to use a model: made by `app`, read back by it."""
+
+    weights: dict[str, torch.Tensor]
+    config: dict[str, Any]  # ModelConfig.to_dict(), with the tile width
+    tokenizer: str  # its JSON
+    vocab_size: int
+    siglip: bool
+    position_unit: str | None
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that is needed to go on, besides the model."""
+
+    progress: Progress
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    random: list[dict[str, torch.Tensor]]  # of each rank
+    order: dict[str, int]  # what the order of the data depends on
+    skipped: int
+    config: str  # the run's config.yaml
+    metrics: dict[str, float]
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """State of torch's generators in this process (data order and draws have their own seeds)."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Undo `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save(path: Path, model: ModelState, training: TrainState) -> None:
+    """Write to a temporary file, flush it to the disk, rename: a kill leaves the old file whole."""
+    content = {
+        "format": FORMAT,
+        "model": vars(model),
+        "training": {**vars(training), "progress": vars(training.progress)},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name itself
+    finally:
+        os.close(folder)
+
+
+def load(path: Path) -> tuple[ModelState, TrainState]:
+    """Read a checkpoint onto the CPU, its checksums verified.
+
+    Raises:
+        CheckpointError: missing, damaged, or not a checkpoint of slidevlm.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; give the path of a .pt file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and zipfile raise many kinds on damaged bytes
+        raise CheckpointError(
+            f"checkpoint {path} is damaged or not a slidevlm checkpoint ({_first_line(error)}); "
+            "use an older one"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a slidevlm checkpoint of format {FORMAT}")
+    try:
+        training = dict(content["training"])
+        training["progress"] = Progress(**training["progress"])
+        return ModelState(**content["model"]), TrainState(**training)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} lacks a part: {error}") from error
+
+
+def newest(folder: Path) -> tuple[Path, ModelState, TrainState] | None:
+    """The checkpoint of a folder that is furthest in training and whole; None where there is none.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none of them is whole.
+    """
+    files = checkpoints(folder)
+    best: tuple[Path, ModelState, TrainState] | None = None
+    for path in files:
+        try:
+            model, training = load(path)
+        except CheckpointError as error:
+            log.warning("skipping a checkpoint: %s", error)
+            continue
+        if best is None or training.progress.step > best[2].progress.step:
+            best = (path, model, training)
+    if files and best is None:
+        raise CheckpointError(f"every checkpoint in {folder} is damaged: {_names(files)}")
+    return best
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint files of a folder (never temporary files or results), by name."""
+    return sorted([*folder.glob("epoch_*.pt"), *folder.glob("step_*.pt")])
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(f.name for f in files)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+class Keeper:
+    """Decides which files a run keeps.
+
+    Args:
+        folder: the run's checkpoint folder, or None to keep nothing.
+        every_epochs: epochs between two kept files; 0 keeps the last only.
+        epochs: of the whole training; the last is always kept.
+        most_recent: also write epoch_latest.pt after every epoch.
+        delete_previous: remove this run's previous file once a new one is stored.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        every_epochs: int,
+        epochs: int,
+        most_recent: bool,
+        delete_previous: bool,
+    ) -> None:
+        self.folder, self.every_epochs, self.epochs = folder, every_epochs, epochs
+        self.most_recent, self.delete_previous = most_recent, delete_previous
+        self._previous = checkpoints(folder) if folder is not None else []
+
+    def epoch_files(self, epochs_done: int) -> list[Path]:
+        """Files to write after so many epochs; the caller need not build a state for none."""
+        if self.folder is None:
+            return []
+        due = self.every_epochs > 0 and epochs_done % self.every_epochs == 0
+        files = []
+        if due or epochs_done == self.epochs:
+            files.append(self.folder / f"epoch_{epochs_done}.pt")
+        if self.most_recent:
+            files.append(self.folder / LATEST)
+        return files
+
+    def step_files(self, step: int) -> list[Path]:
+        """Files to write within an epoch, after so many steps."""
+        return [] if self.folder is None else [self.folder / f"step_{step}.pt"]
+
+    def store(self, files: Sequence[Path], model: ModelState, training: TrainState) -> None:
+        """Write the files, and only then remove what they replace."""
+        for path in files:
+            save(path, model, training)
+            log.info("saved %s", path)
+        written = [f for f in files if f.name != LATEST]
+        if self.delete_previous and written:
+            for path in self._previous:
+                if path not in files and path.name != LATEST:
+                    path.unlink(missing_ok=True)
+            self._previous = []
+        self._previous += written

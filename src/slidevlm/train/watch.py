@@ -1,0 +1,164 @@
+"""What happens beside the steps of a run: log lines, the bar, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slidevlm import dist
+from slidevlm.run import Bar, Run
+from slidevlm.train.checkpoint import Keeper, ModelState, Progress, TrainState
+from slidevlm.train.loop import StepLine
+
+log = logging.getLogger("slidevlm.train")
+
+_BAR_SECONDS = 0.5  # showing the loss waits for the device, so not at every step
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """When things are due; epochs are counted from 1."""
+
+    epochs: int
+    steps_an_epoch: int
+    log_every_n_steps: int
+    save_every_n_steps: int | None
+    val_frequency: int
+    caption_val_frequency: int
+    eval_grace_period: int
+    captions: bool
+
+    def saves_at(self, step: int) -> bool:
+        """Whether --save-every-n-steps asks for a checkpoint."""
+        return self.save_every_n_steps is not None and step % self.save_every_n_steps == 0
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether --val-frequency asks for an evaluation."""
+        return epoch > self.eval_grace_period and self._due(epoch, self.val_frequency)
+
+    def generates(self, epoch: int) -> bool:
+        """Whether reports are generated; that is an evaluation too."""
+        due = self._due(epoch, self.caption_val_frequency)
+        return self.captions and epoch > self.eval_grace_period and due
+
+    def _due(self, epoch: int, frequency: int) -> bool:
+        return epoch % frequency == 0 or epoch == self.epochs
+
+
+class RunWatcher:
+    """Logs, evaluates and saves.
+
+    Args:
+        run: the run folder, empty on every rank but the first.
+        keeper: which checkpoints are kept; the same on every rank.
+        state: progress and metrics -> what a checkpoint holds; a collective call.
+        evaluate: (epoch, generate) -> metrics; a collective call.
+        rhythm: when.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        keeper: Keeper,
+        state: Callable[[Progress, dict[str, float]], tuple[ModelState, TrainState]],
+        evaluate: Callable[[int, bool, int], dict[str, float]],
+        rhythm: Rhythm,
+        start: Progress,
+    ) -> None:
+        self.run, self.keeper, self.state = run, keeper, state
+        self.evaluate, self.rhythm = evaluate, rhythm
+        self.metrics: dict[str, float] = {}
+        self._total = rhythm.epochs * rhythm.steps_an_epoch
+        self._bar = Bar("training", self._total, shown=dist.is_main())
+        self._shown = 0.0
+        self._reset(start.step)
+
+    def _reset(self, step: int) -> None:
+        self._samples = self._tiles = 0
+        self._data_seconds = self._step_seconds = 0.0
+        self._since, self._since_step = time.perf_counter(), step
+
+    def step(self, line: StepLine) -> None:
+        """Sum up, and write a line when due."""
+        self._samples += line.samples
+        self._tiles += line.tiles
+        self._data_seconds += line.data_seconds
+        self._step_seconds += line.step_seconds
+        step = line.progress.step
+        if line.terms.skipped:
+            log.warning("step %d skipped: its loss or gradient was not finite", step)
+        if step % self.rhythm.log_every_n_steps == 0 or step == self._total:
+            self._line(line)
+        elif self._bar.visible and time.perf_counter() - self._shown > _BAR_SECONDS:
+            self._bar.update(step, self._note(line))
+            self._shown = time.perf_counter()
+
+    def _line(self, line: StepLine) -> None:
+        step, steps = line.progress.step, line.progress.step - self._since_step
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        values = {
+            "epoch": float(line.progress.epoch + 1),
+            **line.terms.floats(),
+            "learning_rate": line.rate,
+            "samples_per_second": self._samples / seconds,
+            "tiles_per_second": self._tiles * dist.world_size() / seconds,
+            "data_seconds": self._data_seconds / steps,
+            "step_seconds": self._step_seconds / steps,
+        }
+        self.run.log("train", step, values)
+        log.info(
+            "epoch %d  step %d/%d  loss %.4f (contrastive %.4f, caption %.4f)  scale %.2f  "
+            "rate %.2e  norm %.2f  %.1f samples/s  data %.3f s  step %.3f s",
+            line.progress.epoch + 1,
+            step,
+            self._total,
+            values["loss"],
+            values["contrastive_loss"],
+            values["caption_loss"],
+            values["logit_scale"],
+            line.rate,
+            values["gradient_norm"],
+            values["samples_per_second"],
+            values["data_seconds"],
+            values["step_seconds"],
+        )
+        self._bar.update(step, self._note(line))
+        self._reset(step)
+
+    def _note(self, line: StepLine) -> str:
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        return (
+            f"loss {line.terms.loss.item():.3f}  rate {line.rate:.1e}  "
+            f"{self._samples / seconds:.1f} samples/s"
+        )
+
+    def save_within_epoch(self, progress: Progress) -> None:
+        """--save-every-n-steps."""
+        if self.rhythm.saves_at(progress.step):
+            self._save(progress, self.keeper.step_files(progress.step))
+
+    def epoch(self, progress: Progress) -> None:
+        """Evaluate, then save: a kill in between repeats the epoch, and no evaluation is lost."""
+        captions = self.rhythm.generates(progress.epoch)
+        if captions or self.rhythm.evaluates(progress.epoch):
+            self.metrics = self.evaluate(progress.epoch, captions, progress.step)
+        files = self.keeper.epoch_files(progress.epoch)
+        if not files and self.rhythm.saves_at(progress.step):
+            files = self.keeper.step_files(progress.step)
+        self._save(progress, files)
+        self._reset(progress.step)
+
+    def _save(self, progress: Progress, files: list[Path]) -> None:
+        if not files:
+            return
+        states = self.state(progress, self.metrics)
+        if dist.is_main():
+            self.keeper.store(files, *states)
+        dist.barrier()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self._bar.close()
