@@ -1,0 +1,179 @@
+"""One evaluation pass over a split: model and loader -> Predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slidevlm import dist
+from slidevlm.batch import Batch, Predictions
+from slidevlm.losses import caption_loss_sum
+from slidevlm.models import CoCa
+from slidevlm.models.generate import Decoding, generate
+from slidevlm.precision import Precision
+
+_ROWS = 1024  # of the similarity matrix held at a time
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How reports are generated: token choice, and token ids -> text."""
+
+    decoding: Decoding
+    decode: Callable[[Sequence[int]], str]
+
+
+@dataclass
+class _Part:
+    """What one rank knows after its share of the split."""
+
+    specimens: list[str]
+    patients: list[str]
+    report_ids: np.ndarray
+    image: np.ndarray
+    text: np.ndarray
+    generated: list[str]
+    caption_sum: float
+    caption_tokens: int
+
+
+def predict(
+    model: CoCa,
+    batches: Sequence[Batch] | torch.utils.data.DataLoader[Batch],
+    reports: dict[str, str],
+    precision: Precision,
+    writing: Writing | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Predictions:
+    """Embed (and, with `writing`, describe) every specimen once; the same result on every rank.
+
+    Args:
+        model: its training mode is restored, also after an error.
+        batches: this rank's share of the split.
+        reports: specimen -> report of the whole split, in the split's order.
+        precision: of the forward pass; embeddings and losses are float32.
+        writing: generate reports too.
+        on_batch: told the number of specimens done on this rank.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            mine = _share(model, batches, precision, writing, on_batch)
+    finally:
+        model.train(was_training)
+    return _merge(dist.gather_objects(mine), reports, model, writing is not None)
+
+
+def _share(
+    model: CoCa,
+    batches: Sequence[Batch] | torch.utils.data.DataLoader[Batch],
+    precision: Precision,
+    writing: Writing | None,
+    on_batch: Callable[[int], None],
+) -> _Part:
+    part = _Part([], [], np.zeros(0, np.int64), np.zeros((0, 0)), np.zeros((0, 0)), [], 0.0, 0)
+    ids: list[np.ndarray] = []
+    images: list[Tensor] = []
+    texts: list[Tensor] = []
+    for cpu_batch in batches:
+        batch = cpu_batch.to(precision.device)
+        with precision.autocast():
+            output = model(batch.bags, batch.tokens, batch.token_mask)
+        images.append(output.image_embedding)
+        texts.append(output.text_embedding)
+        ids.append(cpu_batch.report_ids.numpy())
+        if output.logits is not None:
+            total = caption_loss_sum(output.logits, batch.tokens, batch.token_mask)
+            part.caption_sum += total.item()
+            part.caption_tokens += int(cpu_batch.token_mask[:, 1:].sum())
+        if writing is not None:
+            with precision.autocast():
+                rows = generate(model, batch.bags, batch.specimen_ids, writing.decoding)
+            part.generated += [writing.decode(row) for row in rows]
+        part.specimens += batch.specimen_ids
+        part.patients += batch.patient_ids
+        on_batch(len(part.specimens))
+    if images:
+        part.report_ids = np.concatenate(ids)
+        part.image = torch.cat(images).float().cpu().numpy()
+        part.text = torch.cat(texts).float().cpu().numpy()
+    return part
+
+
+def _merge(
+    parts: list[_Part], reports: dict[str, str], model: CoCa, generated: bool
+) -> Predictions:
+    parts = [p for p in parts if p.specimens]  # a rank may have had none
+    specimens = [s for p in parts for s in p.specimens]
+    place = {specimen: i for i, specimen in enumerate(specimens)}
+    assert len(place) == len(specimens) == len(reports), "each specimen exactly once"
+    order = [place[specimen] for specimen in reports]
+    patients = [s for p in parts for s in p.patients]
+    texts = [s for p in parts for s in p.generated]
+    image = np.concatenate([p.image for p in parts])[order]
+    text = np.concatenate([p.text for p in parts])[order]
+    report_ids = np.concatenate([p.report_ids for p in parts])[order]
+    scale = float(model.log_scale.detach().exp())
+    bias = None if model.bias is None else float(model.bias.detach())
+    losses = {"contrastive": split_contrastive_loss(image, text, report_ids, scale, bias)}
+    tokens = sum(p.caption_tokens for p in parts)
+    if tokens:
+        losses["caption"] = sum(p.caption_sum for p in parts) / tokens
+    return Predictions(
+        specimen_ids=tuple(reports),
+        patient_ids=tuple(patients[i] for i in order),
+        reports=tuple(reports.values()),
+        report_ids=report_ids,
+        image_embedding=image,
+        text_embedding=text,
+        logit_scale=scale,
+        generated=tuple(texts[i] for i in order) if generated else None,
+        losses=losses,
+    )
+
+
+def split_contrastive_loss(
+    image: np.ndarray, text: np.ndarray, report_ids: np.ndarray, scale: float, bias: float | None
+) -> float:
+    """The contrastive loss over a whole split, identical reports masked.
+
+    It does not depend on the batch size, unlike a mean over batches. Bounded memory: a block
+    of rows at a time.
+
+    Args:
+        image: [N, E].
+        text: [N, E].
+        report_ids: [N].
+        scale: multiplies the cosine.
+        bias: given for a model of the sigmoid loss, which is then what is computed.
+    """
+    return (
+        _one_way(image, text, report_ids, scale, bias) / 2
+        + _one_way(text, image, report_ids, scale, bias) / 2
+    )
+
+
+def _one_way(
+    queries: np.ndarray, keys: np.ndarray, ids: np.ndarray, scale: float, bias: float | None
+) -> float:
+    q, k, names = torch.from_numpy(queries), torch.from_numpy(keys), torch.from_numpy(ids)
+    total = 0.0
+    for start in range(0, len(q), _ROWS):
+        rows = torch.arange(start, min(start + _ROWS, len(q)))
+        own = rows[:, None] == torch.arange(len(k))
+        same = (names[rows][:, None] == names) & ~own
+        logits = scale * q[rows] @ k.T
+        if bias is None:
+            total += F.cross_entropy(
+                logits.masked_fill(same, float("-inf")), rows, reduction="sum"
+            ).item()
+        else:
+            terms = -F.logsigmoid(torch.where(own, 1.0, -1.0) * (logits + bias))
+            total += terms.masked_fill(same, 0.0).sum().item()
+    return total / len(q)

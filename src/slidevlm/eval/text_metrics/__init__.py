@@ -1,0 +1,1 @@
+"""Scores of generated reports, computed from per-report statistics."""
