@@ -23,6 +23,7 @@ from slidevlm.data.dataset import BagDataset, make_loader
 from slidevlm.data.reports import read_text_file
 from slidevlm.data.sampling import EvalBatches, TrainBatches
 from slidevlm.data.splits import Split, check_leakage, resolve
+from slidevlm.data.statistics import tile_moments, token_table
 from slidevlm.data.tokenizer import Tokenizer
 from slidevlm.errors import CheckpointError, ConfigError, DataError
 from slidevlm.eval import Task, TaskResult, evaluate
@@ -399,6 +400,11 @@ def _new_model(config: Config, data: Data, width: int, unit: str | None) -> Trai
     tokenizer = Tokenizer.from_json(str(dist.broadcast_object(content)))
     torch.manual_seed(config.evaluation.seed)
     model = build_model(model_config, tokenizer.vocab_size, siglip=config.loss.siglip)
+    if dist.is_main():  # the others get them with the parameters
+        seed, rank = config.evaluation.seed, model_config.text.prior_rank
+        moments = tile_moments(data.store, data.train.cases, seed)
+        table = token_table(tokenizer, data.train.reports, rank, seed) if rank else None
+        model.start_from(*moments, table)
     return Trained(model, model_config, tokenizer, config.loss.siglip, unit)
 
 
@@ -417,6 +423,13 @@ def _fit(
     _check_losses(config, trained)
     seed_everything(seed + 1 + dist.rank())
     dataset = bag_dataset(config, data.store, data.train, trained, training=True)
+    if cut := dataset.truncated():
+        log.warning(
+            "%d of %d reports are longer than the model's context of %d tokens; their ends are cut",
+            cut,
+            len(dataset),
+            trained.config.text.context_length,
+        )
     batches = TrainBatches(
         len(dataset),
         config.data.batch_size,

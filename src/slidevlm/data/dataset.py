@@ -219,18 +219,23 @@ def make_loader(
 
     Workers live on between epochs; None is the platform's way of starting them.
     """
+    # torch would draw its workers' seed from the global generator, and dropout with it would
+    # depend on the number of workers. Nothing here uses that seed.
+    own = torch.Generator()
     if workers == 0:
         return BagLoader(
             dataset,
             batch_sampler=batch_sampler,
             collate_fn=_collate_or_fail,
             pin_memory=pin_memory,
+            generator=own,
         )
     return BagLoader(
         dataset,
         batch_sampler=batch_sampler,
         collate_fn=_collate_or_fail,
         pin_memory=pin_memory,
+        generator=own,
         num_workers=workers,
         worker_init_fn=_one_thread,
         persistent_workers=True,

@@ -13,7 +13,7 @@ from slidevlm.batch import Bags, Output
 from slidevlm.models.attention import AttentionPooler, LayerCache, initialise
 from slidevlm.models.schema import ModelConfig
 from slidevlm.models.slide import SLIDE_ENCODERS
-from slidevlm.models.slide.base import FourierPositions
+from slidevlm.models.slide.base import FourierPositions, Standardise
 from slidevlm.models.text import Decoder, DecoderCache, TextEncoder, TextPrior
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -68,6 +68,21 @@ class CoCa(nn.Module):
         nn.init.constant_(self.log_scale, init_log_scale)
         if self.bias is not None and init_bias is not None:
             nn.init.constant_(self.bias, init_bias)
+
+    def start_from(self, mean: Tensor, deviation: Tensor, table: Tensor | None) -> None:
+        """Take statistics of the training split before training begins.
+
+        Args:
+            mean: [D] of every tile channel.
+            deviation: [D], likewise.
+            table: [V, prior rank] token vectors, where the configuration has a prior.
+        """
+        for module in self.slide.modules():
+            if isinstance(module, Standardise):
+                module.set(mean, deviation)
+        if self.prior is not None:
+            assert table is not None, "this model's text tower starts from a table"
+            self.prior.set_table(table)
 
     def forward(
         self, bags: Bags, tokens: Tensor, token_mask: Tensor, *, with_logits: bool = True

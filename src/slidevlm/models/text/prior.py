@@ -10,9 +10,10 @@ from torch import Tensor, nn
 class TextPrior(nn.Module):
     """Bag-of-tokens embedding from a fixed table, and a gate for what is learned beside it.
 
-    The embedding of a text is `P normalise(sum (1 + log c_t) T_t) + gate * contextual`, T the
-    table, c_t how often token t occurs and P an isometry at first. With a table the gate starts
-    at 0, so training starts from the table's space; without one at 1, and the prior is silent.
+    The embedding of a text is `P normalise(sum (1 + log c_t) T_t) + gate * normalise(contextual)`,
+    T the table, c_t how often token t occurs and P an isometry at first. With a table the gate
+    starts at 0, so training starts from the table's space; without one at 1, and the prior is
+    silent.
 
     Args:
         vocab_size: V.
@@ -47,4 +48,5 @@ class TextPrior(nn.Module):
         weight = (1 + count.log()) / count * mask
         pooled = (weight[:, :, None] * self.table[tokens]).sum(1)  # [B, rank]
         # BOS and EOS are in no report's statistics: their vectors are 0.
-        return self.project(F.normalize(pooled, dim=-1)) + self.gate * contextual
+        known = self.project(F.normalize(pooled, dim=-1))
+        return known + self.gate * F.normalize(contextual, dim=-1)
