@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,16 +9,6 @@ import numpy as np
 import pytest
 
 from slidevlm.data.formats.hdf5_cases import CaseWriter
-
-
-@pytest.fixture
-def shared() -> Path:
-    """The folder of real data that is not part of the project."""
-    default = Path(__file__).parents[2] / ".." / "shared"
-    folder = Path(os.environ.get("SLIDEVLM_SHARED", default))
-    if not (folder / "data" / "tcga" / "tcga.h5").is_file():
-        pytest.skip(f"no shared data in {folder}")
-    return folder
 
 
 def bag(number: int, rows: int, width: int = 6) -> np.ndarray:

@@ -1,0 +1,157 @@
+"""Generation with a cache against one that recomputes everything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from slidevlm.batch import Bags
+from slidevlm.errors import ConfigError
+from slidevlm.models import CoCa, create_model
+from slidevlm.models.generate import Decoding, choose, generate
+
+BOS, EOS, PAD = 1, 2, 0
+LENGTHS = (7, 1, 30, 3, 12)
+NAMES = tuple(f"s{i}" for i in range(5))
+
+
+def model_for(seed: int = 0, spread: float = 0.3) -> CoCa:
+    torch.manual_seed(seed)
+    model = create_model("coca_tiny", tile_width=12, vocab_size=40).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    return model
+
+
+def bags_for(lengths: tuple[int, ...] = LENGTHS) -> Bags:
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(sum(LENGTHS), 12, generator=generator)
+    return Bags(features[: sum(lengths)], lengths)
+
+
+def slow_greedy(model: CoCa, bags: Bags, steps: int) -> list[list[int]]:
+    """One report at a time, the whole model again for every token."""
+    rows, start = [], 0
+    for length in bags.lengths:
+        bag = Bags(bags.features[start : start + length], (length,))
+        start += length
+        row: list[int] = []
+        for _ in range(steps):
+            # A further token that nothing earlier sees, since logits leave out the last place.
+            tokens = torch.tensor([[BOS, *row, EOS]])
+            with torch.no_grad():
+                logits = model(bag, tokens, tokens >= 0).logits[0, -1]
+            logits[[BOS, PAD]] = float("-inf")
+            token = int(logits.argmax())
+            if token == EOS:
+                break
+            row.append(token)
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 4, 5])
+def test_greedy_equals_recomputing_everything(seed: int) -> None:
+    model = model_for(seed)
+    with torch.no_grad():  # so that some reports end early and leave the batch
+        model.decoder.vocabulary.weight[EOS] *= 1.5
+    fast = generate(model, bags_for(), NAMES, Decoding(BOS, EOS, PAD, max_tokens=20))
+    assert fast == slow_greedy(model, bags_for(), 20)
+    assert any(fast), "something must be written"
+
+
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_alone_and_in_a_batch_are_the_same(top_k: int) -> None:
+    model, bags = model_for(), bags_for()
+    decoding = Decoding(BOS, EOS, PAD, max_tokens=15, top_k=top_k, seed=3)
+    together = generate(model, bags, NAMES, decoding)
+    start = 0
+    for name, length, row in zip(NAMES, LENGTHS, together, strict=True):
+        bag = Bags(bags.features[start : start + length], (length,))
+        assert generate(model, bag, (name,), decoding) == [row]
+        start += length
+
+
+def test_draws_are_seeded() -> None:
+    model, bags = model_for(), bags_for()
+
+    def reports(seed: int) -> list[list[int]]:
+        return generate(model, bags, NAMES, Decoding(BOS, EOS, PAD, 15, top_k=10, seed=seed))
+
+    state = torch.get_rng_state()
+    assert reports(1) == reports(1)
+    assert reports(1) != reports(2)
+    assert torch.equal(state, torch.get_rng_state()), "training's random numbers are untouched"
+
+
+def test_choose_draws_from_the_k_most_likely_with_their_probabilities() -> None:
+    logits = torch.tensor([[9.0, 9.0, 0.0, 1.0, 2.0, -1.0]])  # padding and BOS look best
+    decoding = Decoding(BOS, EOS, PAD, top_k=3)
+    draws = torch.arange(1000) / 1000
+    chosen = choose(logits.expand(1000, -1), draws, decoding)
+    expected = torch.tensor([2.0, 1.0, 0.0]).softmax(0)
+    for token, share in zip((4, 3, 2), expected, strict=True):
+        assert (chosen == token).float().mean().item() == pytest.approx(share.item(), abs=2e-3)
+    nearly_one = torch.tensor([1.0 - 2**-24])
+    assert choose(logits, nearly_one, decoding).item() in (2, 3, 4)
+    assert choose(logits, draws[:1], Decoding(BOS, EOS, PAD, top_k=1)).item() == 4
+
+
+def test_lengths_and_the_end_of_the_context() -> None:
+    model = model_for()
+    with torch.no_grad():
+        model.decoder.vocabulary.weight[EOS] = 0.0
+        model.decoder.norm.bias.zero_()
+    for limit in (1, 7):
+        rows = generate(model, bags_for(), NAMES, Decoding(BOS, EOS, PAD, max_tokens=limit))
+        assert max(len(row) for row in rows) <= limit
+    rows = generate(model, bags_for(), NAMES, Decoding(BOS, EOS, PAD, max_tokens=10_000))
+    assert max(len(row) for row in rows) <= 63, "64 tokens of context, BOS among them"
+
+
+def test_a_prompt_is_continued() -> None:
+    model, bags = model_for(), bags_for((7,))
+    whole = generate(model, bags, ("s0",), Decoding(BOS, EOS, PAD, max_tokens=12))[0]
+    rest = generate(model, bags, ("s0",), Decoding(BOS, EOS, PAD, max_tokens=8), whole[:4])[0]
+    assert rest == whole[4:12]
+    with pytest.raises(ConfigError, match="shorten the prompt"):
+        generate(model, bags, ("s0",), Decoding(BOS, EOS, PAD), [3] * 63)
+
+
+def test_training_mode_comes_back_also_after_an_error() -> None:
+    model = model_for().train()
+    generate(model, bags_for(), NAMES, Decoding(BOS, EOS, PAD, max_tokens=2))
+    assert model.training
+    bad = Bags(torch.zeros(3, 5), (3,))
+    with pytest.raises(RuntimeError):
+        generate(model, bad, ("x",), Decoding(BOS, EOS, PAD))
+    assert model.training
+
+
+def test_autocast_works() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = generate(model_for(), bags_for(), NAMES, Decoding(BOS, EOS, PAD, max_tokens=5))
+    assert len(rows) == 5
+
+
+def test_what_cannot_be() -> None:
+    clip = create_model("clip_stage_1", tile_width=12, vocab_size=40)
+    with pytest.raises(ConfigError, match="no decoder"):
+        generate(clip, bags_for(), NAMES, Decoding(BOS, EOS, PAD))
+    for wrong in ({"top_k": 0}, {"max_tokens": 0}, {"temperature": 0.0}):
+        with pytest.raises(ConfigError):
+            Decoding(BOS, EOS, PAD, **wrong)
+
+
+def test_cost_of_a_token_is_one_pass_over_itself() -> None:
+    """Each step sees one token: the past is never recomputed, the slide encoded once."""
+    model = model_for()
+    seen: list[int] = []
+    model.text.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    slides: list[Tensor] = []
+    model.slide.register_forward_hook(lambda _, __, out: slides.append(out))
+    generate(model, bags_for(), NAMES, Decoding(BOS, EOS, PAD, max_tokens=10))
+    assert set(seen) == {1} and len(seen) <= 10
+    assert len(slides) == 1

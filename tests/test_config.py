@@ -1,0 +1,204 @@
+"""The declarations against the specification, and every check before data is opened."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slidevlm.config import Config, validate, with_adam_defaults, with_values
+from slidevlm.errors import ConfigError
+from slidevlm.flags import arguments, markdown_table, parse_config, parse_key_values, to_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def specification() -> list[dict[str, Any]]:
+    """The shared file where it is there, else the repository's copy."""
+    shared = Path(os.environ.get("SLIDEVLM_SHARED", ROOT.parent / "shared")) / "spec/flags.json"
+    path = shared if shared.is_file() else ROOT / "docs/spec/flags.json"
+    return json.loads(path.read_text())
+
+
+def test_the_85_arguments_are_those_of_the_specification() -> None:
+    ours = {a.flag: a for a in arguments() if not a.spec.extra}
+    assert list(ours) == [entry["flag"] for entry in specification()]
+    assert len(ours) == 85
+    for entry in specification():
+        a = ours[entry["flag"]]
+        assert a.group == entry["group"], a.flag
+        assert a.kind == entry["type"], a.flag
+        expected = None if entry["default"] == "model-dependent" else entry["default"]
+        assert a.default == expected, a.flag
+        assert type(a.default) is type(expected), a.flag
+        assert a.spec.choices == tuple(entry.get("choices", ())), a.flag
+
+
+def test_the_copy_of_the_specification_is_current(shared: Path) -> None:
+    copy = json.loads((ROOT / "docs/spec/flags.json").read_text())
+    assert copy == json.loads((shared / "spec/flags.json").read_text())
+
+
+def test_docs_table_is_generated_from_the_declarations() -> None:
+    assert (ROOT / "docs/arguments.md").read_text() == markdown_table(), "run: make docs"
+
+
+def parsed(*words: str) -> Config:
+    return parse_config(list(words))[0]
+
+
+def test_underscores_and_hyphens_are_the_same() -> None:
+    for flag in ("--hdf5_filename", "--hdf5-filename"):
+        assert parsed(flag, "x.h5").data.hdf5_filename == "x.h5"
+    assert parsed("--batch_size", "3").data.batch_size == 3
+    assert parsed("--batch-size=3").data.batch_size == 3
+
+
+@pytest.mark.parametrize("words", [["--batch", "3"], ["--epoch", "3"], ["--nonsense"], ["stray"]])
+def test_abbreviations_and_unknown_words_are_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--help"):
+        parsed(*words)
+
+
+def test_lists_switches_numbers() -> None:
+    config = parsed("--val-split", "a.txt", "b.txt", "--siglip", "--lr", "5e-4", "--epochs", "2")
+    assert config.data.val_split == ("a.txt", "b.txt")
+    assert config.loss.siglip is True
+    assert config.optim.lr == 5e-4
+    assert config.given == {"val_split", "siglip", "lr", "epochs"}
+
+
+def test_key_value_lists() -> None:
+    assert parse_key_values(["p=0.5", "path=a/b=c", "n=None", "t=random_flip"]) == {
+        "p": 0.5,
+        "path": "a/b=c",
+        "n": None,
+        "t": "random_flip",
+    }
+    with pytest.raises(ConfigError, match="key=value"):
+        parse_key_values(["oops"])
+
+
+def test_file_and_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("batch-size: 7\nlr: 5e-4\nsiglip: true\nval_split: one.txt\nlogs: null\n")
+    config = parsed("--config", str(file), "--batch-size", "9", "--no-siglip")
+    assert config.data.batch_size == 9, "the command line wins"
+    assert config.optim.lr == 5e-4, "YAML reads 5e-4 as text"
+    assert config.loss.siglip is False
+    assert config.data.val_split == ("one.txt",)
+    assert config.logs is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("batch_sise: 3", "did you mean batch_size"),
+        ("batch_size: many", "must be a whole number"),
+        ("batch_size: true", "must be a whole number"),
+        ("siglip: 1", "must be true or false"),
+        ("- a", "must be a mapping"),
+        ("a: [", "not plain YAML"),
+        ("lr: !!python/object/apply:os.system ['true']", "not plain YAML"),
+    ],
+)
+def test_bad_files_say_what_is_wrong(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        parsed("--config", str(file))
+    assert str(file) in str(caught.value)
+
+
+def test_the_saved_configuration_runs_again_as_it_is(tmp_path: Path) -> None:
+    config = with_adam_defaults(
+        parsed("--name", "first", "--val-split", "a b.txt", "--wd", "0.1", "--val-gen-top-k", "50")
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    again = parsed("--config", str(file))
+    assert again.logging.name is None, "a second run must not collide with the first"
+    assert again.given == {"val_split", "wd", "val_gen_top_k", "lr", "beta1", "beta2", "eps"}
+    for group in ("data", "model", "optim", "loss", "checkpoint", "distributed", "evaluation"):
+        assert getattr(again, group) == getattr(config, group)
+    assert "# batch_size: 64" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "betas_eps"),
+    [("coca_stage_1", (0.9, 0.999, 1e-8)), ("coca_vit_large", (0.9, 0.98, 1e-6))],
+)
+def test_optimizer_defaults_follow_the_model(model: str, betas_eps: tuple[float, ...]) -> None:
+    optim = with_adam_defaults(parsed("--model", model)).optim
+    assert (optim.beta1, optim.beta2, optim.eps) == betas_eps
+    assert optim.lr == 5e-4
+    given = with_adam_defaults(parsed("--model", model, "--beta2", "0.5", "--lr", "0")).optim
+    assert (given.beta2, given.lr) == (0.5, 0.0)
+
+
+PENDING = [a for a in arguments() if a.spec.pending]
+OTHER: dict[str, Any] = {"str": "other", "int": 7, "float": 0.5, "switch": True}
+
+
+@pytest.mark.parametrize("argument", PENDING, ids=lambda a: a.flag)
+def test_what_has_no_effect_yet_is_refused(argument: Any) -> None:
+    value = OTHER.get(argument.kind, ("x",) if argument.kind == "list[str]" else {"a": 1})
+    with pytest.raises(ConfigError, match=f"{argument.flag} is not available yet"):
+        validate(with_values(Config(), {argument.name: value}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"precision": "pure_bf16"}, "--precision pure_bf16 is not available yet"),
+        ({"val_gen_top_k": 0}, "--val-gen-top-k 0 is not available yet"),
+        ({"report_to": "wandb"}, "--report-to wandb is not available yet"),
+        ({"report_to": "mlflow"}, "does not know mlflow"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"lr": -1.0}, "--lr must be at least 0"),
+        ({"lr": float("nan")}, "--lr must be at least 0, not nan"),
+        ({"lr": float("inf")}, "--lr must be finite"),
+        ({"beta1": 1.5}, "--beta1 must be at most 1"),
+        ({"eps": 0.0}, "--eps must be greater than 0"),
+        ({"lr_scheduler": "linear"}, "--lr-scheduler 'linear' is not one of cosine, const"),
+        ({"train_split": "nowhere.txt"}, "--train-split: no file or folder 'nowhere.txt'"),
+        ({"val_split": ("nowhere.txt",)}, "--val-split: no file or folder 'nowhere.txt'"),
+        ({"hdf5_filename": "a.h5", "root_dir": "b"}, "both given"),
+        ({"hdf5_filename": "a.h5"}, "needs --hdf5_feature_attribute"),
+        ({}, "no data: give --hdf5_filename"),
+        ({}, "training needs --train-split"),
+        ({"test": True}, "give it by --resume or --pretrained"),
+        ({"test": True, "resume": "x.pt"}, "--test needs a split"),
+        ({"lr_scheduler": "const-cooldown"}, "needs --epochs-cooldown"),
+        ({"epochs_cooldown": 3}, "works only with"),
+        ({"coca_caption_loss_weight": 0.0, "coca_contrastive_loss_weight": 0.0}, "both loss"),
+        ({"zsc_class_prompt_mapping": ("p.json",)}, "has 1 and .* 0 files"),
+        ({"resume": "latest"}, "--resume latest needs --name"),
+        ({"resume": "latest", "name": "a", "logs": "None"}, "--logs is None"),
+        ({"name": "../up"}, "must be the name of one folder"),
+        ({"val_split": ("a/x.txt", "b/x.txt")}, "must differ"),
+        ({"val_split": ("a/test.txt",)}, "must differ"),
+    ],
+)
+def test_checks_before_data_is_opened(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(with_values(Config(), values))
+
+
+def test_one_message_lists_every_problem() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(with_values(Config(), {"batch_size": 0, "lock_image": True, "train_split": "no"}))
+    text = str(caught.value)
+    for part in ("4 problems", "--batch-size", "--lock-image", "--train-split", "no data"):
+        assert part in text
+
+
+def test_one_prompt_file_serves_several_label_files() -> None:
+    config = with_values(
+        Config(),
+        {"zsc_class_prompt_mapping": ("p",), "zsc_specimen_class_mapping": ("a", "b")},
+    )
+    assert config.prompt_pairs == (("p", "a"), ("p", "b"))
