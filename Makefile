@@ -12,7 +12,8 @@ help: ## list the commands
 
 setup: $(STAMP) ## make .venv and install slidevlm with everything for development
 
-# torch first and pinned: any other spec would pull a CUDA build of several gigabytes.
+# torch first, under the constraints: where pip is offered a CPU build of just that version it takes
+# it, and nothing after pulls in another (CONTRIBUTING.md tells how to offer it one).
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -20,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP) ## synthesize a cohort, train, evaluate; a run folder to look at, in minutes
-	rm -rf $(DEMO)
+	rm -rf $(DEMO)/cohort $(DEMO)/runs/demo
 	$(BIN)/slidevlm demo $(DEMO)
 
 test: $(STAMP) ## the whole test suite
@@ -36,5 +37,5 @@ types: $(STAMP) ## mypy
 docs: $(STAMP) ## write docs/arguments.md anew
 	$(BIN)/python -m slidevlm.flags > docs/arguments.md
 
-clean: ## remove what the commands above made
-	rm -rf $(VENV) $(DEMO) logs .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove what the commands above made; never your runs in logs/
+	rm -rf $(VENV) demo build src/*.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
