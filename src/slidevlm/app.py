@@ -43,7 +43,7 @@ from slidevlm.train import checkpoint as ckpt
 from slidevlm.train import schedule
 from slidevlm.train.loop import Plan
 from slidevlm.train.loop import train as run_loop
-from slidevlm.train.optim import adamw
+from slidevlm.train.optim import adamw, load_state
 from slidevlm.train.step import Objective, Step, sigmoid_term, softmax_term
 from slidevlm.train.watch import Rhythm, RunWatcher
 
@@ -560,7 +560,7 @@ def _go_on(saved: ckpt.TrainState, step: Step, order: dict[str, int]) -> ckpt.Pr
                 "a checkpoint from the end of an epoch"
             )
         log.warning("the order of the data differs from that of the checkpoint (%s)", differs)
-    step.optimizer.load_state_dict(saved.optimizer)
+    load_state(step.optimizer, saved.optimizer)
     step.scaler.load_state_dict(saved.scaler)
     step.skipped = saved.skipped
     if len(saved.random) == dist.world_size():

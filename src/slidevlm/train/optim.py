@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -32,3 +34,14 @@ def adamw(
     """AdamW; the fused kernel is the fastest on CPU and CUDA alike."""
     groups = parameter_groups(model, decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take the moments of a saved optimizer; rate, betas, eps and decay stay this one's own.
+
+    They come with every run's arguments, and a --wd given on resume must not be ignored.
+    """
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
