@@ -49,14 +49,15 @@ class ZeroShot:
         """Metrics `zero_shot/<label file>/<metric>`, a confusion matrix in the details."""
         image = predictions.image_embedding
         assert image is not None, "zero-shot classification needs slide embeddings"
-        known = [i for i, s in enumerate(predictions.specimen_ids) if s in self.labels.classes]
+        names = zip(predictions.specimen_ids, predictions.patient_ids, strict=True)
+        labels = [self.labels.of(specimen, patient) for specimen, patient in names]
+        known = [i for i, label in enumerate(labels) if label is not None]
         name = f"zero_shot/{self.labels.name}"
         if not known:
             log.warning("%s: no specimen of this split has a label; left out", name)
             return TaskResult()
         number = {c: i for i, c in enumerate(self.classes)}
-        truth = [number[self.labels.classes[predictions.specimen_ids[i]]] for i in known]
-        y_true = np.array(truth)
+        y_true = np.array([number[label] for label in labels if label is not None])
         logits = predictions.logit_scale * image[known].astype(np.float64) @ self.embeddings.T
         probabilities = softmax(logits)
         matrix = m.confusion_matrix(y_true, probabilities.argmax(1), len(self.classes))
