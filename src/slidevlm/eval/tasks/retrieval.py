@@ -9,6 +9,9 @@ from slidevlm.eval.task import TaskResult
 
 _ROWS = 2048  # of the similarity matrix held at a time
 _AT = (1, 5, 10)
+# Matrix products add up in an order that depends on a column's place, so equal embeddings score
+# the same only up to rounding; a model that embeds all alike must not gain from that.
+_SAME = 1e-12
 
 
 def retrieval(predictions: Predictions) -> TaskResult:
@@ -29,7 +32,8 @@ def ranks(queries: np.ndarray, keys: np.ndarray, report_ids: np.ndarray) -> np.n
     """Rank of each query's best target among all keys, from 1.
 
     Every key with the query's report id is a target, so identical reports are one target. Ties
-    are pessimistic: a key that is no target and scores the same stands before it.
+    are pessimistic: a key that is no target and scores the same stands before it, and so does
+    every key where a score is not a number.
 
     Args:
         queries: [N, E].
@@ -40,11 +44,11 @@ def ranks(queries: np.ndarray, keys: np.ndarray, report_ids: np.ndarray) -> np.n
         [N] int64. Memory: a block of rows of the similarity matrix at a time.
     """
     result = np.empty(len(queries), dtype=np.int64)
+    columns = keys.T.astype(np.float64)
     for start in range(0, len(queries), _ROWS):
         rows = slice(start, start + _ROWS)
-        # float64: equal embeddings give equal scores whatever the blocks are.
-        scores = queries[rows].astype(np.float64) @ keys.T.astype(np.float64)
+        scores = queries[rows].astype(np.float64) @ columns
         target = report_ids[rows, None] == report_ids[None, :]
         best = np.where(target, scores, -np.inf).max(1)
-        result[rows] = 1 + ((scores >= best[:, None]) & ~target).sum(1)
+        result[rows] = 1 + (~(scores < best[:, None] - _SAME) & ~target).sum(1)
     return result
