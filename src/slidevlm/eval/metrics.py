@@ -1,7 +1,8 @@
 """Classification metrics: pure, vectorised, equal to scikit-learn's where both are defined.
 
-Classes are numbers 0..C-1 throughout. Where a metric is not defined (no specimen, or for AUROC
-no class with both positives and negatives) the value is NaN, never a made-up number.
+Classes are numbers 0..C-1 throughout. Where a metric is not defined (no specimen, a score that is
+not a number, or for AUROC no class with both positives and negatives) the value is NaN, never a
+made-up number.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def auroc(positive: Array, score: Array) -> float:
     """
     p = int(positive.sum())
     q = len(positive) - p
-    if p == 0 or q == 0:
+    if p == 0 or q == 0 or np.isnan(score).any():
         return float("nan")
     _, place, count = np.unique(score, return_inverse=True, return_counts=True)
     ranks = np.cumsum(count) - (count - 1) / 2  # mean rank of each distinct score
@@ -88,11 +89,11 @@ def auroc_ovr(y_true: Array, y_score: Array) -> float:
 def average_precision(positive: Array, score: Array) -> float:
     """Sum of precision times gain in recall over distinct thresholds; NaN without positives."""
     p = int(positive.sum())
-    if p == 0:
+    if p == 0 or np.isnan(score).any():
         return float("nan")
     order = np.argsort(-score, kind="stable")
-    hits = np.cumsum(positive[order])
-    last = np.append(np.diff(score[order]) != 0, True)  # the last of each group of ties
+    hits, ordered = np.cumsum(positive[order]), score[order]
+    last = np.append(ordered[1:] != ordered[:-1], True)  # the last of each group of ties
     hits, seen = hits[last], np.flatnonzero(last) + 1
     return float(np.sum(np.diff(hits, prepend=0) / p * hits / seen))
 
