@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,17 @@ def shared() -> Path:
     if not (folder / "oracles").is_dir():
         pytest.skip("no shared folder with real data and oracles here")
     return folder
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """caplog with the package's records, each once, also after a run took its log off the root."""
+    log = logging.getLogger("slidevlm")
+    before = log.level, log.propagate
+    log.addHandler(caplog.handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    yield caplog
+    log.removeHandler(caplog.handler)
+    log.setLevel(before[0])
+    log.propagate = before[1]

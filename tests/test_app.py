@@ -316,6 +316,31 @@ def test_what_would_drift_is_refused(settings: dict[str, Any]) -> None:
         train(config_of(settings, resume=step, model="coca_stage_1", name="w"))
 
 
+def test_resuming_with_another_number_of_threads_warns(settings: dict[str, Any], messages) -> None:
+    train(config_of(settings, save_frequency=1))
+    source = Path(settings["logs"]) / "run/checkpoints/epoch_1.pt"
+    threads = torch.get_num_threads()
+    assert ckpt.load(source)[1].threads == threads
+    train(config_of(settings, resume=str(source), name="same"))
+    assert "threads" not in messages.text
+    torch.set_num_threads(threads + 1)
+    try:
+        train(config_of(settings, resume=str(source), name="other"))
+    finally:
+        torch.set_num_threads(threads)
+    assert f"saved with {threads} threads, going on with {threads + 1}" in messages.text
+    assert "only to rounding" in messages.text and f"OMP_NUM_THREADS={threads}" in messages.text
+
+
+def test_settings_of_the_optimizer_given_on_resume_win(settings: dict[str, Any]) -> None:
+    train(config_of(settings, save_frequency=1))
+    source = Path(settings["logs"]) / "run/checkpoints/epoch_1.pt"
+    train(config_of(settings, resume=str(source), name="other", wd=0.75, beta2=0.5, eps=1e-3))
+    saved = ckpt.load(Path(settings["logs"]) / "other/checkpoints/epoch_2.pt")[1].optimizer
+    assert [g["weight_decay"] for g in saved["param_groups"]] == [0.75, 0.0]
+    assert {(g["betas"], g["eps"]) for g in saved["param_groups"]} == {((0.9, 0.5), 1e-3)}
+
+
 # --- several processes ----------------------------------------------------------------------
 
 

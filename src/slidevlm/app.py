@@ -477,6 +477,7 @@ def _fit(
             skipped=step.skipped,
             config=to_yaml(config),
             metrics=metrics,
+            threads=torch.get_num_threads(),
         )
 
     keeper = ckpt.Keeper(
@@ -570,6 +571,16 @@ def _go_on(saved: ckpt.TrainState, step: Step, order: dict[str, int]) -> ckpt.Pr
             "saved by %d processes, going on with %d: dropout is drawn anew",
             len(saved.random),
             dist.world_size(),
+        )
+    threads = torch.get_num_threads()
+    if threads != saved.threads and step.precision.device.type == "cpu":
+        log.warning(
+            "saved with %d threads, going on with %d: sums on a CPU depend on their number, so "
+            "the weights agree with those of an uninterrupted run only to rounding; for the same "
+            "bits set OMP_NUM_THREADS=%d",
+            saved.threads,
+            threads,
+            saved.threads,
         )
     return saved.progress
 

@@ -16,7 +16,7 @@ from slidevlm.errors import CheckpointError
 
 log = logging.getLogger("slidevlm.checkpoint")
 
-FORMAT = 1
+FORMAT = 2
 LATEST = "epoch_latest.pt"
 
 
@@ -53,6 +53,7 @@ class TrainState:
     skipped: int
     config: str  # the run's config.yaml
     metrics: dict[str, float]
+    threads: int  # torch.get_num_threads() when saved: sums on a CPU depend on it
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -71,27 +72,42 @@ def set_random_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def save(path: Path, model: ModelState, training: TrainState) -> None:
-    """Write to a temporary file, flush it to the disk, rename: a kill leaves the old file whole."""
+    """Write to a temporary file, flush it to the disk, rename: a kill leaves the old file whole.
+
+    Raises:
+        CheckpointError: the file system refuses, for example because it is full.
+    """
     content = {
         "format": FORMAT,
         "model": vars(model),
         "training": {**vars(training), "progress": vars(training.progress)},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
+        raise CheckpointError(
+            f"cannot write checkpoint {path} ({_first_line(error)}); look at the free space and "
+            "the rights there, then go on with --resume latest"
+        ) from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the names in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name itself
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def load(path: Path) -> tuple[ModelState, TrainState]:
@@ -119,7 +135,7 @@ def load(path: Path) -> tuple[ModelState, TrainState]:
         training = dict(content["training"])
         training["progress"] = Progress(**training["progress"])
         return ModelState(**content["model"]), TrainState(**training)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} lacks a part: {error}") from error
 
 
@@ -165,7 +181,8 @@ class Keeper:
         every_epochs: epochs between two kept files; 0 keeps the last only.
         epochs: of the whole training; the last is always kept.
         most_recent: also write epoch_latest.pt after every epoch.
-        delete_previous: remove this run's previous file once a new one is stored.
+        delete_previous: remove this run's previous file once a new one is stored. Of the files
+            that are there at the start only the newest is meant.
     """
 
     def __init__(
@@ -179,7 +196,8 @@ class Keeper:
     ) -> None:
         self.folder, self.every_epochs, self.epochs = folder, every_epochs, epochs
         self.most_recent, self.delete_previous = most_recent, delete_previous
-        self._previous = checkpoints(folder) if folder is not None else []
+        found = [] if folder is None else [f for f in checkpoints(folder) if f.name != LATEST]
+        self._previous = sorted(found, key=lambda f: f.stat().st_mtime)[-1:]
 
     def epoch_files(self, epochs_done: int) -> list[Path]:
         """Files to write after so many epochs; the caller need not build a state for none."""
@@ -205,7 +223,7 @@ class Keeper:
         written = [f for f in files if f.name != LATEST]
         if self.delete_previous and written:
             for path in self._previous:
-                if path not in files and path.name != LATEST:
+                if path not in files:
                     path.unlink(missing_ok=True)
             self._previous = []
         self._previous += written
