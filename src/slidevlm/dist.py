@@ -33,10 +33,10 @@ def start(backend: str, device: torch.device, timeout_minutes: float = 10.0) -> 
     Raises:
         ConfigError: an unknown backend, or nccl on purpose without CUDA.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or td.is_initialized():
-        return
     if backend not in ("nccl", "gloo"):
         raise ConfigError(f"--dist-backend {backend!r} is not one of nccl, gloo")
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or td.is_initialized():
+        return
     if backend == "nccl" and device.type != "cuda":
         log.warning("--dist-backend nccl needs CUDA; using gloo")
         backend = "gloo"
@@ -113,15 +113,14 @@ def sum_(tensor: Tensor) -> Tensor:
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Add up every parameter's gradient over ranks, in place, in large buckets.
 
-    A parameter without gradient counts as zeros, so that ranks never wait for each other.
+    A gradient that a rank lacks counts as zeros, so that ranks never wait for each other. One
+    that all lack stays None: the optimizer then passes over the parameter, as in one process.
     """
     if world_size() == 1:
         return
     bucket: list[torch.nn.Parameter] = []
     size = 0
     for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
         if bucket and (
             size + parameter.numel() > _BUCKET_ELEMENTS or parameter.dtype != bucket[0].dtype
         ):
@@ -134,11 +133,16 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def _sum_bucket(parameters: list[torch.nn.Parameter]) -> None:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    # How many ranks have each gradient travels with the gradients.
+    have = gradients[0].new_tensor([p.grad is not None for p in parameters])
+    flat = torch.cat([*(g.reshape(-1) for g in gradients), have])
     td.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    *parts, have = flat.split([*(g.numel() for g in gradients), len(have)])
+    for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        # Looked at only where this rank has none: reading it waits for the device.
+        if parameter.grad is not None or have[i] > 0:
+            parameter.grad = gradient.copy_(parts[i].view_as(gradient))
 
 
 def broadcast_parameters(module: torch.nn.Module) -> None:
