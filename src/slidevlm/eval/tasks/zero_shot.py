@@ -59,19 +59,25 @@ class ZeroShot:
         number = {c: i for i, c in enumerate(self.classes)}
         y_true = np.array([number[label] for label in labels if label is not None])
         logits = predictions.logit_scale * image[known].astype(np.float64) @ self.embeddings.T
-        probabilities = softmax(logits)
-        matrix = m.confusion_matrix(y_true, probabilities.argmax(1), len(self.classes))
+        odds = log_odds(logits)
+        matrix = m.confusion_matrix(y_true, logits.argmax(1), len(self.classes))
         values = {
             "accuracy": m.accuracy(matrix),
             "balanced_accuracy": m.balanced_accuracy(matrix),
             "f1_macro": m.f1_macro(matrix),
             "f1_weighted": m.f1_weighted(matrix),
-            "auroc_ovr": m.auroc_ovr(y_true, probabilities),
+            "auroc_ovr": m.auroc_ovr(y_true, odds),
             "cohen_kappa": m.cohen_kappa(matrix),
         }
         if len(self.classes) == 2:
             values |= m.binary(matrix)
-            values["average_precision"] = m.average_precision(y_true == 1, probabilities[:, 1])
+            values["average_precision"] = m.average_precision(y_true == 1, odds[:, 1])
+        broken = int((~np.isfinite(logits)).any(axis=1).sum())
+        if broken:
+            log.warning(
+                "%s: %d slide embeddings are not finite; no metric is defined", name, broken
+            )
+            return TaskResult({f"{name}/{k}": float("nan") for k in values})
         details = {
             "classes": list(self.classes),
             "confusion_matrix": matrix.tolist(),
@@ -81,8 +87,15 @@ class ZeroShot:
         return TaskResult({f"{name}/{k}": v for k, v in values.items()}, {name: details})
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """[N, C] -> probabilities."""
-    shifted = np.exp(logits - logits.max(1, keepdims=True))
-    result: np.ndarray = shifted / shifted.sum(1, keepdims=True)
+def log_odds(logits: np.ndarray) -> np.ndarray:
+    """[N, C >= 2] -> logarithms of p / (1 - p) of the classes' probabilities p, their softmax.
+
+    They order specimens as the probabilities do, but stay apart where those round to 1.
+    """
+    result = np.empty_like(logits)
+    for c in range(logits.shape[1]):
+        others = np.delete(logits, c, axis=1)
+        most = others.max(1, keepdims=True)
+        rest = most[:, 0] + np.log(np.exp(others - most).sum(1))
+        result[:, c] = logits[:, c] - rest
     return result
