@@ -129,7 +129,12 @@ def test_the_saved_configuration_runs_again_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "betas_eps"),
-    [("coca_stage_1", (0.9, 0.999, 1e-8)), ("coca_vit_large", (0.9, 0.98, 1e-6))],
+    [
+        ("coca_stage_1", (0.9, 0.999, 1e-8)),
+        ("coca_vit_large", (0.9, 0.98, 1e-6)),
+        ("/home/vita/coca.json", (0.9, 0.999, 1e-8)),
+        ("models/my_ViT.yaml", (0.9, 0.98, 1e-6)),
+    ],
 )
 def test_optimizer_defaults_follow_the_model(model: str, betas_eps: tuple[float, ...]) -> None:
     optim = with_adam_defaults(parsed("--model", model)).optim
@@ -156,12 +161,15 @@ def test_what_has_no_effect_yet_is_refused(argument: Any) -> None:
         ({"precision": "pure_bf16"}, "--precision pure_bf16 is not available yet"),
         ({"val_gen_top_k": 0}, "--val-gen-top-k 0 is not available yet"),
         ({"report_to": "wandb"}, "--report-to wandb is not available yet"),
+        ({"report_to": "all,"}, "--report-to all, is not available yet"),
+        ({"report_to": "tensorboard, all"}, "is not available yet"),
         ({"report_to": "mlflow"}, "does not know mlflow"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"lr": -1.0}, "--lr must be at least 0"),
         ({"lr": float("nan")}, "--lr must be at least 0, not nan"),
         ({"lr": float("inf")}, "--lr must be finite"),
-        ({"beta1": 1.5}, "--beta1 must be at most 1"),
+        ({"beta1": 1.5}, "--beta1 must be less than 1"),
+        ({"beta2": 1.0}, "--beta2 must be less than 1, not 1.0"),
         ({"eps": 0.0}, "--eps must be greater than 0"),
         ({"lr_scheduler": "linear"}, "--lr-scheduler 'linear' is not one of cosine, const"),
         ({"train_split": "nowhere.txt"}, "--train-split: no file or folder 'nowhere.txt'"),
@@ -173,7 +181,13 @@ def test_what_has_no_effect_yet_is_refused(argument: Any) -> None:
         ({"test": True}, "give it by --resume or --pretrained"),
         ({"test": True, "resume": "x.pt"}, "--test needs a split"),
         ({"lr_scheduler": "const-cooldown"}, "needs --epochs-cooldown"),
-        ({"epochs_cooldown": 3}, "works only with"),
+        ({"epochs_cooldown": 3}, "--epochs-cooldown works only with"),
+        ({"lr_cooldown_end": 1e-5}, "--lr-cooldown-end works only with"),
+        ({"lr_cooldown_power": 2.0, "lr_scheduler": "const"}, "--lr-cooldown-power works only"),
+        (
+            {"epochs_cooldown": 3, "lr_scheduler": "const-cooldown", "skip_scheduler": True},
+            "--epochs-cooldown works only with .* without --skip-scheduler",
+        ),
         ({"coca_caption_loss_weight": 0.0, "coca_contrastive_loss_weight": 0.0}, "both loss"),
         ({"zsc_class_prompt_mapping": ("p.json",)}, "has 1 and .* 0 files"),
         ({"resume": "latest"}, "--resume latest needs --name"),

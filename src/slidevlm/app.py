@@ -188,8 +188,7 @@ def _train(config: Config, precision: Precision) -> dict[str, float]:
     trained = _model(config, data, start, precision.device)
     new = folder is not None and dist.is_main()
     step = None if start.training is None else start.training.progress.step
-    reports = {r.strip() for r in config.logging.report_to.split(",")} - {""}
-    with Run(folder if new else None, sorted(reports), step) as run:
+    with Run(folder if new else None, sorted(config.reports), step) as run:
         run.write("config.yaml", to_yaml(config))
         run.write("tokenizer.json", trained.tokenizer.to_json())
         run.write_json("model.json", trained.config.to_dict())

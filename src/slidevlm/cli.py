@@ -10,7 +10,7 @@ from pathlib import Path
 from slidevlm import __version__
 from slidevlm.config import arg
 from slidevlm.errors import SlideVLMError
-from slidevlm.flags import parse, parse_config
+from slidevlm.flags import parse_config, parse_into
 
 USAGE = """\
 usage: slidevlm COMMAND ...
@@ -76,14 +76,13 @@ reports, labels, prompts, few-shot examples and splits by patient."""
 
 
 def _synthesize(argv: Sequence[str]) -> None:
-    values = parse(
+    arguments = parse_into(
+        _SynthesizeArguments,
         argv,
         "slidevlm data synthesize",
-        {"arguments": _SynthesizeArguments},
         SYNTHESIZE_HELP,
         "example:\n  slidevlm data synthesize cohort --specimens 200\n",
     )
-    arguments = _SynthesizeArguments(**values)
     from slidevlm.demo import synthesize_with_bar
 
     synthesize_with_bar(Path(arguments.folder), arguments.specimens, arguments.seed)
@@ -107,8 +106,7 @@ a run folder to look at. Takes minutes on two cores."""
 
 
 def _demo(argv: Sequence[str]) -> None:
-    values = parse(argv, "slidevlm demo", {"arguments": _DemoArguments}, DEMO_HELP)
-    arguments = _DemoArguments(**values)
+    arguments = parse_into(_DemoArguments, argv, "slidevlm demo", DEMO_HELP)
     from slidevlm.demo import demo
 
     demo(

@@ -25,6 +25,7 @@ class Spec:
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None  # the value must be greater than this
+    below: float | None = None  # and less than this
     default_text: str | None = None  # what help shows where None is not the whole truth
     positional: bool = False
     file: bool = False  # the value names files that must exist
@@ -139,13 +140,13 @@ class Optim:
         None, "last epochs over which const-cooldown lowers the rate", minimum=1
     )
     lr: float | None = arg(None, "learning rate", default_text="5e-4", minimum=0.0)
-    beta1: float | None = arg(None, "Adam's beta1", default_text="0.9", minimum=0.0, maximum=1.0)
+    beta1: float | None = arg(None, "Adam's beta1", default_text="0.9", minimum=0.0, below=1.0)
     beta2: float | None = arg(
         None,
         "Adam's beta2",
         default_text="0.98 where the model's name has vit in it, else 0.999",
         minimum=0.0,
-        maximum=1.0,
+        below=1.0,
     )
     eps: float | None = arg(
         None,
@@ -333,6 +334,11 @@ class Config:
         return None if self.logging.logs in ("None", "none", "") else Path(self.logging.logs)
 
     @property
+    def reports(self) -> frozenset[str]:
+        """Names in --report-to."""
+        return frozenset(r.strip() for r in self.logging.report_to.split(",")) - {""}
+
+    @property
     def prompt_pairs(self) -> tuple[tuple[str, str], ...]:
         """(prompt file, label file) of every zero-shot task; `validate` has checked the counts."""
         prompts = self.evaluation.zsc_class_prompt_mapping or ()
@@ -397,7 +403,8 @@ def given_values(config: Config) -> dict[str, Any]:
 
 def with_adam_defaults(config: Config) -> Config:
     """Fill --lr, --beta1, --beta2 and --eps where not given."""
-    defaults = ADAM_VIT if "vit" in config.model.model.lower() else ADAM
+    # A configuration of one's own is named by its file, not by the folders above it.
+    defaults = ADAM_VIT if "vit" in Path(config.model.model).stem.lower() else ADAM
     optim = config.optim
     names = ("lr", "beta1", "beta2", "eps")
     values = (optim.lr, optim.beta1, optim.beta2, optim.eps)
@@ -434,7 +441,7 @@ def _pending(config: Config) -> Iterator[str]:
             yield f"{flag} is not available yet; leave it out"
         elif value in spec.pending_values:
             yield f"{flag} {value} is not available yet; choose another value"
-    if "wandb" in config.logging.report_to or config.logging.report_to.strip() == "all":
+    if config.reports & {"wandb", "all"}:
         yield f"--report-to {config.logging.report_to} is not available yet; use tensorboard"
 
 
@@ -444,20 +451,28 @@ def _values(config: Config) -> Iterator[str]:
             continue
         if spec.choices and value not in spec.choices:
             yield f"{flag} {value!r} is not one of {', '.join(spec.choices)}"
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            # `not (a <= b)` also catches NaN.
-            if spec.minimum is not None and not value >= spec.minimum:
-                yield f"{flag} must be at least {spec.minimum:g}, not {value}"
-            if spec.above is not None and not value > spec.above:
-                yield f"{flag} must be greater than {spec.above:g}, not {value}"
-            if spec.maximum is not None and not value <= spec.maximum:
-                yield f"{flag} must be at most {spec.maximum:g}, not {value}"
-            if value in (float("inf"), float("-inf")):
-                yield f"{flag} must be finite, not {value}"
+        yield from out_of_range(flag, value, spec)
         if spec.file:
             for path in (value,) if isinstance(value, str) else value:
                 if not Path(path).exists():
                     yield f"{flag}: no file or folder {path!r} (looked in {Path.cwd()})"
+
+
+def out_of_range(flag: str, value: Any, spec: Spec) -> Iterator[str]:
+    """What is wrong with a number; nothing where it is right, or not a number at all."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    # `not (a <= b)` also catches NaN.
+    if spec.minimum is not None and not value >= spec.minimum:
+        yield f"{flag} must be at least {spec.minimum:g}, not {value}"
+    if spec.above is not None and not value > spec.above:
+        yield f"{flag} must be greater than {spec.above:g}, not {value}"
+    if spec.maximum is not None and not value <= spec.maximum:
+        yield f"{flag} must be at most {spec.maximum:g}, not {value}"
+    if spec.below is not None and not value < spec.below:
+        yield f"{flag} must be less than {spec.below:g}, not {value}"
+    if value in (float("inf"), float("-inf")):
+        yield f"{flag} must be finite, not {value}"
 
 
 def _combinations(config: Config) -> Iterator[str]:
@@ -482,8 +497,13 @@ def _combinations(config: Config) -> Iterator[str]:
     if optim.lr_scheduler == "const-cooldown" and not optim.skip_scheduler:
         if optim.epochs_cooldown is None:
             yield "--lr-scheduler const-cooldown needs --epochs-cooldown"
-    elif optim.epochs_cooldown is not None:
-        yield "--epochs-cooldown works only with --lr-scheduler const-cooldown"
+    else:
+        for field_name in ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power"):
+            if field_name in config.given and getattr(optim, field_name) is not None:
+                yield (
+                    f"--{field_name.replace('_', '-')} works only with --lr-scheduler "
+                    "const-cooldown and without --skip-scheduler"
+                )
     names = ["train", "test", *(Path(path).stem for path in data.val_split or ())]
     if len(set(names)) < len(names):
         yield (
@@ -500,8 +520,7 @@ def _combinations(config: Config) -> Iterator[str]:
             f"--zsc-class-prompt-mapping has {len(prompts)} and --zsc-specimen-class-mapping "
             f"{len(labels)} files; they go in pairs, or one prompt file serves all label files"
         )
-    reports = {r.strip() for r in config.logging.report_to.split(",")} - {""}
-    bad = reports - {"tensorboard", "wandb", "all"}
+    bad = config.reports - {"tensorboard", "wandb", "all"}
     if bad:
         yield f"--report-to does not know {', '.join(sorted(bad))}; it knows tensorboard"
     if config.checkpoint.resume == "latest":

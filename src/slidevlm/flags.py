@@ -13,11 +13,22 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from slidevlm.config import GROUPS, Config, Spec, arg, declarations, flag_of, with_values
+from slidevlm.config import (
+    GROUPS,
+    Config,
+    Spec,
+    arg,
+    declarations,
+    flag_of,
+    out_of_range,
+    with_values,
+)
 from slidevlm.errors import ConfigError
-from slidevlm.registry import unknown
+from slidevlm.registry import nearest, unknown
+
+G = TypeVar("G")
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,10 @@ def parse(
         if not a.spec.positional
         for flag in (a.flag, _negated(a.flag))
     }
-    values = vars(parser.parse_args([_canonical(word, spellings) for word in argv]))
+    found, stray = parser.parse_known_args([_canonical(word, spellings) for word in argv])
+    if stray:
+        parser.error(_stray(stray, known))
+    values = vars(found)
     kinds = {a.name: a.kind for a in known}
     return {name: _finish(kinds[name], value) for name, value in values.items()}
 
@@ -159,6 +173,14 @@ def _canonical(word: str, spellings: Mapping[str, str]) -> str:
         return word
     name, equals, value = word.partition("=")
     return spellings.get(name.replace("_", "-"), name) + equals + value
+
+
+def _stray(words: Sequence[str], known: Sequence[Argument]) -> str:
+    """What to say of words that no argument takes."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    names = [a.flag for a in known if not a.spec.positional]
+    hints = [f"; for {f}, did you mean {near}?" for f in flags if (near := nearest(f, names))]
+    return f"unrecognized arguments: {' '.join(words)}{''.join(hints)}"
 
 
 def _finish(kind: str, value: Any) -> Any:
@@ -179,11 +201,33 @@ def parse_key_values(words: Sequence[str]) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         if not key or not equals:
             raise ConfigError(f"{word!r} is not of the form key=value")
+        if key in result:
+            raise ConfigError(f"{key!r} is given twice; leave one out")
         try:
             result[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             result[key] = text
     return result
+
+
+def parse_into(
+    group: type[G], argv: Sequence[str], prog: str, description: str, epilog: str = ""
+) -> G:
+    """Command line of a command with a few arguments of its own -> an instance of `group`.
+
+    Raises:
+        ConfigError: also for values out of the declared ranges, all in one message.
+    """
+    values = parse(argv, prog, {"arguments": group}, description, epilog)
+    problems = [
+        problem
+        for a in arguments({"arguments": group})
+        if a.name in values
+        for problem in out_of_range(a.flag, values[a.name], a.spec)
+    ]
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return group(**values)
 
 
 TRAIN_HELP = "Train a vision-language model of whole slides on bags of tile features and reports."
@@ -233,10 +277,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no such date
         raise ConfigError(f"--config {path} is not plain YAML: {error}") from error
     if content is None:
         return {}
@@ -245,11 +291,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     known = {a.name: a for a in arguments()}
     values = {}
     for key, value in content.items():
-        name = str(key).lstrip("-").replace("-", "_")
+        name = _field(key)
         if name not in known:
             raise ConfigError(f"--config {path}: {unknown('argument', name, known)}")
         values[name] = _typed(known[name], value, path)
+    # Of two equal keys safe_load would keep the last, without a word.
+    assert tree is not None, "it has content"
+    written = [_field(key.value) for key, _ in tree.value]
+    twice = sorted({name for name in written if written.count(name) > 1})
+    if twice:
+        raise ConfigError(f"--config {path}: {', '.join(twice)} given twice; leave one out")
     return values
+
+
+def _field(key: object) -> str:
+    return str(key).lstrip("-").replace("-", "_")
 
 
 def _typed(argument: Argument, value: Any, path: Path) -> Any:
@@ -313,7 +369,7 @@ def to_yaml(config: Config) -> str:
             if argument.name in _OF_ONE_RUN or (
                 value == argument.default and argument.name not in config.given
             ):
-                text = "# " + text
+                text = "# " + text.rstrip("\n").replace("\n", "\n# ")
             lines.append(text.rstrip("\n"))
     return "\n".join(lines) + "\n"
 

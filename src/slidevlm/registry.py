@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from slidevlm.errors import ConfigError
@@ -52,6 +52,11 @@ class Registry(Generic[T]):
 def unknown(kind: str, name: str, known: object) -> str:
     """Message for an unknown name: the nearest known ones first, else all of them."""
     names = sorted(known)  # type: ignore[call-overload]
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of: {', '.join(names)}"
+    near = nearest(name, names)
+    hint = f"did you mean {near}?" if near else f"choose one of: {', '.join(names)}"
     return f"unknown {kind} {name!r}; {hint}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Up to three names that look like `name`, in words; empty where none does."""
+    return " or ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.5))
