@@ -8,6 +8,7 @@ from pathlib import Path
 from slidevlm.app import train
 from slidevlm.config import Config, with_values
 from slidevlm.data.synthetic import FEATURES, TEXT, DemoCohort, synthesize
+from slidevlm.precision import cpu_has_bfloat16
 from slidevlm.run import Bar
 
 
@@ -55,6 +56,8 @@ def demo(folder: Path, *, specimens: int, epochs: int, seed: int, workers: int) 
             "grad_clip_norm": 1.0,
             "log_every_n_steps": 20,
             "workers": workers,
+            # The same model either way; without the instructions bfloat16 would take hours.
+            "precision": "amp" if cpu_has_bfloat16() else "fp32",
             "save_captions": True,
             "caption_val_frequency": epochs,
             "caption_val_max_seq_len": 80,
