@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from slidevlm.losses import caption_loss_sum
 from slidevlm.models import CoCa
 from slidevlm.models.generate import Decoding, generate
 from slidevlm.precision import Precision
+
+log = logging.getLogger("slidevlm.eval")
 
 _ROWS = 1024  # of the similarity matrix held at a time
 
@@ -53,20 +56,22 @@ def predict(
     """Embed (and, with `writing`, describe) every specimen once; the same result on every rank.
 
     Args:
-        model: its training mode is restored, also after an error.
+        model: the training mode of each of its modules is restored, also after an error.
         batches: this rank's share of the split.
         reports: specimen -> report of the whole split, in the split's order.
         precision: of the forward pass; embeddings and losses are float32.
         writing: generate reports too.
         on_batch: told the number of specimens done on this rank.
     """
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.inference_mode():
             mine = _share(model, batches, precision, writing, on_batch)
     finally:
-        model.train(was_training)
+        # One by one: a frozen part may have been left in evaluation mode on purpose.
+        for module, training in modes.items():
+            module.training = training
     return _merge(dist.gather_objects(mine), reports, model, writing is not None)
 
 
@@ -119,6 +124,8 @@ def _merge(
     image = np.concatenate([p.image for p in parts])[order]
     text = np.concatenate([p.text for p in parts])[order]
     report_ids = np.concatenate([p.report_ids for p in parts])[order]
+    _warn_of_broken("slide", image, tuple(reports))
+    _warn_of_broken("report", text, tuple(reports))
     scale = float(model.log_scale.detach().exp())
     bias = None if model.bias is None else float(model.bias.detach())
     losses = {"contrastive": split_contrastive_loss(image, text, report_ids, scale, bias)}
@@ -136,6 +143,20 @@ def _merge(
         generated=tuple(texts[i] for i in order) if generated else None,
         losses=losses,
     )
+
+
+def _warn_of_broken(what: str, embeddings: np.ndarray, specimens: tuple[str, ...]) -> None:
+    broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+    if len(broken):
+        log.warning(
+            "%d of %d %s embeddings are not finite (%s%s): no query finds them, losses are not "
+            "defined; the weights have diverged, or --precision has too narrow a range",
+            len(broken),
+            len(embeddings),
+            what,
+            ", ".join(specimens[i] for i in broken[:10]),
+            ", ..." if len(broken) > 10 else "",
+        )
 
 
 def split_contrastive_loss(
