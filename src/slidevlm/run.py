@@ -55,14 +55,16 @@ class JsonLines:
 class TensorBoard:
     """Event files under <run>/tensorboard."""
 
-    def __init__(self, folder: Path, purge_step: int | None) -> None:
+    def __init__(self, folder: Path, resumed_step: int | None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(
                 "--report-to tensorboard needs the extra: pip install 'slidevlm[tensorboard]'"
             ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        # Hides what a killed process wrote after that step; the step itself is not done again.
+        purge = None if resumed_step is None else resumed_step + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge)
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -233,7 +235,7 @@ class Bar:
 
 
 def configure_logging(*, debug: bool, main: bool) -> None:
-    """Log to stderr: everything from the first process, warnings' worth from the others."""
+    """Log to stderr: everything from the first process, errors alone from the others."""
     if not any(
         isinstance(h, logging.StreamHandler) and not isinstance(h, logging.FileHandler)
         for h in log.handlers
