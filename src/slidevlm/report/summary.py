@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from slidevlm.batch import Predictions
+from slidevlm.data.reports import normalise
 from slidevlm.eval.task import TaskResult
 
 _EXAMPLES = 5
+# What may open or close anything in Markdown, in GitHub's too (tables, strike-through, formulas),
+# underscores and at-signs only where they are not within a word; and the start of bare addresses,
+# which become links.
+_ACTIVE = re.compile(
+    r"[\\`*\[\]|#!<>&~$]|(?<![a-z0-9])[_@]|[_@](?![a-z0-9])|:(?=//)|(?<=mailto):|(?<=xmpp):|(?<=www)\.",
+    re.IGNORECASE | re.ASCII,
+)
 
 
 def summary(model: str, results: Mapping[str, tuple[Predictions, TaskResult]]) -> str:
@@ -18,11 +27,13 @@ def summary(model: str, results: Mapping[str, tuple[Predictions, TaskResult]]) -
         model: its name.
         results: split name -> its predictions and metrics.
     """
-    parts = [f"# Results of `{model}`", ""]
+    parts = [f"# Results of {_plain(model)}", ""]
     for split, (predictions, result) in results.items():
-        parts += [f"## {split}: {len(predictions)} specimens", ""]
+        parts += [f"## {_plain(split)}: {len(predictions)} specimens", ""]
         parts += ["| metric | value |", "|---|---|"]
-        parts += [f"| {name} | {_number(value)} |" for name, value in result.metrics.items()]
+        parts += [
+            f"| {_plain(name)} | {_number(value)} |" for name, value in result.metrics.items()
+        ]
         parts.append("")
         for name, details in result.details.items():
             if "confusion_matrix" in details:
@@ -38,11 +49,11 @@ def _number(value: float) -> str:
 
 
 def _confusion(name: str, classes: list[str], matrix: list[list[int]]) -> list[str]:
-    lines = [f"### {name}: true class (row), predicted class (column)", ""]
-    lines.append("| | " + " | ".join(classes) + " |")
+    lines = [f"### {_plain(name)}: true class (row), predicted class (column)", ""]
+    lines.append("| | " + " | ".join(_plain(c) for c in classes) + " |")
     lines.append("|---" * (len(classes) + 1) + "|")
     for label, row in zip(classes, matrix, strict=True):
-        lines.append(f"| **{label}** | " + " | ".join(str(n) for n in row) + " |")
+        lines.append(f"| **{_plain(label)}** | " + " | ".join(str(n) for n in row) + " |")
     return [*lines, ""]
 
 
@@ -50,11 +61,11 @@ def _examples(predictions: Predictions) -> list[str]:
     if predictions.generated is None:
         return []
     # Spread over the split rather than its first ones, which may be of one hospital.
-    stride = max(1, len(predictions) // _EXAMPLES)
+    shown = min(_EXAMPLES, len(predictions))
     lines = ["### Generated reports", ""]
-    for i in list(range(0, len(predictions), stride))[:_EXAMPLES]:
+    for i in (number * len(predictions) // shown for number in range(shown)):
         lines += [
-            f"**{predictions.specimen_ids[i]}**",
+            f"**{_plain(predictions.specimen_ids[i])}**",
             "",
             f"- generated: {_plain(predictions.generated[i])}",
             f"- true: {_plain(predictions.reports[i])}",
@@ -64,6 +75,5 @@ def _examples(predictions: Predictions) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Reports are data: nothing in them may act as Markdown or HTML."""
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
-    return "".join("\\" + c if c in "\\`*_[]|#!" else c for c in escaped)
+    """Reports and names are data: nothing in them may act as Markdown or HTML."""
+    return _ACTIVE.sub(lambda found: "\\" + found[0], normalise(text))
