@@ -298,9 +298,27 @@ def test_a_damaged_checkpoint_is_named_and_latest_falls_back(
 
 
 def test_latest_without_a_checkpoint_starts_at_the_beginning(settings: dict[str, Any]) -> None:
-    (Path(settings["logs"]) / "run").mkdir(parents=True)
+    """What a process told that was killed before its first checkpoint is told anew."""
+    folder = Path(settings["logs"]) / "run"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 9.0}\n{"kind": "t')
     train(config_of(settings, resume="latest"))
-    assert len(lines(settings)) == 6
+    assert [x["step"] for x in lines(settings)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_keeps_its_metrics_and_an_evaluation_its_settings(
+    settings: dict[str, Any],
+) -> None:
+    metrics = train(config_of(settings, save_every_n_steps=2))
+    folder = Path(settings["logs"]) / "run"
+    again = train(config_of(settings, resume="latest"))
+    assert again == pytest.approx(metrics, nan_ok=True) and again
+    told, saved = lines(settings), (folder / "config.yaml").read_text()
+    step = str(folder / "checkpoints/step_2.pt")
+    train(config_of(settings, resume=step, test=True, train_split=None))
+    assert lines(settings) == told, "evaluating an early checkpoint forgets nothing"
+    assert (folder / "config.yaml").read_text() == saved
+    assert "test: true" in (folder / "evaluation.yaml").read_text()
 
 
 def test_what_would_drift_is_refused(settings: dict[str, Any]) -> None:

@@ -187,9 +187,8 @@ def _train(config: Config, precision: Precision) -> dict[str, float]:
     data = open_data(config)
     trained = _model(config, data, start, precision.device)
     new = folder is not None and dist.is_main()
-    step = None if start.training is None else start.training.progress.step
-    with Run(folder if new else None, sorted(config.reports), step) as run:
-        run.write("config.yaml", to_yaml(config))
+    with Run(folder if new else None, sorted(config.reports), _told_until(config, start)) as run:
+        run.write(_config_name(config, folder), to_yaml(config))
         run.write("tokenizer.json", trained.tokenizer.to_json())
         run.write_json("model.json", trained.config.to_dict())
         run.write_json("environment.json", environment())
@@ -215,6 +214,20 @@ def _train(config: Config, precision: Precision) -> dict[str, float]:
     if folder is not None and dist.is_main():
         log.info("run folder: %s", folder)
     return metrics
+
+
+def _told_until(config: Config, start: Start) -> int | None:
+    """The step up to which an earlier process's lines still hold; None where all of them do."""
+    if config.evaluation.test or config.checkpoint.resume is None:
+        return None
+    return 0 if start.training is None else start.training.progress.step
+
+
+def _config_name(config: Config, folder: Path | None) -> str:
+    """An evaluation in the folder of a training does not take the place of its settings."""
+    if config.evaluation.test and folder is not None and (folder / "config.yaml").exists():
+        return "evaluation.yaml"
+    return "config.yaml"
 
 
 def _claim_folder(config: Config) -> Path | None:
@@ -503,6 +516,7 @@ def _fit(
         lambda epoch, write, at: judge.epoch(data.vals, epoch, write, at),
         rhythm,
         progress,
+        {} if start.training is None else start.training.metrics,
     )
     try:
         run_loop(step, loader, batches, plan, watcher, progress)

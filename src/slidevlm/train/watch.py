@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from slidevlm import dist
 from slidevlm.run import Bar, Run
-from slidevlm.train.checkpoint import Keeper, ModelState, Progress, TrainState
+from slidevlm.train.checkpoint import LATEST, Keeper, ModelState, Progress, TrainState
 from slidevlm.train.loop import StepLine
 
 log = logging.getLogger("slidevlm.train")
@@ -57,6 +57,8 @@ class RunWatcher:
         state: progress and metrics -> what a checkpoint holds; a collective call.
         evaluate: (epoch, generate) -> metrics; a collective call.
         rhythm: when.
+        start: where training goes on.
+        metrics: of the last evaluation before that; none for a new run.
     """
 
     def __init__(
@@ -67,10 +69,11 @@ class RunWatcher:
         evaluate: Callable[[int, bool, int], dict[str, float]],
         rhythm: Rhythm,
         start: Progress,
+        metrics: Mapping[str, float],
     ) -> None:
         self.run, self.keeper, self.state = run, keeper, state
         self.evaluate, self.rhythm = evaluate, rhythm
-        self.metrics: dict[str, float] = {}
+        self.metrics = dict(metrics)
         self._total = rhythm.epochs * rhythm.steps_an_epoch
         self._bar = Bar("training", self._total, shown=dist.is_main())
         self._shown = 0.0
@@ -146,8 +149,8 @@ class RunWatcher:
         if captions or self.rhythm.evaluates(progress.epoch):
             self.metrics = self.evaluate(progress.epoch, captions, progress.step)
         files = self.keeper.epoch_files(progress.epoch)
-        if not files and self.rhythm.saves_at(progress.step):
-            files = self.keeper.step_files(progress.step)
+        if self.rhythm.saves_at(progress.step) and all(f.name == LATEST for f in files):
+            files = [*self.keeper.step_files(progress.step), *files]
         self._save(progress, files)
         self._reset(progress.step)
 
