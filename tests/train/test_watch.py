@@ -1,0 +1,281 @@
+"""What happens beside the steps: when things are due, the log lines, evaluating and saving."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slidevlm.run import Run
+from slidevlm.train.checkpoint import Keeper, ModelState, Progress, TrainState, load
+from slidevlm.train.loop import StepLine
+from slidevlm.train.step import Terms
+from slidevlm.train.watch import Rhythm, RunWatcher
+
+
+def rhythm(**options: Any) -> Rhythm:
+    plain: dict[str, Any] = {
+        "epochs": 5,
+        "steps_an_epoch": 3,
+        "log_every_n_steps": 2,
+        "save_every_n_steps": None,
+        "val_frequency": 1,
+        "caption_val_frequency": 1,
+        "eval_grace_period": 0,
+        "captions": False,
+    }
+    return Rhythm(**{**plain, **options})
+
+
+EPOCHS = range(1, 6)
+
+# --- when -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 2, 3, 4, 5]),
+        ({"val_frequency": 2}, [2, 4, 5]),
+        ({"val_frequency": 3}, [3, 5]),
+        ({"val_frequency": 5}, [5]),
+        ({"val_frequency": 100}, [5]),
+        ({"eval_grace_period": 2}, [3, 4, 5]),
+        ({"eval_grace_period": 2, "val_frequency": 2}, [4, 5]),
+        ({"eval_grace_period": 4}, [5]),
+        ({"eval_grace_period": 5}, []),
+    ],
+)
+def test_evaluation_in_epochs_also_after_the_last(
+    options: dict[str, int], expected: list[int]
+) -> None:
+    assert [e for e in EPOCHS if rhythm(**options).evaluates(e)] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 2, 3, 4, 5]),
+        ({"caption_val_frequency": 2}, [2, 4, 5]),
+        ({"caption_val_frequency": 2, "val_frequency": 100}, [2, 4, 5]),
+        ({"caption_val_frequency": 9, "val_frequency": 2}, [5]),
+        ({"caption_val_frequency": 2, "eval_grace_period": 3}, [4, 5]),
+        ({"captions": False}, []),
+    ],
+)
+def test_captions_in_epochs_also_after_the_last(
+    options: dict[str, Any], expected: list[int]
+) -> None:
+    options = {"captions": True, **options}
+    assert [e for e in EPOCHS if rhythm(**options).generates(e)] == expected
+
+
+def test_saving_every_n_steps() -> None:
+    assert [s for s in range(1, 10) if rhythm(save_every_n_steps=3).saves_at(s)] == [3, 6, 9]
+    assert not any(rhythm().saves_at(s) for s in range(1, 10))
+
+
+# --- the watcher ----------------------------------------------------------------------------
+
+
+class Rig:
+    """A watcher on a real run folder; evaluations and states are recorded."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start: Progress | None = None,
+        metrics: dict[str, float] | None = None,
+        keeper: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.run = Run(folder)
+        self.calls: list[tuple[Any, ...]] = []
+        keep = {"every_epochs": 2, "epochs": 5, "most_recent": False, "delete_previous": False}
+        self.watcher = RunWatcher(
+            self.run,
+            Keeper(folder / "checkpoints", **{**keep, **(keeper or {})}),
+            self.state,
+            self.evaluate,
+            rhythm(**options),
+            start or Progress(),
+            metrics or {},
+        )
+
+    def evaluate(self, epoch: int, captions: bool, step: int) -> dict[str, float]:
+        self.calls.append(("evaluate", epoch, captions, step))
+        return {"val/score": float(epoch)}
+
+    def state(self, progress: Progress, metrics: dict[str, float]) -> tuple[ModelState, TrainState]:
+        self.calls.append(("save", progress.step))
+        return (
+            ModelState({"w": torch.tensor(progress.step)}, {}, "{}", 1, False, None),
+            TrainState(progress, {}, {}, [], {}, 0, "", dict(metrics), 1),
+        )
+
+    def epoch(self, epoch: int) -> None:
+        self.watcher.epoch(Progress(3 * epoch, epoch, 0))
+
+    def step(self, step: int, **options: Any) -> None:
+        self.watcher.step(line(step, **options))
+
+
+def line(step: int, *, loss: float = 1.5, skipped: bool = False, samples: int = 8) -> StepLine:
+    tensor = torch.tensor
+    return StepLine(
+        progress=Progress(step, (step - 1) // 3, 0),
+        terms=Terms(tensor(loss), tensor(0.5), tensor(0.25), tensor(14.0), tensor(2.0), skipped),
+        rate=0.125,
+        samples=samples,
+        tiles=100,
+        data_seconds=0.5 * step,
+        step_seconds=2.0 * step,
+    )
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_log_lines_have_all_fields_every_n_steps_and_at_the_end(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, log_every_n_steps=4)
+    for step in range(1, 16):
+        rig.step(step)
+    lines = told(tmp_path)
+    assert [x["step"] for x in lines] == [4, 8, 12, 15]
+    assert [x["epoch"] for x in lines] == [2, 3, 4, 5]
+    first = lines[0]
+    assert set(first) == {
+        "kind",
+        "step",
+        "epoch",
+        "loss",
+        "contrastive_loss",
+        "caption_loss",
+        "logit_scale",
+        "gradient_norm",
+        "learning_rate",
+        "samples_per_second",
+        "tiles_per_second",
+        "data_seconds",
+        "step_seconds",
+    }
+    assert first["kind"] == "train" and first["learning_rate"] == 0.125
+    assert (first["loss"], first["contrastive_loss"], first["caption_loss"]) == (1.5, 0.5, 0.25)
+    assert (first["logit_scale"], first["gradient_norm"]) == (14.0, 2.0)
+
+
+def test_a_line_sums_up_the_steps_since_the_last_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("slidevlm.train.watch.time.perf_counter", lambda: now[0])
+    rig = Rig(tmp_path, log_every_n_steps=2)
+    for step in (1, 2, 3, 4):
+        now[0] += step
+        rig.step(step, samples=10 * step)
+    first, second = told(tmp_path)
+    assert first["samples_per_second"] == pytest.approx(30 / 3)
+    assert first["tiles_per_second"] == pytest.approx(200 / 3)
+    assert first["data_seconds"] == pytest.approx((0.5 + 1.0) / 2), "of one step"
+    assert first["step_seconds"] == pytest.approx((2 + 4) / 2)
+    assert second["samples_per_second"] == pytest.approx(70 / 7)
+    assert second["step_seconds"] == pytest.approx((6 + 8) / 2)
+
+
+def test_time_of_an_evaluation_is_not_time_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("slidevlm.train.watch.time.perf_counter", lambda: now[0])
+    rig = Rig(tmp_path, log_every_n_steps=4)
+
+    def slow(epoch: int, captions: bool, step: int) -> dict[str, float]:
+        now[0] += 1000
+        return {}
+
+    rig.watcher.evaluate = slow
+    for step in (1, 2, 3):
+        now[0] += 1
+        rig.step(step)
+    rig.epoch(1)
+    now[0] += 2
+    rig.step(4)
+    assert told(tmp_path)[0]["samples_per_second"] == pytest.approx(8 / 2)
+    assert told(tmp_path)[0]["step_seconds"] == pytest.approx(8.0), "of step 4 alone"
+
+
+def test_a_resumed_run_averages_over_its_own_steps(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, start=Progress(7, 2, 1), log_every_n_steps=4)
+    rig.step(8)
+    assert told(tmp_path)[0]["step_seconds"] == pytest.approx(16.0)
+
+
+def test_a_skipped_step_is_told(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
+    rig = Rig(tmp_path)
+    rig.step(1, loss=math.nan, skipped=True)
+    rig.step(2)
+    warnings = [r.getMessage() for r in messages.records if r.levelname == "WARNING"]
+    assert warnings == ["step 1 skipped: its loss or gradient was not finite"]
+    (shown,) = [r.getMessage() for r in messages.records if r.levelname == "INFO"]
+    assert "epoch 1  step 2/15  loss 1.5000" in shown and "rate 1.25e-01" in shown
+
+
+def test_an_epoch_evaluates_before_it_saves(tmp_path: Path) -> None:
+    """A kill in between repeats the epoch; a checkpoint holds its own epoch's metrics."""
+    rig = Rig(tmp_path, val_frequency=2, captions=True, caption_val_frequency=4)
+    for epoch in EPOCHS:
+        rig.epoch(epoch)
+    assert rig.calls == [
+        ("evaluate", 2, False, 6),
+        ("save", 6),
+        ("evaluate", 4, True, 12),
+        ("save", 12),
+        ("evaluate", 5, True, 15),
+        ("save", 15),
+    ]
+    saved = load(tmp_path / "checkpoints/epoch_4.pt")[1]
+    assert saved.metrics == {"val/score": 4.0} and saved.progress == Progress(12, 4, 0)
+    assert rig.watcher.metrics == {"val/score": 5.0}
+
+
+def test_captions_are_an_evaluation_too(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, val_frequency=100, captions=True, caption_val_frequency=2)
+    for epoch in EPOCHS:
+        rig.epoch(epoch)
+    evaluations = [call for call in rig.calls if call[0] == "evaluate"]
+    assert evaluations == [("evaluate", e, True, 3 * e) for e in (2, 4, 5)]
+
+
+def test_steps_save_within_an_epoch_and_at_its_end(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, save_every_n_steps=2, keeper={"every_epochs": 0, "most_recent": True})
+    for epoch in EPOCHS:
+        for batch in (1, 2):
+            step = 3 * (epoch - 1) + batch
+            rig.watcher.save_within_epoch(Progress(step, epoch - 1, batch))
+        rig.epoch(epoch)
+    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    steps = {f"step_{s}.pt" for s in (2, 4, 6, 8, 10, 12, 14)}
+    assert names == {*steps, "epoch_5.pt", "epoch_latest.pt"}
+    assert load(tmp_path / "checkpoints/step_4.pt")[1].progress == Progress(4, 1, 1)
+    assert load(tmp_path / "checkpoints/step_6.pt")[1].progress == Progress(6, 2, 0)
+
+
+def test_no_state_is_gathered_where_nothing_is_saved(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, val_frequency=100)
+    rig.epoch(1)
+    rig.watcher.save_within_epoch(Progress(4, 1, 1))
+    assert rig.calls == []
+
+
+def test_metrics_of_before_are_saved_until_there_are_new_ones(tmp_path: Path) -> None:
+    old = {"val/score": 0.5}
+    rig = Rig(tmp_path, start=Progress(3, 1, 0), metrics=old, save_every_n_steps=1, val_frequency=9)
+    rig.watcher.save_within_epoch(Progress(4, 1, 1))
+    assert load(tmp_path / "checkpoints/step_4.pt")[1].metrics == old
+    assert rig.watcher.metrics == old
