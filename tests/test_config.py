@@ -190,6 +190,13 @@ def test_what_has_no_effect_yet_is_refused(argument: Any) -> None:
         ),
         ({"coca_caption_loss_weight": 0.0, "coca_contrastive_loss_weight": 0.0}, "both loss"),
         ({"zsc_class_prompt_mapping": ("p.json",)}, "has 1 and .* 0 files"),
+        (
+            {
+                "zsc_class_prompt_mapping": ("p",),
+                "zsc_specimen_class_mapping": ("a/l.json", "l.csv"),
+            },
+            r"--zsc-specimen-class-mapping .* stems \(l, l\), which must differ",
+        ),
         ({"resume": "latest"}, "--resume latest needs --name"),
         ({"resume": "latest", "name": "a", "logs": "None"}, "--logs is None"),
         ({"name": "../up"}, "must be the name of one folder"),

@@ -520,6 +520,12 @@ def _combinations(config: Config) -> Iterator[str]:
             f"--zsc-class-prompt-mapping has {len(prompts)} and --zsc-specimen-class-mapping "
             f"{len(labels)} files; they go in pairs, or one prompt file serves all label files"
         )
+    stems = [Path(label).stem for label in labels]
+    if len(set(stems)) < len(stems):
+        yield (
+            f"--zsc-specimen-class-mapping files are reported by their stems ({', '.join(stems)}), "
+            "which must differ; copy a file to another name to use it with two prompt files"
+        )
     bad = config.reports - {"tensorboard", "wandb", "all"}
     if bad:
         yield f"--report-to does not know {', '.join(sorted(bad))}; it knows tensorboard"
