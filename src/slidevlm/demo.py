@@ -8,6 +8,7 @@ from pathlib import Path
 from slidevlm.app import train
 from slidevlm.config import Config, with_values
 from slidevlm.data.synthetic import FEATURES, TEXT, DemoCohort, synthesize
+from slidevlm.errors import ConfigError
 from slidevlm.precision import cpu_has_bfloat16
 from slidevlm.run import Bar
 
@@ -32,8 +33,14 @@ def demo(folder: Path, *, specimens: int, epochs: int, seed: int, workers: int) 
         epochs: of the training.
         seed: of the cohort and the training.
         workers: loader processes.
+
+    Raises:
+        ConfigError: the folder has a run of an earlier demo.
     """
     began = time.perf_counter()
+    run = folder / "runs" / "demo"
+    if run.exists():
+        raise ConfigError(f"{run} is there from an earlier demo; remove it or give another folder")
     cohort = synthesize_with_bar(folder / "cohort", specimens, seed)
     tasks = ("diagnosis", "grade", "margin")
     config = with_values(
@@ -49,7 +56,8 @@ def demo(folder: Path, *, specimens: int, epochs: int, seed: int, workers: int) 
             "zsc_specimen_class_mapping": tuple(str(cohort.labels(t)) for t in tasks),
             "model": "coca_stage_1",
             "epochs": epochs,
-            "batch_size": 16,
+            # A cohort of the fewest specimens has not even 16 to train on.
+            "batch_size": min(16, len(cohort.split("train").read_text().split())),
             "image_features_cutoff": 512,
             "lr": 1e-3,
             "warmup": 30,
@@ -69,7 +77,6 @@ def demo(folder: Path, *, specimens: int, epochs: int, seed: int, workers: int) 
         },
     )
     train(config)
-    run = folder / "runs" / "demo"
     print(
         f"\ndone in {time.perf_counter() - began:.0f} s. Where to look:\n"
         f"  {run}/test.md              results on the test split, with reports to read\n"
