@@ -41,6 +41,13 @@ def test_words_like_special_tokens_are_plain_text():
         assert ids == TOKENIZER.encode(text, 99)
 
 
+def test_a_first_word_is_the_token_it_is_within_a_text():
+    t = Tokenizer.train(["a tumor, well differentiated. tumor well."] * 9, 400)
+    (word,) = t.tokens("well")
+    assert word in t.tokens("tumor well") and t.tokens(" well ") == [word]
+    assert t.decode([word]) == "well" and t.piece(word) == " well"
+
+
 def test_truncation():
     long = "carcinoma " * 5000  # 50,000 characters
     ids = TOKENIZER.encode(long, 16)

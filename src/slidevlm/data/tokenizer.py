@@ -38,7 +38,9 @@ class Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019): every text can be encoded.
 
     Texts are brought to their normal form (`reports.normalise`) before encoding, so decoding
-    gives exactly the normal form back. Words that look like special tokens are plain text.
+    gives exactly the normal form back. The first word is read as if a space stood before it, so
+    that a prompt's word is the token it is within a report. Words that look like special tokens
+    are plain text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -70,7 +72,7 @@ class Tokenizer:
                 "(256 bytes and 3 special tokens)"
             )
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -124,7 +126,7 @@ class Tokenizer:
         return text
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` up to the first EOS, special tokens left out, spaces as they were."""
+        """The text of `ids` up to the first EOS, special tokens left out, without outer spaces."""
         special = (self.pad_id, self.bos_id)
         kept = []
         for number in ids:
@@ -133,4 +135,4 @@ class Tokenizer:
             if int(number) not in special:
                 kept.append(int(number))
         text: str = self._backend.decode(kept, skip_special_tokens=False)
-        return text
+        return text.strip(" ")
