@@ -19,7 +19,7 @@ from slidevlm import dist
 from slidevlm.batch import Predictions
 from slidevlm.config import Config, given_values, validate, with_adam_defaults, with_values
 from slidevlm.data.cases import CaseStore, open_store
-from slidevlm.data.dataset import BagDataset, make_loader
+from slidevlm.data.dataset import BagDataset, make_loader, pad
 from slidevlm.data.reports import read_text_file
 from slidevlm.data.sampling import EvalBatches, TrainBatches
 from slidevlm.data.splits import Split, check_leakage, resolve
@@ -35,6 +35,7 @@ from slidevlm.eval.tasks.zero_shot import ZeroShot, class_embeddings
 from slidevlm.flags import read_yaml, to_yaml
 from slidevlm.models import CoCa, ModelConfig, build_model, from_dict, zoo
 from slidevlm.models.generate import Decoding
+from slidevlm.models.mode import evaluation_mode
 from slidevlm.precision import Precision
 from slidevlm.precision import resolve as resolve_precision
 from slidevlm.report.summary import summary
@@ -48,6 +49,8 @@ from slidevlm.train.step import Objective, Step, sigmoid_term, softmax_term
 from slidevlm.train.watch import Rhythm, RunWatcher
 
 log = logging.getLogger("slidevlm")
+
+_TEXTS = 256  # prompts embedded at a time: ensembles of published prompts are thousands
 
 
 @dataclass(frozen=True)
@@ -664,9 +667,20 @@ class Judge:
     def _all(
         self, splits: Sequence[Split], write: bool
     ) -> dict[str, tuple[Predictions, TaskResult]]:
-        return {split.name: self._one(split, write) for split in splits}
+        if not splits:
+            return {}
+        # The prompts are embedded once for all splits.
+        tasks: list[Task] = [retrieval]
+        for prompts, labels in self.zero_shot:
+            embeddings = class_embeddings(prompts, self._embed_text)
+            tasks.append(ZeroShot(embeddings, prompts.classes, labels))
+        if write:
+            tasks.append(captions)
+        return {split.name: self._one(split, write, tasks) for split in splits}
 
-    def _one(self, split: Split, write: bool) -> tuple[Predictions, TaskResult]:
+    def _one(
+        self, split: Split, write: bool, tasks: Sequence[Task]
+    ) -> tuple[Predictions, TaskResult]:
         dataset = bag_dataset(self.config, self.store, split, self.trained, training=False)
         batches = EvalBatches(
             len(dataset), self.config.data.batch_size, dist.rank(), dist.world_size()
@@ -685,16 +699,7 @@ class Judge:
             )
         finally:
             bar.close()
-        return predictions, evaluate(predictions, self._tasks(predictions))
-
-    def _tasks(self, predictions: Predictions) -> list[Task]:
-        tasks: list[Task] = [retrieval]
-        for prompts, labels in self.zero_shot:
-            embeddings = class_embeddings(prompts, self._embed_text)
-            tasks.append(ZeroShot(embeddings, prompts.classes, labels))
-        if predictions.generated is not None:
-            tasks.append(captions)
-        return tasks
+        return predictions, evaluate(predictions, tasks)
 
     def _writing(self) -> Writing:
         tokenizer, evaluation = self.trained.tokenizer, self.config.evaluation
@@ -716,21 +721,14 @@ def embed_text(trained: Trained, texts: Sequence[str], precision: Precision) -> 
     """Texts, tokenised as in training -> [len(texts), E] float32, L2-normalised."""
     tokenizer, model = trained.tokenizer, trained.model
     rows = [tokenizer.encode(text, trained.config.text.context_length) for text in texts]
-    length = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), length), tokenizer.pad_id)
-    mask = torch.zeros((len(rows), length), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = True
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), precision.autocast():
-            embedded = model.encode_text(tokens.to(precision.device), mask.to(precision.device))
-    finally:
-        model.train(was_training)
-    result: np.ndarray = embedded.float().cpu().numpy()
-    return result
+    parts = []
+    with evaluation_mode(model), torch.inference_mode():
+        for start in range(0, len(rows), _TEXTS):
+            tokens, mask = pad(rows[start : start + _TEXTS], tokenizer.pad_id)
+            with precision.autocast():
+                part = model.encode_text(tokens.to(precision.device), mask.to(precision.device))
+            parts.append(part.float().cpu().numpy())
+    return np.concatenate(parts)
 
 
 def _flat(results: dict[str, tuple[Predictions, TaskResult]]) -> dict[str, float]:

@@ -141,6 +141,17 @@ def _check_finite(features: Tensor, case: Case, store: CaseStore) -> None:
     )
 
 
+def pad(rows: Sequence[Sequence[int] | Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids of B texts -> tokens [B, L] int64, padded on the right, and mask [B, L] bool."""
+    longest = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.as_tensor(row)
+        mask[i, : len(row)] = True
+    return tokens, mask
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
     """Lay bags end to end and pad tokens on the right.
 
@@ -149,12 +160,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     bags = [sample.bag for sample in samples]
     _check_alike(samples, "feature width", [bag.features.shape[1] for bag in bags])
     _check_alike(samples, "unit of positions", [bag.unit for bag in bags])
-    longest = max(len(sample.tokens) for sample in samples)
-    tokens = torch.full((len(samples), longest), samples[0].pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(samples), longest), dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        tokens[row, : len(sample.tokens)] = sample.tokens
-        mask[row, : len(sample.tokens)] = True
+    tokens, mask = pad([sample.tokens for sample in samples], samples[0].pad_id)
     positions = [bag.positions for bag in bags if bag.positions is not None]
     slides = [bag.slides for bag in bags if bag.slides is not None]
     return Batch(

@@ -16,6 +16,7 @@ from slidevlm.batch import Batch, Predictions
 from slidevlm.losses import caption_loss_sum
 from slidevlm.models import CoCa
 from slidevlm.models.generate import Decoding, generate
+from slidevlm.models.mode import evaluation_mode
 from slidevlm.precision import Precision
 
 log = logging.getLogger("slidevlm.eval")
@@ -63,15 +64,8 @@ def predict(
         writing: generate reports too.
         on_batch: told the number of specimens done on this rank.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            mine = _share(model, batches, precision, writing, on_batch)
-    finally:
-        # One by one: a frozen part may have been left in evaluation mode on purpose.
-        for module, training in modes.items():
-            module.training = training
+    with evaluation_mode(model), torch.inference_mode():
+        mine = _share(model, batches, precision, writing, on_batch)
     return _merge(dist.gather_objects(mine), reports, model, writing is not None)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models.coca import CoCa
+from slidevlm.models.mode import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,8 @@ def generate(
             f"the prompt has {len(prompt)} tokens, but the model's context is "
             f"{model.text.context_length}; shorten the prompt"
         )
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         return _generate(model, bags, specimen_ids, decoding, list(prompt), steps)
-    finally:
-        model.train(was_training)
 
 
 def _generate(
