@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from slidevlm.data.sampling import EvalBatches, TrainBatches
 from slidevlm.data.splits import Split, check_leakage, resolve
 from slidevlm.data.statistics import tile_moments, token_table
 from slidevlm.data.tokenizer import Tokenizer
-from slidevlm.errors import CheckpointError, ConfigError, DataError
+from slidevlm.errors import CheckpointError, ConfigError, DataError, SlideVLMError
 from slidevlm.eval import Task, TaskResult, evaluate
 from slidevlm.eval.predict import Writing, predict
 from slidevlm.eval.prompts import read_labels, read_prompts
@@ -39,7 +40,7 @@ from slidevlm.models.mode import evaluation_mode
 from slidevlm.precision import Precision
 from slidevlm.precision import resolve as resolve_precision
 from slidevlm.report.summary import summary
-from slidevlm.run import CHECKPOINTS, Bar, Run, configure_logging, environment
+from slidevlm.run import CHECKPOINTS, METRICS, Bar, Run, configure_logging, environment
 from slidevlm.train import checkpoint as ckpt
 from slidevlm.train import schedule
 from slidevlm.train.loop import Plan
@@ -185,7 +186,29 @@ def _debugging(enabled: bool) -> Iterator[None]:
 
 
 def _train(config: Config, precision: Precision) -> dict[str, float]:
+    with _claimed_folder(config) as folder:
+        return _train_in(folder, config, precision)
+
+
+@contextmanager
+def _claimed_folder(config: Config) -> Iterator[Path | None]:
+    """The run folder; gone again when a user's error ends the run before it did any work."""
+    is_new = config.logs is not None and config.checkpoint.resume is None
     folder = _claim_folder(config)
+    try:
+        yield folder
+    except SlideVLMError:
+        if is_new and folder is not None and dist.is_main() and not _has_work(folder):
+            shutil.rmtree(folder)
+        raise
+
+
+def _has_work(folder: Path) -> bool:
+    metrics, saved = folder / METRICS, folder / CHECKPOINTS
+    return (metrics.exists() and metrics.stat().st_size > 0) or saved.exists()
+
+
+def _train_in(folder: Path | None, config: Config, precision: Precision) -> dict[str, float]:
     start = _start(config, folder)
     data = open_data(config)
     trained = _model(config, data, start, precision.device)

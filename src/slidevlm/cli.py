@@ -101,7 +101,7 @@ class _DemoArguments:
 
 
 DEMO_HELP = """\
-Synthesize the demo cohort, train coca_stage_1 on it, evaluate it on its test split, and leave
+Synthesize the demo cohort, train coca_small on it, evaluate it on its test split, and leave
 a run folder to look at. Takes minutes on two cores."""
 
 

@@ -9,7 +9,7 @@ from slidevlm.app import train
 from slidevlm.config import Config, with_values
 from slidevlm.data.synthetic import FEATURES, TEXT, DemoCohort, synthesize
 from slidevlm.errors import ConfigError
-from slidevlm.precision import cpu_has_bfloat16
+from slidevlm.precision import quickest
 from slidevlm.run import Bar
 
 
@@ -54,18 +54,17 @@ def demo(folder: Path, *, specimens: int, epochs: int, seed: int, workers: int) 
             "test_split": str(cohort.split("test")),
             "zsc_class_prompt_mapping": tuple(str(cohort.prompts(t)) for t in tasks),
             "zsc_specimen_class_mapping": tuple(str(cohort.labels(t)) for t in tasks),
-            "model": "coca_stage_1",
+            "model": "coca_small",
             "epochs": epochs,
             # A cohort of the fewest specimens has not even 16 to train on.
             "batch_size": min(16, len(cohort.split("train").read_text().split())),
             "image_features_cutoff": 512,
-            "lr": 1e-3,
+            "lr": 2e-3,
             "warmup": 30,
             "grad_clip_norm": 1.0,
             "log_every_n_steps": 20,
             "workers": workers,
-            # The same model either way; without the instructions bfloat16 would take hours.
-            "precision": "amp" if cpu_has_bfloat16() else "fp32",
+            "precision": quickest(),
             "save_captions": True,
             "caption_val_frequency": epochs,
             "caption_val_max_seq_len": 80,

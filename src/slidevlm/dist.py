@@ -31,12 +31,17 @@ def start(backend: str, device: torch.device, timeout_minutes: float = 10.0) -> 
     """Join the other processes, where torchrun has started any.
 
     Raises:
-        ConfigError: an unknown backend, or nccl on purpose without CUDA.
+        ConfigError: an unknown backend, or only a part of torchrun's variables.
     """
     if backend not in ("nccl", "gloo"):
         raise ConfigError(f"--dist-backend {backend!r} is not one of nccl, gloo")
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or td.is_initialized():
         return
+    if lacking := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ConfigError(
+            f"RANK and WORLD_SIZE are set, {' and '.join(lacking)} not; start with torchrun, or "
+            "unset RANK and WORLD_SIZE for one process"
+        )
     if backend == "nccl" and device.type != "cuda":
         log.warning("--dist-backend nccl needs CUDA; using gloo")
         backend = "gloo"

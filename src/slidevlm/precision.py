@@ -70,6 +70,11 @@ def resolve(name: str, device: torch.device) -> Precision:
     return Precision(device, dtype, scaled)
 
 
+def quickest() -> str:
+    """The --precision for who has no wish: amp where this machine is fast in it, else fp32."""
+    return "amp" if torch.cuda.is_available() or cpu_has_bfloat16() else "fp32"
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether torch has fast bfloat16 kernels for this CPU; without, a product takes 5 to 100 times
     as long as in float32. Where torch is built without oneDNN, which knows, the answer is yes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -36,13 +37,13 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object a line, flushed line by line."""
+    """metrics.jsonl: one JSON object a line, flushed line by line; NaN and infinity are null."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.write(json.dumps(_plain({"kind": kind, "step": step, **values})) + "\n")
         self._file.flush()
 
     def text(self, name: str, step: int, content: str) -> None:
@@ -126,8 +127,8 @@ class Run:
             write_text(self.folder / name, content)
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a JSON file of the run folder."""
-        self.write(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        """Write a JSON file of the run folder; NaN and infinity become null."""
+        self.write(name, json.dumps(_plain(content), indent=1, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> Run:
         return self
@@ -143,6 +144,17 @@ class Run:
         if self._handler is not None:
             log.removeHandler(self._handler)
             self._handler.close()
+
+
+def _plain(content: Any) -> Any:
+    """`content` with null for NaN and infinity, which JSON does not have."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_plain(value) for value in content]
+    return content
 
 
 def write_text(path: Path, content: str) -> None:

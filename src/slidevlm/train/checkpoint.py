@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import zipfile
 from collections.abc import Sequence
@@ -146,18 +147,23 @@ def newest(folder: Path) -> tuple[Path, ModelState, TrainState] | None:
         CheckpointError: there are checkpoints, but none of them is whole.
     """
     files = checkpoints(folder)
-    best: tuple[Path, ModelState, TrainState] | None = None
-    for path in files:
+    for path in sorted(files, key=_step, reverse=True):
         try:
-            model, training = load(path)
+            return (path, *load(path))
         except CheckpointError as error:
             log.warning("skipping a checkpoint: %s", error)
-            continue
-        if best is None or training.progress.step > best[2].progress.step:
-            best = (path, model, training)
-    if files and best is None:
+    if files:
         raise CheckpointError(f"every checkpoint in {folder} is damaged: {_names(files)}")
-    return best
+    return None
+
+
+def _step(path: Path) -> float:
+    """How far a checkpoint is; weights stay on the disk. Infinity where it cannot be told."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(content["training"]["progress"]["step"])
+    except Exception:  # tried first, so that `load` says what is wrong with it
+        return math.inf
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -195,6 +201,9 @@ class Keeper:
         delete_previous: bool,
     ) -> None:
         self.folder, self.every_epochs, self.epochs = folder, every_epochs, epochs
+        if folder is not None:
+            for leftover in folder.glob(".*.pt.*.tmp"):  # of a process that was killed while saving
+                leftover.unlink(missing_ok=True)
         self.most_recent, self.delete_previous = most_recent, delete_previous
         found = [] if folder is None else [f for f in checkpoints(folder) if f.name != LATEST]
         self._previous = sorted(found, key=lambda f: f.stat().st_mtime)[-1:]
