@@ -363,7 +363,8 @@ def test_settings_of_the_optimizer_given_on_resume_win(settings: dict[str, Any])
 
 def torchrun(settings: dict[str, Any], processes: int, **more: Any) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", "-m", "slidevlm", "train"]
+    # "--": without it torchrun takes our --logs for an abbreviation of its --logs-specs.
+    command += [f"--nproc-per-node={processes}", "-m", "--", "slidevlm", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command + words_of(settings, **more),
@@ -521,6 +522,15 @@ def test_existing_run(settings, capsys) -> None:
     assert (
         "run 'run' exists in" in message and "choose another --name or --resume latest" in message
     )
+
+
+def test_an_error_before_the_first_step_leaves_no_run_folder(settings, capsys) -> None:
+    failing(settings, capsys, batch_size=64)
+    assert not (Path(settings["logs"]) / "run").exists()
+    assert main(["train", *words_of(settings, epochs=1)]) == 0, "the same name is free again"
+    before = {p.name for p in (Path(settings["logs"]) / "run").iterdir()}
+    failing(settings, capsys, resume="latest", batch_size=64)
+    assert {p.name for p in (Path(settings["logs"]) / "run").iterdir()} == before
 
 
 def test_too_large_a_batch(settings, capsys) -> None:

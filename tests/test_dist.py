@@ -60,6 +60,15 @@ def test_start_without_a_launcher_does_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert dist.local_rank() == 3
 
 
+def test_half_of_torchruns_variables_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(ConfigError, match="MASTER_ADDR not; start with torchrun"):
+        dist.start("gloo", CPU)
+
+
 def test_an_unknown_backend_is_refused_also_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match="--dist-backend 'mpi' is not one of nccl, gloo"):

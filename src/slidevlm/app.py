@@ -111,10 +111,10 @@ def train(config: Config) -> dict[str, float]:
     validate(config)
     config = with_adam_defaults(config)
     device = choose_device(config)
-    precision = resolve_precision(config.optim.precision, device)
     dist.start(config.distributed.dist_backend, device)
     try:
         configure_logging(debug=config.logging.debug, main=dist.is_main())
+        precision = resolve_precision(config.optim.precision, device)
         with _debugging(config.logging.debug):
             return _train(with_device(config, device), precision)
     finally:

@@ -246,13 +246,17 @@ class Bar:
             self._progress.stop()
 
 
+class _Terminal(logging.Handler):
+    """Writes to what stderr is at that moment: notebooks and tests exchange it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def configure_logging(*, debug: bool, main: bool) -> None:
     """Log to stderr: everything from the first process, errors alone from the others."""
-    if not any(
-        isinstance(h, logging.StreamHandler) and not isinstance(h, logging.FileHandler)
-        for h in log.handlers
-    ):
-        handler = logging.StreamHandler()
+    if not any(isinstance(h, _Terminal) for h in log.handlers):
+        handler = _Terminal()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     log.propagate = False

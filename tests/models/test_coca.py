@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from slidevlm.batch import Bags
-from slidevlm.models import CoCa, create_model, zoo
+from slidevlm.models import CoCa, build_model, create_model, zoo
 from slidevlm.models.slide.base import FourierPositions, moments
 
 LENGTHS = (7, 1, 30, 3)
@@ -94,6 +94,20 @@ def test_logits_depend_on_the_slide_and_only_on_earlier_tokens() -> None:
     assert (first - other).abs().max() > 1e-3
     torch.testing.assert_close(first[:, :5], later[:, :5])
     assert (first[:, 5:] - later[:, 5:]).abs().max() > 1e-3
+
+
+def test_the_gist_reaches_the_logits_without_the_slide_tokens() -> None:
+    tiny = zoo.load("coca_tiny")
+    decoder = dataclasses.replace(tiny.decoder, gist=True)
+    model = build_model(dataclasses.replace(tiny, tile_width=12, decoder=decoder), 50).eval()
+    model.decoder.view = lambda tokens: [(torch.zeros(2, 4, 1, 8),) * 2]  # all slides look alike
+    tokens = torch.tensor([[1, 5, 6, 2]] * 2)
+    with torch.no_grad():
+        logits = model(bags_for((4, 9)), tokens, tokens > 0).logits
+        assert not torch.allclose(logits[0], logits[1], atol=1e-4)
+        model.gist.weight.zero_()
+        logits = model(bags_for((4, 9)), tokens, tokens > 0).logits
+    torch.testing.assert_close(logits[0], logits[1])
 
 
 def test_clip_has_no_decoder() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
-from slidevlm.models import CoCa, create_model
+from slidevlm.models import CoCa, build_model, create_model, zoo
 from slidevlm.models.generate import Decoding, choose, generate
 
 BOS, EOS, PAD = 1, 2, 0
@@ -16,9 +18,11 @@ LENGTHS = (7, 1, 30, 3, 12)
 NAMES = tuple(f"s{i}" for i in range(5))
 
 
-def model_for(seed: int = 0, spread: float = 0.3) -> CoCa:
+def model_for(seed: int = 0, spread: float = 0.3, *, gist: bool = False) -> CoCa:
     torch.manual_seed(seed)
-    model = create_model("coca_tiny", tile_width=12, vocab_size=40).eval()
+    tiny = zoo.load("coca_tiny")
+    decoder = replace(tiny.decoder, gist=gist)
+    model = build_model(replace(tiny, tile_width=12, decoder=decoder), vocab_size=40).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(spread * torch.randn_like(parameter))
@@ -52,9 +56,10 @@ def slow_greedy(model: CoCa, bags: Bags, steps: int) -> list[list[int]]:
     return rows
 
 
+@pytest.mark.parametrize("gist", [False, True])
 @pytest.mark.parametrize("seed", [0, 1, 2, 4, 5])
-def test_greedy_equals_recomputing_everything(seed: int) -> None:
-    model = model_for(seed)
+def test_greedy_equals_recomputing_everything(seed: int, gist: bool) -> None:
+    model = model_for(seed, gist=gist)
     with torch.no_grad():  # so that some reports end early and leave the batch
         model.decoder.vocabulary.weight[EOS] *= 1.5
     fast = generate(model, bags_for(), NAMES, Decoding(BOS, EOS, PAD, max_tokens=20))

@@ -174,6 +174,8 @@ def test_killed_just_before_the_rename(tmp_path: Path) -> None:
     found = newest(tmp_path)
     assert found is not None and found[0] == tmp_path / "epoch_1.pt"
     assert equal(found[1:], states(step=1))
+    Keeper(tmp_path, every_epochs=1, epochs=2, most_recent=False, delete_previous=False)
+    assert names(tmp_path) == {"epoch_1.pt"}, "whoever goes on clears it away"
 
 
 # --- damaged, foreign and hostile files -----------------------------------------------------
@@ -448,3 +450,13 @@ def test_a_resumed_run_deletes_the_one_before_and_not_what_was_kept_on_purpose(
     keep = keeper(tmp_path, delete_previous=True)
     keep.store(keep.epoch_files(5), *states(15))
     assert names(tmp_path) == {"epoch_2.pt", "epoch_4.pt", "epoch_5.pt"}
+
+
+def test_only_the_newest_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (3, 12, 6):
+        save(tmp_path / f"step_{step}.pt", *states(step))
+    read = []
+    whole_load = ckpt.load
+    monkeypatch.setattr(ckpt, "load", lambda path: read.append(path.name) or whole_load(path))
+    found = newest(tmp_path)
+    assert found is not None and found[0].name == "step_12.pt" and read == ["step_12.pt"]

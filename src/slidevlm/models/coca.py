@@ -54,6 +54,9 @@ class CoCa(nn.Module):
             self.report_pooler = AttentionPooler(
                 config.decoder.slide_tokens, width, slide_width, config.decoder.heads
             )
+            self.gist: nn.Linear | None = None
+            if config.decoder.gist:
+                self.gist = nn.Linear(config.embed_dim, width, bias=False)
         self.log_scale = nn.Parameter(torch.empty(()))
         self.bias = None if init_bias is None else nn.Parameter(torch.empty(()))
         self._reset(init_log_scale, init_bias)
@@ -96,13 +99,15 @@ class CoCa(nn.Module):
             with_logits: skip the decoder where its output is not wanted.
         """
         slide = self.slide(bags)  # [B, N, slide width]
+        image = self._embed_slide(slide)  # [B, E]
         hidden = self.text(tokens)  # [B, L, width]
         logits = None
         if with_logits and self.decoder is not None:
             # The state at EOS predicts nothing.
-            logits = self.decoder(hidden[:, :-1], self._view(slide))
+            told = self._told(hidden[:, :-1], image)
+            logits = self.decoder(told, self._view(slide))
         return Output(
-            image_embedding=self._embed_slide(slide),
+            image_embedding=image,
             text_embedding=self._embed_text(hidden, tokens, token_mask),
             logits=logits,
             logit_scale=self.log_scale.exp(),
@@ -122,8 +127,10 @@ class CoCa(nn.Module):
         assert self.decoder is not None, "a clip model has no decoder"
         slide = self.slide(bags)
         view = self._view(slide)
+        image = self._embed_slide(slide)
         batch, like = len(bags), view[0][0]
-        return self._embed_slide(slide), CoCaCache(
+        return image, CoCaCache(
+            image,
             self.text.new_caches(batch, capacity, like),
             DecoderCache(self.decoder.new_caches(batch, capacity, like), view),
         )
@@ -131,7 +138,7 @@ class CoCa(nn.Module):
     def step(self, tokens: Tensor, cache: CoCaCache) -> Tensor:
         """tokens [B, n] after those in the cache -> logits [B, V] of the next token."""
         assert self.decoder is not None, "a clip model has no decoder"
-        hidden = self.text(tokens, cache.encoder)
+        hidden = self._told(self.text(tokens, cache.encoder), cache.image)
         logits: Tensor = self.decoder(hidden, cache.decoder.slide, cache.decoder.text)[:, -1]
         return logits
 
@@ -150,6 +157,10 @@ class CoCa(nn.Module):
             embedding = self.prior(tokens, mask, embedding)
         return F.normalize(embedding.float(), dim=-1)
 
+    def _told(self, hidden: Tensor, image: Tensor) -> Tensor:
+        """Hidden states [B, L, width], with the slide's embedding [B, E] added where wanted."""
+        return hidden if self.gist is None else hidden + self.gist(image)[:, None]
+
     def _view(self, slide: Tensor) -> list[tuple[Tensor, Tensor]]:
         assert self.decoder is not None
         return self.decoder.view(self.report_pooler(slide))
@@ -159,11 +170,13 @@ class CoCa(nn.Module):
 class CoCaCache:
     """All that generation keeps between two tokens."""
 
+    image: Tensor  # [B, E]
     encoder: list[LayerCache]
     decoder: DecoderCache
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these sequences of the batch."""
+        self.image = self.image[rows]
         for cache in self.encoder:
             cache.keep(rows)
         self.decoder.keep(rows)

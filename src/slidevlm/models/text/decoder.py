@@ -21,6 +21,7 @@ class DecoderConfig:
     slide_tokens: int = 32  # queries of the pooler that makes the decoder's view of the slide
     dropout: float = 0.1
     tied: bool = True  # the vocabulary projection is the token embedding
+    gist: bool = False  # the slide's contrastive embedding is added to every token's state
 
     def __post_init__(self) -> None:
         if self.layers < 1:
