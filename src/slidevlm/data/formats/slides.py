@@ -143,7 +143,7 @@ class Slide:
     def read(self, rows: np.ndarray | None) -> tuple[Tensor, np.ndarray | None]:
         """See `SlideFile.read`."""
         assert rows is None or (
-            len(rows) and 0 <= rows[0] and rows[-1] < self.length and np.all(np.diff(rows) > 0)
+            len(rows) and rows[0] >= 0 and rows[-1] < self.length and np.all(np.diff(rows) > 0)
         ), f"rows of {self.length} tiles: {rows}"
         with damage(self.path, "the bag"):
             features = self.rows.read(rows)
