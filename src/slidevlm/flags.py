@@ -26,7 +26,7 @@ class Argument:
 
     name: str
     flag: str
-    kind: str  # str, int, float, switch, list[str], key=value...
+    kind: str  # str, int, float, switch, list[str], list[float], key=value...
     default: Any
     spec: Spec
     group: str
@@ -40,7 +40,7 @@ def kind_of(annotation: Any) -> str:
         return "switch"
     origin = typing.get_origin(annotation)
     if origin is tuple:
-        return "list[str]"
+        return f"list[{typing.get_args(annotation)[0].__name__}]"
     if origin is not None and issubclass(origin, Mapping):
         return "key=value..."
     return str(annotation.__name__)
@@ -101,6 +101,8 @@ def _add(parser: Any, argument: Argument) -> None:
         options |= {"choices": spec.choices}
     if kind == "list[str]":
         options |= {"nargs": "+", "metavar": "FILE"}
+    elif kind == "list[float]":
+        options |= {"nargs": "+", "metavar": "X", "type": float}
     elif kind == "key=value...":
         options |= {"nargs": "+", "metavar": "KEY=VALUE"}
     else:
@@ -162,7 +164,7 @@ def _canonical(word: str, spellings: Mapping[str, str]) -> str:
 
 
 def _finish(kind: str, value: Any) -> Any:
-    if kind == "list[str]":
+    if kind in ("list[str]", "list[float]"):
         return tuple(value)
     if kind == "key=value...":
         return parse_key_values(value)
@@ -179,6 +181,8 @@ def parse_key_values(words: Sequence[str]) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         if not key or not equals:
             raise ConfigError(f"{word!r} is not of the form key=value")
+        if key in result:
+            raise ConfigError(f"{key} is given twice ({word!r}); give it once")
         try:
             result[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

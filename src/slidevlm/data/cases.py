@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -73,6 +73,50 @@ class CaseStore(Protocol):
 
     def text(self, case: Case) -> str | None:
         """The report kept beside the features, or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a format tells of a specimen beside its features; None where it does not tell."""
+
+    format: str | None = None  # as a user would say it: "TRIDENT", "case layout", ...
+    dtype: str | None = None  # of the features on disk
+    unit: str | None = None  # of the positions
+    encoder: str | None = None  # of the tiles
+    tile_size: str | None = None  # with its unit: "256 um", "512 px at level 0"
+    source: str | None = None  # file that the features were converted from
+    warnings: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A store that knows more of a specimen than its features."""
+
+    def facts(self, case: Case) -> Facts:
+        """Facts of `case`; reads no features."""
+        ...
+
+
+@runtime_checkable
+class Keyed(Protocol):
+    """A store that names tiles."""
+
+    def tile_keys(self, case: Case) -> np.ndarray | None:
+        """[N] byte strings of all tiles of `case`, "<slide>/<tile>" or the like, or None."""
+        ...
+
+
+@runtime_checkable
+class Verified(Protocol):
+    """A store whose file may hold a checksum of each specimen."""
+
+    def has_checksum(self, case: Case) -> bool:
+        """Whether there is one of `case`."""
+        ...
+
+    def damaged(self, case: Case, features: str) -> tuple[str, ...]:
+        """Parts of `case` that are not what was written, given the `Digest` of its features."""
         ...
 
 
