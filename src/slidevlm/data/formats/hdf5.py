@@ -223,7 +223,7 @@ class Hdf5File:
                 f"{self.path}: {dataset.name} holds objects ({dataset.dtype}); only numbers and "
                 "text are read"
             )
-        if dataset.size:
+        if dataset.size and dataset.dtype.kind != "O":
             _check_storage(dataset, self.path)
         values: np.ndarray = dataset[()]
         return values
@@ -254,27 +254,30 @@ class Hdf5Rows:
 
     def positions(self, path: str) -> np.ndarray | None:
         """[N, 2] float64 for these rows, from a dataset of x and y; None where there is none."""
-        with damage(self._file.path, path):
-            dataset = self._file.dataset(path)
-            if dataset is None:
-                return None
-            if dataset.dtype.kind not in "fiu":
-                raise DataError(
-                    f"{self._file.path}: {path} has type {dataset.dtype}; write [N, 2] numbers, "
-                    "x and y"
-                )
-            values = as_positions(self._file.values(dataset), self._file.path, path)
-            return for_each_row(values, self.full_shape, self._file.path, path)
+        return positions_of_rows(self._file, path, self.full_shape)
+
+
+def positions_of_rows(file: Hdf5File, path: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """x and y [N, 2] float64 for the rows of features of `shape`; None where there are none."""
+    with damage(file.path, path):
+        dataset = file.dataset(path)
+        if dataset is None:
+            return None
+        if dataset.dtype.kind not in "fiu":
+            raise DataError(
+                f"{file.path}: {path} has type {dataset.dtype}; write [N, 2] numbers, x and y"
+            )
+        values = as_positions(file.values(dataset), file.path, path)
+        return for_each_row(values, shape, file.path, path)
 
 
 def _check_storage(dataset: h5py.Dataset, path: Path) -> None:
     """DataError where less is stored than the shape says: HDF5 would fill in zeros silently."""
-    expected, chunks = dataset.nbytes, dataset.chunks
+    chunks = dataset.chunks
     if chunks is None:
         # Shape and size are two places of an unprotected header; a flipped bit sets them apart.
+        expected = dataset.size * dataset.id.get_type().get_size()
         stored, unit = dataset.id.get_storage_size(), "bytes"
-        if dataset.id.get_type().get_size() != dataset.dtype.itemsize:
-            return  # HDF5 converts between two sizes
     else:
         for axis, (chunk, limit) in enumerate(zip(chunks, dataset.maxshape, strict=True)):
             if limit is not None and chunk > limit:
