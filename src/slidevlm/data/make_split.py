@@ -1,4 +1,4 @@
-"""Dividing a cohort into splits: whole groups (patients, sites), classes in proportion, by a seed."""
+"""Dividing a cohort into splits: whole patients or sites, classes in proportion, by a seed."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -49,7 +50,7 @@ def each(
     running: dict[Future[Result], Case] = {}
     try:
         while True:
-            while len(running) < _WAITING * workers and (case := next(left, None)) is not None:
+            for case in itertools.islice(left, _WAITING * workers - len(running)):
                 running[pool.submit(_one, case)] = case
             if not running:
                 return

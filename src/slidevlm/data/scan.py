@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ class Scan:
     length: int = 0
     width: int | None = None  # None where there is no tile to tell it
     dtype: str | None = None
-    facts: Facts = Facts()
+    facts: Facts = field(default_factory=Facts)
     has_positions: bool = False
     slides: tuple[str, ...] = ()  # a digest of each slide's features
     bad_rows: int = 0  # with a NaN or an infinite feature
@@ -97,5 +98,5 @@ def _runs(bag: Bag, length: int) -> Iterator[tuple[int, int, int]]:
         return
     slides = bag.slides.numpy()
     edges = [0, *(np.flatnonzero(np.diff(slides)) + 1).tolist(), length]
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in itertools.pairwise(edges):
         yield int(slides[first]), first, last

@@ -35,9 +35,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from slidevlm.data.cases import Bag, Case, make_bag, unique_cases
+from slidevlm.data.cases import Bag, Case, Facts, make_bag, unique_cases
 from slidevlm.data.formats.hdf5 import Hdf5File, Hdf5Rows, positions_of_rows, text
-from slidevlm.data.formats.rows import damage, flat_shape, for_each_row
+from slidevlm.data.formats.hdf5_target import texts_checksum, tiles_checksum
+from slidevlm.data.formats.rows import damage, dtype_name, flat_shape, for_each_row
 from slidevlm.data.formats.slides import (
     FORMATS,
     HDF5_EXTENSIONS,
@@ -199,6 +200,7 @@ class Hdf5Cases:
         if text_attribute is not None:
             self._first_with(text_attribute, "", "text", self._text_names)
         self._default_unit = self._unit_of_file(first)
+        self._sums: dict[str, tuple[str, str]] | None = None
 
     def close(self) -> None:
         """Close the file of this process; the next use opens it again."""
@@ -315,16 +317,127 @@ class Hdf5Cases:
             )
         return text(np.ravel(dataset[()])[0], self.path, path)
 
+    # -- what is told beside the features --------------------------------------------------
+
+    def facts(self, case: Case) -> Facts:
+        """See `Described.facts`; the feature attribute stands for an encoder that is not named."""
+        group = f"{case.location}/{self.feature_attribute}"
+        with damage(self.path, f"specimen {case.specimen!r}"):
+            dataset = self._features(case)
+            told = {
+                name: None if value is None else str(value)
+                for name in ("encoder", "tile_size", "source")
+                for value in [self._file.attribute(group, name)]
+            }
+            return Facts(
+                format="case layout",
+                dtype=dtype_name(dataset.dtype, self.path, dataset.name),
+                unit=self._unit(f"{group}/positions"),
+                encoder=told["encoder"] or self.feature_attribute,
+                tile_size=told["tile_size"],
+                source=told["source"],
+            )
+
+    def tile_keys(self, case: Case) -> np.ndarray | None:
+        """See `Keyed.tile_keys`; integer keys as "(specimen, slide, section, tile)"."""
+        path = f"{case.location}/{self.feature_attribute}/tile_keys"
+        with damage(self.path, f"specimen {case.specimen!r}"):
+            dataset = self._file.dataset(path)
+            if dataset is None:
+                return None
+            keys = self._file.values(dataset)
+            if keys.dtype.kind in "iu":
+                keys = np.array([f"({', '.join(map(str, row))})".encode() for row in keys], "S")
+            elif keys.dtype.kind == "O":
+                keys = np.array([k.encode() if isinstance(k, str) else k for k in keys], "S")
+            return for_each_row(keys.reshape(-1), self._features(case).shape, self.path, path)
+
+    def texts(self, case: Case) -> dict[str, str]:
+        """Every text beside the features, by the name of its attribute."""
+        found = {}
+        for name in self._text_names(case):
+            dataset = self._file.dataset(f"{case.location}/{name}")
+            if dataset is not None and dataset.size == 1 and h5py.check_string_dtype(dataset.dtype):
+                found[name] = text(np.ravel(dataset[()])[0], self.path, dataset.name)
+        return found
+
+    # -- checksums (see hdf5_target) -------------------------------------------------------
+
+    def has_checksum(self, case: Case) -> bool:
+        """See `Verified.has_checksum`."""
+        return bool(self._checksums().get(case.location, ("", ""))[0])
+
+    def damaged(self, case: Case, features: str) -> tuple[str, ...]:
+        """See `Verified.damaged`: "tiles" (features, positions, keys) and "texts"."""
+        tiles, texts = self._checksums()[case.location]
+        group = f"{case.location}/{self.feature_attribute}"
+        parts = []
+        with damage(self.path, f"specimen {case.specimen!r}"):
+            positions, keys = (
+                None if dataset is None else self._file.values(dataset)
+                for dataset in (
+                    self._file.dataset(f"{group}/{name}") for name in ("positions", "tile_keys")
+                )
+            )
+            if tiles_checksum(features, positions, self._unit(f"{group}/positions"), keys) != tiles:
+                parts.append("tiles")
+            if texts_checksum(self.texts(case)) != texts:
+                parts.append("texts")
+        return tuple(parts)
+
+    def _checksums(self) -> dict[str, tuple[str, str]]:
+        """Location -> checksums of tiles and texts; empty where the file has none."""
+        if self._sums is None:
+            self._sums = {}
+            dataset = self._file.dataset("/case-index/checksums")
+            if dataset is not None and self.feature_attribute == self._file.attribute(
+                "/", "feature_attribute"
+            ):
+                with damage(self.path, dataset.name):
+                    paths = _strings(self._file, "/case-index/case_paths")
+                    sums = self._file.values(dataset).reshape(-1, 2)
+                    self._sums = {
+                        path: (bytes(tiles).decode("latin-1"), bytes(texts).decode("latin-1"))
+                        for path, (tiles, texts) in zip(paths, sums, strict=True)
+                    }
+        return self._sums
+
+    def _unit(self, positions: str) -> str | None:
+        """Unit of a dataset of positions; None where there is none."""
+        dataset = self._file.dataset(positions)
+        if dataset is None:
+            return None
+        if "unit" in dataset.attrs:
+            return _checked_unit(dataset.attrs["unit"], self.path, positions)
+        return self._default_unit
+
     def _positions(self, path: str, shape: tuple[int, ...]) -> tuple[np.ndarray | None, str | None]:
         """Positions of all rows [N, 2] and their unit; None, None where there are none."""
         positions = positions_of_rows(self._file, path, shape)
         if positions is None:
             return None, None
-        dataset = self._file.dataset(path)
-        assert dataset is not None
-        if "unit" in dataset.attrs:
-            return positions, _checked_unit(dataset.attrs["unit"], self.path, path)
-        return positions, self._default_unit
+        return positions, self._unit(path)
+
+
+def attribute_names(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the feature attributes and of the text attributes of a file's first specimens.
+
+    DataError where the file is not in the case layout.
+    """
+    file = Hdf5File(path)
+    features, texts = set(), set()
+    try:
+        with damage(path, "the index"):
+            for _, _, location in case_index(file)[:100]:
+                for name in file.names(location):
+                    here = file.object(f"{location}/{name}")
+                    if file.object(f"{location}/{name}/features") is not None:
+                        features.add(name)
+                    elif isinstance(here, h5py.Dataset) and h5py.check_string_dtype(here.dtype):
+                        texts.add(name)
+    finally:
+        file.close()
+    return tuple(sorted(features)), tuple(sorted(texts))
 
 
 def case_index(file: Hdf5File) -> list[tuple[str, str, str]]:
@@ -462,7 +575,8 @@ def _case_bags(source: Source) -> OpenBags:
             file.path,
             rows,
             unit=_checked_unit(unit or "px", file.path, positions) if there else None,
-            encoder=name.rpartition("/")[2],
+            encoder=file.attribute(group, "encoder") or name.rpartition("/")[2],
+            tile_size=file.attribute(group, "tile_size"),
             warnings=("positions name no unit; level-0 pixels are assumed",)
             if there and unit is None
             else (),
