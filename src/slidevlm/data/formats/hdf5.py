@@ -229,6 +229,23 @@ class Hdf5File:
         return values
 
 
+def storage_text(dataset: h5py.Dataset) -> str:
+    """Such as "contiguous" or "chunks of 256 rows, gzip 4"."""
+    if dataset.chunks is None:
+        return "contiguous"
+    axis = 1 if dataset.ndim == 3 and dataset.shape[0] == 1 else 0
+    parts = [f"chunks of {dataset.chunks[axis]} rows"]
+    if dataset.chunks[-1] < dataset.shape[-1]:
+        parts[0] += f" and {dataset.chunks[-1]} columns"
+    plist = dataset.id.get_create_plist()
+    if dataset.compression is not None:
+        level = "" if dataset.compression_opts is None else f" {dataset.compression_opts}"
+        parts.append(f"{dataset.compression}{level}")
+    elif filters := plist.get_nfilters():
+        parts += [plist.get_filter(i)[3].decode("utf-8", "replace") for i in range(filters)]
+    return ", ".join(parts)
+
+
 class Hdf5Rows:
     """`Rows` of one dataset of features."""
 
@@ -242,6 +259,7 @@ class Hdf5Rows:
             self.full_shape: tuple[int, ...] = dataset.shape or (1,)
             self.shape = flat_shape(self.full_shape, file.path, path)
             self.dtype = dtype_name(dataset.dtype, file.path, path)
+            self.storage = storage_text(dataset)
             if self.shape[0]:
                 _check_storage(dataset, file.path)
 

@@ -26,7 +26,7 @@ import numpy as np
 from torch import Tensor
 
 import slidevlm.data.formats as package
-from slidevlm.data.formats.hdf5 import Hdf5File, is_hdf5
+from slidevlm.data.formats.hdf5 import Hdf5File, Hdf5Rows, is_hdf5
 from slidevlm.data.formats.rows import Rows, damage
 from slidevlm.errors import DataError
 from slidevlm.registry import Registry
@@ -81,6 +81,11 @@ class SlideFile(Protocol):
     @property
     def tile_size(self) -> str | None:
         """Edge of a tile with its unit, where the file tells it: "256 um", "512 px at level 0"."""
+        ...
+
+    @property
+    def storage(self) -> str | None:
+        """How the features lie on disk, where it matters to the speed of reading few rows."""
         ...
 
     @property
@@ -139,6 +144,11 @@ class Slide:
     def dtype(self) -> str:
         """Type of the features on disk."""
         return self.rows.dtype
+
+    @property
+    def storage(self) -> str | None:
+        """See `SlideFile.storage`."""
+        return self.rows.storage if isinstance(self.rows, Hdf5Rows) else None
 
     def read(self, rows: np.ndarray | None) -> tuple[Tensor, np.ndarray | None]:
         """See `SlideFile.read`."""
