@@ -18,8 +18,9 @@ import torch
 from slidevlm import dist
 from slidevlm.batch import Predictions
 from slidevlm.config import Config, given_values, validate, with_adam_defaults, with_values
+from slidevlm.data.augment import Augmentation
 from slidevlm.data.cases import CaseStore, open_store
-from slidevlm.data.dataset import BagDataset, make_loader
+from slidevlm.data.dataset import BadSpecimens, BagDataset, StopAtBad, make_loader
 from slidevlm.data.reports import read_text_file
 from slidevlm.data.sampling import EvalBatches, TrainBatches
 from slidevlm.data.splits import Split, check_leakage, resolve
@@ -206,16 +207,29 @@ def _train(config: Config, precision: Precision) -> dict[str, float]:
             trained.tokenizer.vocab_size,
             precision.device,
         )
-        judge = Judge(config, data.store, trained, precision, run)
+        bad = BadSpecimens() if config.data.skip_bad_specimens else StopAtBad()
+        judge = Judge(config, data.store, trained, precision, run, bad)
         if config.evaluation.test:
             metrics = judge.final(data.splits, "evaluation")
         else:
             metrics = _fit(config, data, trained, precision, start, run, folder, judge)
             if data.test is not None:
                 metrics = judge.final([data.test], "test")
+        _list_bad(bad, run)
     if folder is not None and dist.is_main():
         log.info("run folder: %s", folder)
     return metrics
+
+
+def _list_bad(bad: BadSpecimens | StopAtBad, run: Run) -> None:
+    """Tell at the end what the processes have dropped."""
+    found: dict[str, str] = {}
+    for messages in dist.gather_objects(dict(bad.messages)):
+        found |= messages
+    if found:
+        lines = [f"{name}: {message}" for name, message in sorted(found.items())]
+        log.warning("%d bad specimens were dropped:\n%s", len(found), "\n".join(lines))
+        run.write("bad_specimens.txt", "\n".join(lines) + "\n")
 
 
 def _claim_folder(config: Config) -> Path | None:
@@ -335,10 +349,14 @@ def _model(config: Config, data: Data, start: Start, device: torch.device) -> Tr
 
 def _position_unit(data: Data) -> str | None:
     """The unit of the first specimen that has tiles; batches check that all others share it."""
+    problem = DataError(f"no specimen of split {data.splits[0].name} has a tile")
     for case in data.splits[0].cases:
-        if data.store.length(case):
-            return data.store.read(case, np.zeros(1, dtype=np.int64)).unit
-    raise DataError(f"no specimen of split {data.splits[0].name} has a tile")
+        try:
+            if data.store.length(case):
+                return data.store.read(case, np.zeros(1, dtype=np.int64)).unit
+        except DataError as error:  # the loader is what reports it, or drops it
+            problem = error
+    raise problem
 
 
 def restore(saved: ckpt.ModelState) -> Trained:
@@ -422,7 +440,8 @@ def _fit(
     optim, seed = config.optim, config.evaluation.seed
     _check_losses(config, trained)
     seed_everything(seed + 1 + dist.rank())
-    dataset = bag_dataset(config, data.store, data.train, trained, training=True)
+    augmentation = _augmentation(config, trained)
+    dataset = bag_dataset(config, data.store, data.train, trained, augmentation, training=True)
     if cut := dataset.truncated():
         log.warning(
             "%d of %d reports are longer than the model's context of %d tokens; their ends are cut",
@@ -430,16 +449,9 @@ def _fit(
             len(dataset),
             trained.config.text.context_length,
         )
-    batches = TrainBatches(
-        len(dataset),
-        config.data.batch_size,
-        seed,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        accum_freq=optim.accum_freq,
-    )
+    batches = _train_batches(config, dataset)
     pin = precision.device.type == "cuda"
-    loader = make_loader(dataset, batches, config.data.workers, pin_memory=pin)
+    loader = make_loader(dataset, batches, config.data.workers, pin_memory=pin, bad=judge.bad)
     optimizer = adamw(
         trained.model,
         lr=_known(optim.lr),
@@ -453,13 +465,21 @@ def _fit(
         config.loss.coca_caption_loss_weight,
         mask_duplicates=config.loss.false_negatives == "mask",
     )
-    step = Step(trained.model, optimizer, objective, precision, optim.grad_clip_norm)
+    step = Step(
+        trained.model,
+        optimizer,
+        objective,
+        precision,
+        optim.grad_clip_norm,
+        ragged=config.data.skip_bad_specimens,
+    )
     steps_an_epoch = len(batches) // optim.accum_freq
     plan = Plan(optim.epochs, optim.accum_freq, _schedule(config, steps_an_epoch), precision.device)
     order = {
         "specimens": len(dataset),
         "global_batch": config.data.batch_size * dist.world_size() * optim.accum_freq,
         "seed": seed,
+        "similar_lengths": batches.lengths_id(),
     }
     progress = ckpt.Progress()
     if start.training is not None:
@@ -513,6 +533,34 @@ def _fit(
     return watcher.metrics
 
 
+def _augmentation(config: Config, trained: Trained) -> Augmentation:
+    """--aug-cfg; ConfigError where it would move positions that are not there."""
+    keys = {k: v for k, v in config.data.aug_cfg.items() if k != "transform_type"}
+    augmentation = Augmentation(config.data.aug_transforms, **keys)
+    if augmentation.moves and trained.unit is None:
+        raise ConfigError(
+            f"--aug-cfg {', '.join(augmentation.moves)} moves positions, and this data has none; "
+            "leave it out or add positions to the data"
+        )
+    return augmentation
+
+
+def _train_batches(config: Config, dataset: BagDataset) -> TrainBatches:
+    data, accum_freq, world_size = config.data, config.optim.accum_freq, dist.world_size()
+    # A step that is one batch of one process has nothing to balance, and needs no lengths.
+    parted = data.bucket == "balance" and world_size * accum_freq > 1
+    return TrainBatches(
+        len(dataset),
+        data.batch_size,
+        config.evaluation.seed,
+        rank=dist.rank(),
+        world_size=world_size,
+        accum_freq=accum_freq,
+        lengths=dist.from_main(dataset.lengths) if parted or data.bucket == "length" else None,
+        similar=data.bucket == "length",
+    )
+
+
 def _known(value: float | None) -> float:
     assert value is not None, "with_adam_defaults has filled it"
     return value
@@ -548,10 +596,9 @@ def _schedule(config: Config, steps_an_epoch: int) -> schedule.Schedule:
 
 def _go_on(saved: ckpt.TrainState, step: Step, order: dict[str, int]) -> ckpt.Progress:
     """Restore optimizer, scaler and random state; refuse what would silently drift."""
-    if saved.order != order:
-        differs = ", ".join(
-            f"{k} {saved.order[k]} -> {order[k]}" for k in order if saved.order[k] != order[k]
-        )
+    was = {name: saved.order.get(name, 0) for name in order}
+    if was != order:
+        differs = ", ".join(f"{k} {was[k]} -> {order[k]}" for k in order if was[k] != order[k])
         if saved.progress.batch:
             raise CheckpointError(
                 "the checkpoint lies within an epoch, but the order of the data changed "
@@ -575,7 +622,13 @@ def _go_on(saved: ckpt.TrainState, step: Step, order: dict[str, int]) -> ckpt.Pr
 
 
 def bag_dataset(
-    config: Config, store: CaseStore, split: Split, trained: Trained, *, training: bool
+    config: Config,
+    store: CaseStore,
+    split: Split,
+    trained: Trained,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
+    *,
+    training: bool,
 ) -> BagDataset:
     """The specimens of a split, ready for a loader."""
     return BagDataset(
@@ -587,6 +640,7 @@ def bag_dataset(
         cutoff=config.data.image_features_cutoff,
         seed=config.evaluation.seed,
         training=training,
+        augmentation=augmentation,
     )
 
 
@@ -594,10 +648,16 @@ class Judge:
     """Evaluates splits with the current weights, logs the metrics and writes the files."""
 
     def __init__(
-        self, config: Config, store: CaseStore, trained: Trained, precision: Precision, run: Run
+        self,
+        config: Config,
+        store: CaseStore,
+        trained: Trained,
+        precision: Precision,
+        run: Run,
+        bad: BadSpecimens | StopAtBad,
     ) -> None:
         self.config, self.store, self.trained = config, store, trained
-        self.precision, self.run = precision, run
+        self.precision, self.run, self.bad = precision, run, bad
         self.zero_shot = [
             (prompts, labels)
             for prompt_file, label_file in config.prompt_pairs
@@ -648,7 +708,7 @@ class Judge:
             len(dataset), self.config.data.batch_size, dist.rank(), dist.world_size()
         )
         workers = min(self.config.data.workers, len(batches))
-        loader = make_loader(dataset, batches, workers)
+        loader = make_loader(dataset, batches, workers, bad=self.bad)
         bar = Bar(f"evaluating {split.name}", len(dataset), shown=dist.is_main())
         try:
             predictions = predict(
@@ -658,6 +718,7 @@ class Judge:
                 self.precision,
                 self._writing() if write else None,
                 lambda done: bar.update(done * dist.world_size()),
+                complete=not self.config.data.skip_bad_specimens,
             )
         finally:
             bar.close()

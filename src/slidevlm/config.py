@@ -41,6 +41,16 @@ def arg(default: Any, help: str, **spec: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+# --aug-cfg: transform -> its own keys; key -> the greatest value (the least is 0).
+AUG_TRANSFORMS: dict[str, tuple[str, ...]] = {
+    "random_flip": (),
+    "random_rotate90": (),
+    "tile_dropout": ("drop_fraction",),
+    "feature_noise": ("noise_std",),
+}
+AUG_KEYS = {"probability": 1.0, "drop_fraction": 1.0, "noise_std": float("inf")}
+
+
 @dataclass(frozen=True)
 class Data:
     """data: what is read, and how."""
@@ -61,7 +71,13 @@ class Data:
     )
     workers: int = arg(4, "loader processes a training process; 0 reads in it", minimum=0)
     batch_size: int = arg(64, "specimens a batch and process", minimum=1)
-    aug_cfg: Mapping[str, Any] = arg({}, "augmentation of the training bags", pending=True)
+    aug_cfg: Mapping[str, Any] = arg(
+        {},
+        "augmentation of the training bags: transform_type=NAME[,NAME...] of random_flip, "
+        "random_rotate90 (both move positions), tile_dropout, feature_noise; probability=P of each "
+        "(default 0.5), drop_fraction=F of the tiles (default 0.1), noise_std=S in standard "
+        "deviations of a channel (default 0.1)",
+    )
     text_data_file: str | None = arg(
         None,
         "reports: JSON {patient: {specimen: text}} or {specimen: text}, a list of {id, report}, "
@@ -102,6 +118,27 @@ class Data:
     allow_patient_overlap: bool = arg(
         False, "let a patient be in several splits (otherwise an error: leakage)", extra=True
     )
+    bucket: str = arg(
+        "balance",
+        "by the bags' lengths: balance parts each step's specimens so that all its batches on all "
+        "processes have about the same number of tiles, which changes nothing of what is learned; "
+        "length also makes up the steps of similar bags; off does neither",
+        choices=("balance", "length", "off"),
+        extra=True,
+    )
+    skip_bad_specimens: bool = arg(
+        False,
+        "drop specimens that have no tiles, cannot be read or are not finite from their batches, "
+        "and list them in bad_specimens.txt (otherwise the first one stops the run)",
+        extra=True,
+    )
+
+    @property
+    def aug_transforms(self) -> tuple[str, ...]:
+        """Names in the `transform_type` of --aug-cfg: one, several with commas, or a list."""
+        value = self.aug_cfg.get("transform_type", ())
+        names = value.split(",") if isinstance(value, str) else tuple(value)
+        return tuple(str(name).strip() for name in names)
 
 
 @dataclass(frozen=True)
@@ -460,7 +497,36 @@ def _values(config: Config) -> Iterator[str]:
                     yield f"{flag}: no file or folder {path!r} (looked in {Path.cwd()})"
 
 
+def _augmentation(data: Data) -> Iterator[str]:
+    values, kind = data.aug_cfg, data.aug_cfg.get("transform_type")
+    if not values:
+        return
+    known = f"it knows transform_type, {', '.join(AUG_KEYS)}"
+    unknown = [str(key) for key in values if key != "transform_type" and key not in AUG_KEYS]
+    if unknown:
+        yield f"--aug-cfg does not know {', '.join(unknown)}; {known}"
+    transforms = ", ".join(AUG_TRANSFORMS)
+    if not isinstance(kind, (str, list, tuple)) or not kind:
+        yield f"--aug-cfg needs transform_type, one or several of {transforms}"
+        return
+    names = data.aug_transforms
+    if bad := [name for name in names if name not in AUG_TRANSFORMS]:
+        yield f"--aug-cfg transform_type does not know {', '.join(bad)}; it knows {transforms}"
+    if len(set(names)) < len(names):
+        yield f"--aug-cfg transform_type names one twice: {', '.join(names)}"
+    for key in (key for key in values if key in AUG_KEYS):
+        value, most = values[key], AUG_KEYS[key]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and 0 <= value <= most and value != float("inf")):
+            limit = "0 or more" if most == float("inf") else f"from 0 to {most:g}"
+            yield f"--aug-cfg {key} must be a number {limit}, not {value!r}"
+        owners = [name for name, keys in AUG_TRANSFORMS.items() if key in keys]
+        if owners and not set(owners) & set(names):
+            yield f"--aug-cfg {key} belongs to {owners[0]}, which transform_type does not name"
+
+
 def _combinations(config: Config) -> Iterator[str]:
+    yield from _augmentation(config.data)
     data, optim, evaluation = config.data, config.optim, config.evaluation
     if data.hdf5_filename and data.root_dir:
         yield "--hdf5_filename and --root-dir are both given; data comes from one of them"
