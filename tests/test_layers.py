@@ -51,6 +51,9 @@ EXTRAS = (
     "transformers",
     "safetensors",
     "huggingface_hub",
+    "zarr",
+    "numcodecs",
+    "openpyxl",
 )
 
 

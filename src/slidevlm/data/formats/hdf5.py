@@ -153,6 +153,12 @@ class Hdf5File:
         with damage(self.path, path):
             return list(group) if isinstance(group, h5py.Group) else []
 
+    def has_attribute(self, path: str, name: str) -> bool:
+        """Whether the object at `path` is there and has the attribute."""
+        holder = self.object(path)
+        with damage(self.path, path):
+            return holder is not None and name in holder.attrs
+
     def attribute(self, path: str, name: str) -> Any:
         """An attribute as text, number, list or dictionary; None where there is none.
 

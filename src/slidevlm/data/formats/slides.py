@@ -16,9 +16,9 @@ import importlib
 import os
 import pkgutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -33,11 +33,34 @@ from slidevlm.registry import Registry
 
 HDF5_EXTENSIONS = (".h5", ".hdf5", ".hdf")
 TORCH_EXTENSIONS = (".pt", ".pth")
+# Names of arrays where a container holds several, in the order in which they are looked for.
+FEATURE_NAMES = ("embeddings", "features", "feats", "tile_embeds")
+POSITION_NAMES = ("coords", "coordinates", "positions", "locations")
 # Of the pictures themselves: slide tables often name these instead of the feature files.
 IMAGE_EXTENSIONS = (
     ".ome.tiff", ".ome.tif", ".svs", ".ndpi", ".mrxs", ".tiff", ".tif", ".scn", ".svslide",
     ".bif", ".vms", ".vmu", ".czi", ".isyntax", ".dcm", ".qptiff", ".sdpc",
 )  # fmt: skip
+
+
+def find_arrays(names: Sequence[str], path: Path) -> tuple[str, str | None]:
+    """Names of the features and of the coordinates (or None) among a container's arrays."""
+    position = next((name for name in POSITION_NAMES if name in names), None)
+    known = [name for name in FEATURE_NAMES if name in names]
+    others = [name for name in names if name not in POSITION_NAMES]
+    if known or len(others) == 1:
+        return (known or others)[0], position
+    raise DataError(
+        f"{path} holds the arrays {', '.join(map(str, list(names)[:10])) or '(none)'}; one of "
+        f"them must be named {', '.join(FEATURE_NAMES)}, or it must be the only one"
+    )
+
+
+def size_text(size: object, unit: str) -> str | None:
+    """Such as "256 um" from an attribute; None where it is no number."""
+    if isinstance(size, bool) or not isinstance(size, int | float):
+        return None
+    return f"{size:g} {unit}"
 
 
 class SlideFile(Protocol):
@@ -268,6 +291,7 @@ class SlideFormat:
 FORMATS: Registry[SlideFormat] = Registry("slide format")
 
 
+@cache
 def formats() -> list[tuple[str, SlideFormat]]:
     """Every format by name, in the order in which they are asked."""
     for module in pkgutil.iter_modules(package.__path__):
@@ -275,6 +299,7 @@ def formats() -> list[tuple[str, SlideFormat]]:
     return sorted(((name, FORMATS[name]) for name in FORMATS), key=lambda entry: entry[1].order)
 
 
+@cache
 def extensions() -> tuple[str, ...]:
     """Extensions of all formats, the longest first."""
     return tuple(sorted({e for _, f in formats() for e in f.extensions}, key=len, reverse=True))
