@@ -304,15 +304,20 @@ def load_pretrained(name: str) -> ckpt.ModelState:
     )
 
 
-def open_data(config: Config) -> Data:
-    """Open the cohort, read the splits, check them."""
+def open_cohort(config: Config) -> CaseStore:
+    """The specimens that the arguments name."""
     data = config.data
-    store = open_store(
+    return open_store(
         hdf5_filename=data.hdf5_filename,
         hdf5_feature_attribute=data.hdf5_feature_attribute,
         hdf5_text_attribute=data.hdf5_text_attribute,
         root_dir=data.root_dir,
     )
+
+
+def open_data(config: Config) -> Data:
+    """Open the cohort, read the splits, check them."""
+    data, store = config.data, open_cohort(config)
     texts = None if data.text_data_file is None else read_text_file(Path(data.text_data_file))
 
     def split(path: str | None, name: str | None = None) -> Split | None:

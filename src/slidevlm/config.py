@@ -450,7 +450,19 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: listing every problem found, not only the first.
     """
-    problems = [*_pending(config), *_values(config), *_combinations(config)]
+    _raise([*_pending(config), *_values(config), *_combinations(config)])
+
+
+def validate_data(config: Config) -> None:
+    """The same of what concerns data alone: no split and no report need be given.
+
+    Raises:
+        ConfigError: listing every problem found, not only the first.
+    """
+    _raise([*_pending(config), *_values(config), *_sources(config), *_pairs(config)])
+
+
+def _raise(problems: list[str]) -> None:
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:
@@ -525,15 +537,38 @@ def _augmentation(data: Data) -> Iterator[str]:
             yield f"--aug-cfg {key} belongs to {owners[0]}, which transform_type does not name"
 
 
-def _combinations(config: Config) -> Iterator[str]:
-    yield from _augmentation(config.data)
-    data, optim, evaluation = config.data, config.optim, config.evaluation
+def _sources(config: Config) -> Iterator[str]:
+    data = config.data
     if data.hdf5_filename and data.root_dir:
         yield "--hdf5_filename and --root-dir are both given; data comes from one of them"
     if not data.hdf5_filename and not data.root_dir:
         yield "no data: give --hdf5_filename (with --hdf5_feature_attribute) or --root-dir"
     if data.hdf5_filename and not data.hdf5_feature_attribute:
         yield "--hdf5_filename needs --hdf5_feature_attribute, the group that holds the features"
+
+
+def _pairs(config: Config) -> Iterator[str]:
+    data, evaluation = config.data, config.evaluation
+    names = ["train", "test", *(Path(path).stem for path in data.val_split or ())]
+    if len(set(names)) < len(names):
+        yield (
+            f"--val-split files are reported by their stems ({', '.join(names[2:])}), which must "
+            "differ from each other and from train and test"
+        )
+    prompts = evaluation.zsc_class_prompt_mapping or ()
+    labels = evaluation.zsc_specimen_class_mapping or ()
+    if bool(prompts) != bool(labels) or (len(prompts) > 1 and len(prompts) != len(labels)):
+        yield (
+            f"--zsc-class-prompt-mapping has {len(prompts)} and --zsc-specimen-class-mapping "
+            f"{len(labels)} files; they go in pairs, or one prompt file serves all label files"
+        )
+
+
+def _combinations(config: Config) -> Iterator[str]:
+    yield from _sources(config)
+    yield from _pairs(config)
+    yield from _augmentation(config.data)
+    data, optim, evaluation = config.data, config.optim, config.evaluation
     if data.hdf5_filename and not (data.hdf5_text_attribute or data.text_data_file):
         yield "no reports: give --hdf5_text_attribute or --text-data-file"
     if data.root_dir and not data.text_data_file:
@@ -550,22 +585,9 @@ def _combinations(config: Config) -> Iterator[str]:
             yield "--lr-scheduler const-cooldown needs --epochs-cooldown"
     elif optim.epochs_cooldown is not None:
         yield "--epochs-cooldown works only with --lr-scheduler const-cooldown"
-    names = ["train", "test", *(Path(path).stem for path in data.val_split or ())]
-    if len(set(names)) < len(names):
-        yield (
-            f"--val-split files are reported by their stems ({', '.join(names[2:])}), which must "
-            "differ from each other and from train and test"
-        )
     weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight
     if not any(weights):
         yield "both loss weights are 0; nothing would be trained"
-    prompts = evaluation.zsc_class_prompt_mapping or ()
-    labels = evaluation.zsc_specimen_class_mapping or ()
-    if bool(prompts) != bool(labels) or (len(prompts) > 1 and len(prompts) != len(labels)):
-        yield (
-            f"--zsc-class-prompt-mapping has {len(prompts)} and --zsc-specimen-class-mapping "
-            f"{len(labels)} files; they go in pairs, or one prompt file serves all label files"
-        )
     reports = {r.strip() for r in config.logging.report_to.split(",")} - {""}
     bad = reports - {"tensorboard", "wandb", "all"}
     if bad:

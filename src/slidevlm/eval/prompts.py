@@ -91,6 +91,22 @@ def read_labels(path: Path, prompts: Prompts) -> Labels:
     Raises:
         DataError: unreadable, or a class that has no prompt.
     """
+    classes = read_classes(path)
+    strange = sorted(set(classes.values()) - set(prompts.classes))
+    if strange:
+        raise DataError(
+            f"{path}: classes without a prompt: {', '.join(strange[:10])}; the prompts are for "
+            f"{', '.join(prompts.classes)}"
+        )
+    return Labels(path.stem, classes)
+
+
+def read_classes(path: Path) -> dict[str, str]:
+    """The class of each specimen from a label file in one of the forms of `read_labels`.
+
+    Raises:
+        DataError: none of these forms.
+    """
     if path.suffix.lower() in (".csv", ".tsv"):
         classes = _table(path)
     else:
@@ -100,14 +116,7 @@ def read_labels(path: Path, prompts: Prompts) -> Labels:
         classes = {}
         for key, value in content.items():
             classes.update(value if isinstance(value, dict) else {key: value})
-    classes = {str(s): str(c) for s, c in classes.items()}
-    strange = sorted(set(classes.values()) - set(prompts.classes))
-    if strange:
-        raise DataError(
-            f"{path}: classes without a prompt: {', '.join(strange[:10])}; the prompts are for "
-            f"{', '.join(prompts.classes)}"
-        )
-    return Labels(path.stem, classes)
+    return {str(s): str(c) for s, c in classes.items()}
 
 
 def _table(path: Path) -> dict[str, str]:
