@@ -85,6 +85,7 @@ class Facts:
     unit: str | None = None  # of the positions
     encoder: str | None = None  # of the tiles
     tile_size: str | None = None  # with its unit: "256 um", "512 px at level 0"
+    storage: str | None = None  # of the features: "contiguous", "chunks of 1 rows, gzip 4"
     source: str | None = None  # file that the features were converted from
     warnings: tuple[str, ...] = ()
 

@@ -36,7 +36,7 @@ import h5py
 import numpy as np
 
 from slidevlm.data.cases import Bag, Case, Facts, make_bag, unique_cases
-from slidevlm.data.formats.hdf5 import Hdf5File, Hdf5Rows, positions_of_rows, text
+from slidevlm.data.formats.hdf5 import Hdf5File, Hdf5Rows, positions_of_rows, storage_text, text
 from slidevlm.data.formats.hdf5_target import texts_checksum, tiles_checksum
 from slidevlm.data.formats.rows import damage, dtype_name, flat_shape, for_each_row
 from slidevlm.data.formats.slides import (
@@ -335,6 +335,7 @@ class Hdf5Cases:
                 unit=self._unit(f"{group}/positions"),
                 encoder=told["encoder"] or self.feature_attribute,
                 tile_size=told["tile_size"],
+                storage=storage_text(dataset),
                 source=told["source"],
             )
 
