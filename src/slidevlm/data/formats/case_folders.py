@@ -16,7 +16,7 @@ pixels, as the format names no unit. Files are mapped, not loaded, so only sampl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from slidevlm.data.cases import Bag, Case, make_bag, unique_cases
 from slidevlm.data.formats import FOLDERS
 from slidevlm.data.formats.torch_files import TileParts, load, tile_parts
 from slidevlm.data.reports import read_utf8
-from slidevlm.errors import DataError
+from slidevlm.data.slide_table import SlideRow
+from slidevlm.errors import ConfigError, DataError
 
 _INDEX = "feature_information.txt"
 
@@ -37,7 +38,12 @@ class CaseFolders:
 
     description = f"data_*/{_INDEX} with data_*/extracted_features/*.pth"
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, slide_table: Sequence[SlideRow] | None = None) -> None:
+        if slide_table is not None:
+            raise ConfigError(
+                f"--slide-table: {root} is of the form {self.description}, which names its "
+                "specimens itself; leave the table out"
+            )
         self.path = root
         self.cases = unique_cases(
             [entry for index in _indices(root) for entry in _entries(index)], root

@@ -137,7 +137,7 @@ def _clam_positions(path: Path, shape: tuple[int, ...]) -> Positions:
 
 
 def _dictionary(path: Path, content: dict[Any, Any]) -> Slide:
-    arrays = {k: v for k, v in content.items() if isinstance(v, torch.Tensor | np.ndarray)}
+    arrays = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
     if not all(isinstance(key, str) for key in arrays):
         raise DataError(
             f"{path} holds tensors by {sorted({type(key).__name__ for key in arrays})}; name them "
@@ -152,7 +152,11 @@ def _dictionary(path: Path, content: dict[Any, Any]) -> Slide:
     def positions() -> np.ndarray | None:
         if coordinates is None:
             return None
-        values = np.asarray(arrays[coordinates])
+        values = (
+            arrays[coordinates].float().numpy()
+            if arrays[coordinates].dtype == torch.bfloat16
+            else arrays[coordinates].numpy()
+        )
         return for_each_row(as_positions(values, path, coordinates), shape, path, coordinates)
 
     missing = ("no coordinates; positions are missing",)

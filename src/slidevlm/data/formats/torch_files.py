@@ -26,13 +26,6 @@ DTYPES = {
     torch.float32: "float32",
     torch.float64: "float64",
 }
-# TRIDENT saves the empty matrix of a slide without tissue as an array of NumPy.
-_NUMPY: list[Any] = [
-    np.empty(0).__reduce__()[0],
-    np.ndarray,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")),
-]
 
 
 def load(path: Path, owner: str) -> Any:
@@ -42,11 +35,10 @@ def load(path: Path, owner: str) -> Any:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             _check_structure(path)
-        with torch.serialization.safe_globals(_NUMPY):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises whatever the damage leads its unpickler to
         raise DataError(
-            f"{owner} cannot be read ({_first_line(error)}); it must hold plain tensors, "
+            f"{owner} cannot be read ({_reason(error)}); it must hold plain tensors, "
             "dictionaries and tuples, saved by torch.save"
         ) from error
 
@@ -61,14 +53,15 @@ def _check_structure(path: Path) -> None:
                 archive.read(info)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception) -> str:
+    """The sentence that says what happened, out of torch's advice to run the file's code."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    told = next((line for line in lines if "Unpickler error" in line), lines[0])
+    return told.split(". Please use")[0].strip()
 
 
 def checked(value: object, path: Path, what: str) -> Tensor:
     """A dense tensor of floats whose numbers are all in the file; else DataError."""
-    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.dtype.isnative:
-        value = torch.from_numpy(value)
     if not isinstance(value, Tensor):
         raise DataError(f"{path}: {what} is {type(value).__name__}; save a tensor [N, D]")
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
