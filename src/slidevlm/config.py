@@ -7,7 +7,7 @@ What each argument does is told in its help; the specification is docs/spec/flag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -450,7 +450,7 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: listing every problem found, not only the first.
     """
-    _raise([*_pending(config), *_values(config), *_combinations(config)])
+    _raise([*_pending(config), *_values(_entries(config)), *_combinations(config)])
 
 
 def validate_data(config: Config) -> None:
@@ -459,7 +459,20 @@ def validate_data(config: Config) -> None:
     Raises:
         ConfigError: listing every problem found, not only the first.
     """
-    _raise([*_pending(config), *_values(config), *_sources(config), *_pairs(config)])
+    _raise([*_pending(config), *_values(_entries(config)), *_sources(config), *_pairs(config)])
+
+
+def validate_arguments(values: Any) -> None:
+    """Check the values of one dataclass of arguments, such as those of a command.
+
+    Raises:
+        ConfigError: listing every problem found, not only the first.
+    """
+    entries = (
+        (flag_of(name, spec), getattr(values, name), default, spec)
+        for name, default, spec in declarations(type(values))
+    )
+    _raise(list(_values(entries)))
 
 
 def _raise(problems: list[str]) -> None:
@@ -487,8 +500,8 @@ def _pending(config: Config) -> Iterator[str]:
         yield f"--report-to {config.logging.report_to} is not available yet; use tensorboard"
 
 
-def _values(config: Config) -> Iterator[str]:
-    for flag, value, default, spec in _entries(config):
+def _values(entries: Iterable[tuple[str, Any, Any, Spec]]) -> Iterator[str]:
+    for flag, value, default, spec in entries:
         if value is None or (spec.pending and value == default):
             continue
         if spec.choices and value not in spec.choices:
