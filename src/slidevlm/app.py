@@ -20,6 +20,7 @@ from slidevlm.batch import Predictions
 from slidevlm.config import Config, given_values, validate, with_adam_defaults, with_values
 from slidevlm.data.augment import Augmentation
 from slidevlm.data.cases import CaseStore, open_store
+from slidevlm.data.cohort import hold_together
 from slidevlm.data.dataset import BadSpecimens, BagDataset, StopAtBad, make_loader
 from slidevlm.data.reports import read_text_file
 from slidevlm.data.sampling import EvalBatches, TrainBatches
@@ -312,6 +313,7 @@ def open_cohort(config: Config) -> CaseStore:
         hdf5_feature_attribute=data.hdf5_feature_attribute,
         hdf5_text_attribute=data.hdf5_text_attribute,
         root_dir=data.root_dir,
+        slide_table=data.slide_table,
     )
 
 
@@ -331,6 +333,7 @@ def open_data(config: Config) -> Data:
         train = train.first(data.num_samples)
     vals = tuple(s for path in data.val_split or () if (s := split(path)) is not None)
     found = Data(store, train, vals, split(data.test_split, "test"))
+    hold_together(store, [case for one in found.splits for case in one.cases])
     if not data.allow_patient_overlap:
         check_leakage(found.splits)
     for one in found.splits:

@@ -86,7 +86,8 @@ class Data:
     )
     hdf5_filename: str | None = arg(
         None,
-        "HDF5 file in the case layout: /patients/<patient>/<specimen>",
+        "HDF5 file in the case layout (/patients/<patient>/<specimen>), or of one slide or more "
+        "in any other known format",
         flag="--hdf5_filename",
         file=True,
     )
@@ -105,9 +106,16 @@ class Data:
     )
     root_dir: str | None = arg(
         None,
-        "instead of an HDF5 file: folder of data_*/feature_information.txt and "
-        "data_*/extracted_features/*.pth",
+        "instead of an HDF5 file: folder of one feature file a slide in any known format, or of "
+        "data_*/feature_information.txt and data_*/extracted_features/*.pth",
         file=True,
+    )
+    slide_table: str | None = arg(
+        None,
+        "slides of each specimen: CSV, TSV or XLSX with a column case_id, specimen or patient and "
+        "a column slide_id or filename; without it each slide is a specimen",
+        file=True,
+        extra=True,
     )
     image_features_cutoff: int = arg(
         100_000,
@@ -556,8 +564,6 @@ def _sources(config: Config) -> Iterator[str]:
         yield "--hdf5_filename and --root-dir are both given; data comes from one of them"
     if not data.hdf5_filename and not data.root_dir:
         yield "no data: give --hdf5_filename (with --hdf5_feature_attribute) or --root-dir"
-    if data.hdf5_filename and not data.hdf5_feature_attribute:
-        yield "--hdf5_filename needs --hdf5_feature_attribute, the group that holds the features"
 
 
 def _pairs(config: Config) -> Iterator[str]:
@@ -584,6 +590,8 @@ def _combinations(config: Config) -> Iterator[str]:
     data, optim, evaluation = config.data, config.optim, config.evaluation
     if data.hdf5_filename and not (data.hdf5_text_attribute or data.text_data_file):
         yield "no reports: give --hdf5_text_attribute or --text-data-file"
+    if data.root_dir and (data.hdf5_feature_attribute or data.hdf5_text_attribute):
+        yield "--hdf5_feature_attribute and --hdf5_text_attribute belong to --hdf5_filename"
     if data.root_dir and not data.text_data_file:
         yield "--root-dir has no reports of its own; give --text-data-file"
     if evaluation.test:

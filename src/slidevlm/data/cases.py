@@ -127,10 +127,12 @@ def open_store(
     hdf5_feature_attribute: str | None,
     hdf5_text_attribute: str | None,
     root_dir: str | os.PathLike[str] | None,
+    slide_table: str | os.PathLike[str] | None = None,
 ) -> CaseStore:
-    """Open the one source of data that is given.
+    """Open the one source of data that is given, perhaps with a table of its slides.
 
-    ConfigError when none or two are given; DataError when it cannot be used.
+    ConfigError when none or two are given, or an argument that has no effect; DataError when it
+    cannot be used.
     """
     if hdf5_filename and root_dir:
         raise ConfigError(
@@ -138,19 +140,16 @@ def open_store(
             "data comes from one of them"
         )
     # The formats import this module, and only they may pay for h5py.
+    from slidevlm.data.formats import open_file, open_folder
+    from slidevlm.data.slide_table import read_slide_table
+
+    table = None if slide_table is None else read_slide_table(slide_table)
     if hdf5_filename:
-        from slidevlm.data.formats.hdf5_cases import Hdf5Cases
-
-        if not hdf5_feature_attribute:
-            raise ConfigError(
-                f"--hdf5_filename {hdf5_filename} needs --hdf5_feature_attribute, the group under "
-                "each specimen that holds its features"
-            )
-        return Hdf5Cases(hdf5_filename, hdf5_feature_attribute, hdf5_text_attribute or None)
+        return open_file(
+            Path(hdf5_filename), hdf5_feature_attribute or None, hdf5_text_attribute or None, table
+        )
     if root_dir:
-        from slidevlm.data.formats import open_folder
-
-        return open_folder(Path(root_dir))
+        return open_folder(Path(root_dir), table)
     raise ConfigError("no data: give --hdf5_filename (with --hdf5_feature_attribute) or --root-dir")
 
 
