@@ -15,7 +15,7 @@ from typing import Protocol
 
 from slidevlm.data.cases import CaseStore
 from slidevlm.data.slide_table import SlideRow
-from slidevlm.errors import DataError
+from slidevlm.errors import ConfigError, DataError
 from slidevlm.registry import Registry
 
 
@@ -34,6 +34,46 @@ class FolderFormat(Protocol):
 
 
 FOLDERS: Registry[FolderFormat] = Registry("folder format")
+
+
+def open_file(
+    path: Path,
+    feature_attribute: str | None,
+    text_attribute: str | None,
+    slide_table: Sequence[SlideRow] | None = None,
+) -> CaseStore:
+    """Open one HDF5 file: the case layout, or a known form of slides.
+
+    ConfigError for an argument that its form lacks or cannot use; DataError: missing, damaged, or
+    of no known form.
+    """
+    # They import this module to register themselves.
+    from slidevlm.data.formats.hdf5 import Hdf5File
+    from slidevlm.data.formats.hdf5_cases import Hdf5Cases, attribute_names
+    from slidevlm.data.formats.slide_folder import SlideFolder
+
+    file = Hdf5File(path, "check --hdf5_filename")
+    names = file.names()
+    file.close()
+    if "case-index" in names or "patients" in names:
+        if slide_table is not None:
+            raise ConfigError(
+                f"--slide-table: {path} is in the case layout, which names its specimens itself; "
+                "leave the table out"
+            )
+        if feature_attribute is None:
+            raise ConfigError(
+                f"--hdf5_filename {path} needs --hdf5_feature_attribute, the group under each "
+                f"specimen that holds its features: {', '.join(attribute_names(path)[0])}"
+            )
+        return Hdf5Cases(path, feature_attribute, text_attribute)
+    if feature_attribute is not None or text_attribute is not None:
+        raise ConfigError(
+            f"--hdf5_filename {path} is not in the case layout, for it has neither /case-index nor "
+            f"/patients (it has: {', '.join(names[:10]) or 'nothing'}); --hdf5_feature_attribute "
+            "and --hdf5_text_attribute belong to that layout"
+        )
+    return SlideFolder(path, slide_table)
 
 
 def open_folder(root: Path, slide_table: Sequence[SlideRow] | None = None) -> CaseStore:
