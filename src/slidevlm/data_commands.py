@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slidevlm.app import load_pretrained, open_cohort
+from slidevlm.app import load_pretrained, new_tokenizer, open_cohort
 from slidevlm.config import Config, validate_data
 from slidevlm.data import check as checking
 from slidevlm.data.cases import Case, CaseStore, open_store
@@ -55,7 +55,7 @@ def _is_bag(folder: Path) -> bool:
 
 
 def open_path(path: Path, feature_attribute: str | None) -> CaseStore:
-    """The cohort at a path: an HDF5 file in the case layout, or a folder in a known form.
+    """The cohort at a path: a folder in a known form, or a file, in the case layout or another.
 
     `feature_attribute` may be None where the file has just one.
 
@@ -70,8 +70,12 @@ def open_path(path: Path, feature_attribute: str | None) -> CaseStore:
             hdf5_text_attribute=None,
             root_dir=path,
         )
-    from slidevlm.data.formats.hdf5_cases import attribute_names
+    from slidevlm.data.formats.hdf5_cases import attribute_names, is_case_file
 
+    if not is_case_file(path):
+        from slidevlm.data.formats.slide_folder import SlideFolder
+
+        return SlideFolder(path)
     if feature_attribute is None:
         names, _ = attribute_names(path)
         if len(names) != 1:
@@ -181,7 +185,7 @@ def _model(config: Config) -> _Model:
         return _Model(lambda reports: tokenizer, model.text.context_length, model.tile_width)
     model = zoo.load(config.model.model)
     return _Model(
-        lambda reports: Tokenizer.train(reports, model.text.vocab_size),
+        lambda reports: new_tokenizer(model.text, reports),
         model.text.context_length,
         model.tile_width,
     )

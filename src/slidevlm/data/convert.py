@@ -139,7 +139,7 @@ class _Look:
     width: int | None = None  # None without tiles
     unit: str | None = None
     positions: bool = False
-    key_bytes: int = 0
+    keys: np.dtype[Any] | None = None
     encoder: str | None = None
     attributes: Mapping[str, str] | None = None
     problem: str | None = None
@@ -159,18 +159,26 @@ def look(store: CaseStore, case: Case) -> _Look:
         if rows == 0:
             return _Look(encoder=facts.encoder, attributes=attributes)
         bag = store.read(case, np.zeros(1, np.int64))
-        keys = store.tile_keys(case) if isinstance(store, Keyed) else None
+        keys = _keys(store, case)
         return _Look(
             rows,
             bag.features.shape[1],
             bag.unit,
             bag.positions is not None,
-            0 if keys is None else max(1, keys.dtype.itemsize),
+            None if keys is None else keys.dtype,
             facts.encoder,
             attributes,
         )
     except DataError as error:
         return _Look(problem=str(error))
+
+
+def _keys(store: CaseStore, case: Case) -> np.ndarray | None:
+    """The keys of the tiles, strings of at least one byte as HDF5 wants them."""
+    keys = store.tile_keys(case) if isinstance(store, Keyed) else None
+    if keys is not None and keys.dtype == np.dtype("S"):
+        return keys.astype("S1")
+    return keys
 
 
 def _source(store: CaseStore, case: Case) -> str:
@@ -206,7 +214,7 @@ def _plan(
             found.rows,
             widths[0],
             found.unit if found.positions else None,
-            found.key_bytes,
+            found.keys,
             texts_of(case),
             found.attributes or {},
         )
@@ -335,7 +343,6 @@ def _fill_case(store: CaseStore, case: Case, number: int, target: CaseTarget, dt
     location = f"/patients/{case.patient}/{_name(case)}"
     length, digest, finite = store.length(case), Digest(), True
     positions: list[np.ndarray] = []
-    slides: list[np.ndarray] = []
     unit = None
     for first, bag in blocks(store, case, length):
         features, whole = _cast(bag.features, dtype, f"{store.path}: specimen {case.specimen!r}")
@@ -345,18 +352,12 @@ def _fill_case(store: CaseStore, case: Case, number: int, target: CaseTarget, dt
         if bag.positions is not None:
             positions.append(bag.positions.numpy())
             unit = bag.unit
-        one = np.zeros(len(features), np.int64)
-        slides.append(one if bag.slides is None else bag.slides.numpy())
     where = np.concatenate(positions) if positions else None
     if where is not None:
         target.write(location, "positions", 0, where)
-    keys = store.tile_keys(case) if isinstance(store, Keyed) and length else None
-    if keys is None:
-        keys = np.zeros((length, 4), np.int32)
-        keys[:, 3] = np.arange(length)
-        if slides:
-            keys[:, 1] = np.concatenate(slides)
-    target.write(location, "tile_keys", 0, keys)
+    keys = _keys(store, case) if length else None
+    if keys is not None:
+        target.write(location, "tile_keys", 0, keys)
     target.write_checksum(number, tiles_checksum(digest.hexdigest(), where, unit, keys))
     return Filled(case.specimen, length, finite)
 

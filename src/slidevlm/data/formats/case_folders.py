@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from slidevlm.data.cases import Bag, Case, make_bag, unique_cases
+from slidevlm.data.cases import Bag, Case, Facts, keys_of_slides, make_bag, unique_cases
 from slidevlm.data.formats import FOLDERS
 from slidevlm.data.formats.torch_files import TileParts, load, tile_parts
 from slidevlm.data.reports import read_utf8
@@ -84,6 +84,21 @@ class CaseFolders:
         positions = tiles.row_positions()
         unit = None if positions is None else "px"
         return make_bag(features, positions, tiles.row_slides(), unit, rows)
+
+    def facts(self, case: Case) -> Facts:
+        """See `Described.facts`."""
+        tiles = self._tiles(case)
+        return Facts(
+            format="case folders",
+            dtype=tiles.rows().dtype,
+            unit=None if tiles.positions is None else "px",
+            source=Path(case.location).name,
+        )
+
+    def tile_keys(self, case: Case) -> np.ndarray | None:
+        """See `Keyed.tile_keys`: whole numbers, where a specimen has several slides."""
+        slides = self._tiles(case).row_slides()
+        return keys_of_slides(slides) if slides.any() else None
 
     def text(self, case: Case) -> str | None:
         """None: reports come by --text-data-file."""

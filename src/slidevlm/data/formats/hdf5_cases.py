@@ -340,18 +340,16 @@ class Hdf5Cases:
             )
 
     def tile_keys(self, case: Case) -> np.ndarray | None:
-        """See `Keyed.tile_keys`; integer keys as "(specimen, slide, section, tile)"."""
+        """See `Keyed.tile_keys`: those of the file, for each row."""
         path = f"{case.location}/{self.feature_attribute}/tile_keys"
         with damage(self.path, f"specimen {case.specimen!r}"):
             dataset = self._file.dataset(path)
             if dataset is None:
                 return None
             keys = self._file.values(dataset)
-            if keys.dtype.kind in "iu":
-                keys = np.array([f"({', '.join(map(str, row))})".encode() for row in keys], "S")
-            elif keys.dtype.kind == "O":
+            if keys.dtype.kind == "O":
                 keys = np.array([k.encode() if isinstance(k, str) else k for k in keys], "S")
-            return for_each_row(keys.reshape(-1), self._features(case).shape, self.path, path)
+            return for_each_row(keys, self._features(case).shape, self.path, path)
 
     def texts(self, case: Case) -> dict[str, str]:
         """Every text beside the features, by the name of its attribute."""
@@ -418,6 +416,11 @@ class Hdf5Cases:
         if positions is None:
             return None, None
         return positions, self._unit(path)
+
+
+def is_case_file(path: Path) -> bool:
+    """Whether a file is in the case layout; DataError where it cannot be opened."""
+    return _is_case_file(Source(path))
 
 
 def attribute_names(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -504,7 +507,7 @@ def _slides(file: Hdf5File, path: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(total, np.int64)
     keys = file.values(dataset)
     if keys.dtype.kind in "iu" and keys.ndim == 2 and keys.shape[1] == 4:
-        slides = _numbered(keys[:, 1:2])
+        slides = _numbered(keys[:, 1:2], np.ones(len(keys), np.int64))
     elif keys.dtype.kind in "SO":
         slides = slides_of_keys(keys.reshape(-1))
     else:
@@ -527,24 +530,37 @@ def slides_of_keys(keys: np.ndarray) -> np.ndarray:
     if keys.dtype.itemsize == 0:
         return np.zeros(len(keys), np.int64)
     letters = np.ascontiguousarray(keys).view(np.uint8).reshape(len(keys), -1)  # [N, bytes]
-    slashes = letters == ord("/")
-    if slashes.any(axis=1).all():
-        after = np.cumsum(slashes[:, ::-1], axis=1, dtype=np.int16)[
-            :, ::-1
-        ]  # slashes from here to the end
-        return _numbered(np.where(after > 0, letters, 0))
-    commas = np.cumsum(letters == ord(","), axis=1, dtype=np.int16)
-    if (letters[:, 0] == ord("(")).all() and (commas[:, -1] == 3).all():
-        return _numbered(np.where(commas < 2, letters, 0))
-    return np.zeros(len(keys), np.int64)
+    ends = _slide_ends(letters)
+    return np.zeros(len(keys), np.int64) if ends is None else _numbered(letters, ends)
 
 
-def _numbered(rows: np.ndarray) -> np.ndarray:
-    """Number equal rows by first appearance: [N, K] -> [N] int64."""
+def _slide_ends(letters: np.ndarray) -> np.ndarray | None:
+    """How many bytes of each key [N, bytes] name the slide: [N]; None where keys name none."""
+    count, width = letters.shape
+    # Found in one pass over all bytes; reductions of short rows would each take ten times as long.
+    row, column = np.divmod(np.flatnonzero(letters == ord("/")), width)
+    ends = np.zeros(count, np.int64)
+    ends[row] = column + 1  # of several in a row, the last stays
+    if ends.all():
+        return ends
+    row, column = np.divmod(np.flatnonzero(letters == ord(",")), width)
+    if (letters[:, 0] == ord("(")).all() and np.array_equal(row, np.repeat(np.arange(count), 3)):
+        return column[1::3]
+    return None
+
+
+def _numbered(rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Number rows equal up to `ends` by first appearance: [N, K], [N] -> [N] int64."""
     # Tiles of a slide follow each other nearly always, so only the first of each run is looked up.
-    starts = np.flatnonzero(np.concatenate([[True], (rows[1:] != rows[:-1]).any(axis=1)]))
+    reach = int(ends.max())
+    row, column = np.nonzero(rows[1:, :reach] != rows[:-1, :reach])
+    changed = np.concatenate([[True], ends[1:] != ends[:-1]])
+    changed[row[column < ends[1:][row]] + 1] = True
+    starts = np.flatnonzero(changed)
     numbers: dict[bytes, int] = {}
-    heads = [numbers.setdefault(rows[start].tobytes(), len(numbers)) for start in starts]
+    heads = [
+        numbers.setdefault(rows[start, : ends[start]].tobytes(), len(numbers)) for start in starts
+    ]
     return np.repeat(np.array(heads, np.int64), np.diff([*starts.tolist(), len(rows)]))
 
 

@@ -39,7 +39,7 @@ class PlannedCase:
     rows: int  # N
     width: int  # D
     unit: str | None  # of the positions; None where there are none
-    key_bytes: int  # of each tile key; 0 for integer keys
+    keys: np.dtype[Any] | None  # type of the tile keys: strings, or whole numbers [N, 4]
     texts: Mapping[str, str]  # text attribute -> text
     attributes: Mapping[str, str] = field(default_factory=dict)
 
@@ -82,7 +82,8 @@ def tiles_checksum(
 ) -> str:
     """32 hexadecimal digits of what a specimen has beside the report.
 
-    `features`: their `Digest`; `positions` [N, 2] float32, `keys` [N] bytes or [N, 4] int32.
+    `features`: their `Digest`; `positions` [N, 2] float32, `keys` [N] bytes or [N, 4]
+    whole numbers.
     """
     whole = hashlib.blake2b(features.encode(), digest_size=_CHECKSUM // 2)
     for name, values in (("positions", positions), ("keys", keys)):
@@ -135,10 +136,9 @@ def _lay_out_case(file: h5py.File, case: PlannedCase, layout: Layout) -> None:
     if case.unit is not None:
         _reserve(group, "positions", (case.rows, 2), np.dtype("f4"))
         group["positions"].attrs["unit"] = case.unit
-    if case.key_bytes:
-        _reserve(group, "tile_keys", (case.rows,), np.dtype(f"S{case.key_bytes}"))
-    else:
-        _reserve(group, "tile_keys", (case.rows, _KEY_COLUMNS), np.dtype("i4"))
+    if case.keys is not None:
+        shape = (case.rows,) if case.keys.kind == "S" else (case.rows, _KEY_COLUMNS)
+        _reserve(group, "tile_keys", shape, case.keys)
     for name, text in case.texts.items():
         file[case.location].create_dataset(name, data=text, dtype=h5py.string_dtype())
 

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from slidevlm.data.cases import Bag, Case, Facts, make_bag, unique_cases
+from slidevlm.data.cases import Bag, Case, Facts, keys_of_slides, make_bag, unique_cases
 from slidevlm.data.cohort import Likeness
 from slidevlm.data.formats import FOLDERS
 from slidevlm.data.formats.slides import (
@@ -209,8 +209,23 @@ class SlideFolder:
             encoder=_both(slide.encoder for slide in full),
             tile_size=_both(slide.tile_size for slide in full),
             storage=_both(slide.storage for slide in full),
+            source=", ".join(
+                part.bag or part.path.rpartition("/")[2] or slide.path.name
+                for part, slide in zip(self._parts[case.location], slides, strict=True)
+            ),
             warnings=tuple(warnings),
         )
+
+    def tile_keys(self, case: Case) -> np.ndarray | None:
+        """See `Keyed.tile_keys`: whole numbers, where a specimen has several slides."""
+        numbers: list[np.ndarray] = []
+        count = 0
+        for slide in self._slides_of(case):
+            mine = slide.slides()
+            mine = np.zeros(slide.length, np.int64) if mine is None else mine
+            numbers.append(mine + count)
+            count += int(mine.max(initial=0)) + 1
+        return keys_of_slides(np.concatenate(numbers)) if count > 1 else None
 
     def read(self, case: Case, rows: np.ndarray | None) -> Bag:
         """See `CaseStore.read`. DataErrors name file and specimen."""
