@@ -108,6 +108,13 @@ def test_features_that_are_not_finite(tmp_path, bad, dtype):
         dataset(tmp_path / "a.h5", cutoff=1000)[0]
 
 
+def test_finite_features_whose_sum_is_not(tmp_path):
+    features = np.full((4, 8), 3e38, "f4")
+    with CaseWriter(tmp_path / "a.h5", "uni") as writer:
+        writer.add("p0", "s0", features, "a")
+    assert torch.equal(dataset(tmp_path / "a.h5")[0].bag.features, torch.from_numpy(features))
+
+
 def test_no_tiles_and_one_tile(write):
     data = dataset(write([0, 1]))
     with pytest.raises(DataError, match=r"cohort\.h5: specimen 's0' has 0 tiles; remove it"):

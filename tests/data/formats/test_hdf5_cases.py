@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import time
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -13,7 +14,6 @@ import pytest
 import torch
 
 from slidevlm.data.formats import rows as rows_module
-from slidevlm.data.formats.hdf5 import Hdf5File
 from slidevlm.data.formats.hdf5_cases import CaseWriter, Hdf5Cases, slides_of_keys
 from slidevlm.errors import DataError
 
@@ -126,18 +126,33 @@ def test_only_the_sampled_rows_are_read(write, monkeypatch):
     assert sum(read) == len(rows) * width * 2
 
 
-def test_compressed_data_is_read_by_touched_chunks_only(tmp_path, monkeypatch):
-    store = custom(tmp_path / "a.h5", np.ones((1000, 4), "f2"), chunks=(10, 4), compression="lzf")
-    read = []
-    original = Hdf5File._read_slice
+@pytest.mark.parametrize("dtype", ["f2", "f4", "V2"])
+def test_rows_in_any_density_from_contiguous_data(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(rows_module, "_RUN_BYTES", 64 * 100)  # runs are cut into pieces
+    values = np.random.default_rng(0).standard_normal((4000, 32)).astype("f4")
+    values = values.astype("f2").view("V2") if dtype == "V2" else values.astype(dtype)
+    store = custom(tmp_path / "a.h5", values)
+    bits = {"f2": torch.int16, "f4": torch.int32, "V2": torch.int16}[dtype]
+    whole = torch.from_numpy(values.view(f"i{values.dtype.itemsize}"))
+    for count in (1, 40, 1000, 3900, 4000):
+        rows = np.sort(np.random.default_rng(count).choice(4000, count, replace=False))
+        found = store.read(store.cases[0], rows).features
+        assert torch.equal(found.view(bits), whole[rows])
 
-    def count(self, dataset, axis, start, stop):
-        read.append((start, stop))
-        return original(self, dataset, axis, start, stop)
 
-    monkeypatch.setattr(Hdf5File, "_read_slice", count)
-    store.read(store.cases[0], np.array([3, 5, 505, 999]))
-    assert read == [(3, 6), (505, 506), (999, 1000)]
+def test_most_rows_are_read_without_holding_the_bag_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "_RUN_BYTES", 2**16)
+    values = np.ones((4000, 256), "f2")  # 2 MB
+    store = custom(tmp_path / "a.h5", values)
+    rows = np.delete(np.arange(4000), np.arange(0, 4000, 10))
+    store.read(store.cases[0], rows[:9])  # what is made once is not counted
+    tracemalloc.start()
+    try:
+        found = store.read(store.cases[0], rows).features
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < found.nbytes + 2**19
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 from torch import Tensor
 
+from slidevlm.data.formats.hdf5_chunks import is_chunked_matrix, read_chunked
 from slidevlm.data.formats.rows import (
     HAS_PREAD,
     as_positions,
@@ -190,12 +191,14 @@ class Hdf5File:
                 assert self._handle is not None
                 descriptor = self._handle.raw.fileno()
                 values = read_plain(descriptor, offset, (total, width), dataset.dtype, rows)
+            elif is_chunked_matrix(dataset):
+                values = read_chunked(dataset, rows)
             else:
                 values = self._slices(dataset, total, rows)
         return as_tensor(values, name)
 
     def _slices(self, dataset: h5py.Dataset, total: int, rows: np.ndarray | None) -> np.ndarray:
-        """Chunked or compressed data, through HDF5: one slice for each chunk that is touched."""
+        """What HDF5 must convert or put together: one slice for each chunk that is touched."""
         width = dataset.shape[-1]
         if dataset.ndim == 2:
             axis, per_step = 0, 1
