@@ -19,7 +19,7 @@ from slidevlm import dist
 from slidevlm.batch import Predictions
 from slidevlm.config import Config, given_values, validate, with_adam_defaults, with_values
 from slidevlm.data.augment import Augmentation
-from slidevlm.data.cases import CaseStore, open_store
+from slidevlm.data.cases import Bag, CaseStore, open_store
 from slidevlm.data.cohort import hold_together
 from slidevlm.data.dataset import BadSpecimens, BagDataset, StopAtBad, make_loader
 from slidevlm.data.reports import read_text_file
@@ -37,6 +37,7 @@ from slidevlm.eval.tasks.zero_shot import ZeroShot, class_embeddings
 from slidevlm.flags import read_yaml, to_yaml
 from slidevlm.models import CoCa, ModelConfig, build_model, from_dict, zoo
 from slidevlm.models.generate import Decoding
+from slidevlm.models.text import TextConfig
 from slidevlm.precision import Precision
 from slidevlm.precision import resolve as resolve_precision
 from slidevlm.report.summary import summary
@@ -208,6 +209,8 @@ def _train(config: Config, precision: Precision) -> dict[str, float]:
             trained.tokenizer.vocab_size,
             precision.device,
         )
+        if dist.is_main():
+            _tell_truncated(config, data, trained)
         bad = BadSpecimens() if config.data.skip_bad_specimens else StopAtBad()
         judge = Judge(config, data.store, trained, precision, run, bad)
         if config.evaluation.test:
@@ -220,6 +223,20 @@ def _train(config: Config, precision: Precision) -> dict[str, float]:
     if folder is not None and dist.is_main():
         log.info("run folder: %s", folder)
     return metrics
+
+
+def _tell_truncated(config: Config, data: Data, trained: Trained) -> None:
+    for split in data.splits:
+        cut = bag_dataset(config, data.store, split, trained, training=False).truncated()
+        if cut:
+            log.warning(
+                "split %s: %d of %d reports are longer than the model's context of %d tokens and "
+                "are cut, after a sentence where that keeps half of it",
+                split.name,
+                cut,
+                len(split),
+                trained.config.text.context_length,
+            )
 
 
 def _list_bad(bad: BadSpecimens | StopAtBad, run: Run) -> None:
@@ -343,7 +360,8 @@ def open_data(config: Config) -> Data:
 
 def _model(config: Config, data: Data, start: Start, device: torch.device) -> Trained:
     """Tokenizer and model: from the checkpoint where there is one, else new."""
-    width, unit = data.store.width(), _position_unit(data)
+    tile = _first_tile(data)
+    width, unit = tile.features.shape[1], tile.unit
     saved = start.model
     if saved is not None:
         trained = restore(saved)
@@ -355,13 +373,16 @@ def _model(config: Config, data: Data, start: Start, device: torch.device) -> Tr
     return trained
 
 
-def _position_unit(data: Data) -> str | None:
-    """The unit of the first specimen that has tiles; batches check that all others share it."""
+def _first_tile(data: Data) -> Bag:
+    """One tile of the first specimen that has any, which tells width and unit of all.
+
+    Batches check that all others share them.
+    """
     problem = DataError(f"no specimen of split {data.splits[0].name} has a tile")
     for case in data.splits[0].cases:
         try:
             if data.store.length(case):
-                return data.store.read(case, np.zeros(1, dtype=np.int64)).unit
+                return data.store.read(case, np.zeros(1, dtype=np.int64))
         except DataError as error:  # the loader is what reports it, or drops it
             problem = error
     raise problem
@@ -385,11 +406,11 @@ def _same_model(config: Config, saved: ckpt.ModelState) -> None:
         raise CheckpointError(f"the checkpoint was trained {word} --siglip; do the same here")
     if "model" not in config.given:
         return
-    wanted = zoo.load(config.model.model).to_dict() | {"tile_width": saved.config["tile_width"]}
-    if wanted != saved.config:
-        differs = [
-            k for k in wanted.keys() | saved.config.keys() if wanted.get(k) != saved.config.get(k)
-        ]
+    # Read and written again, it has the keys that came after the checkpoint.
+    had = from_dict(saved.config, "the checkpoint's model").to_dict()
+    wanted = zoo.load(config.model.model).to_dict() | {"tile_width": had["tile_width"]}
+    if wanted != had:
+        differs = [k for k in wanted.keys() | had.keys() if wanted.get(k) != had.get(k)]
         raise CheckpointError(
             f"--model {config.model.model} is not the checkpoint's model: "
             f"{', '.join(sorted(differs))} differ; leave --model out to take the checkpoint's"
@@ -418,12 +439,9 @@ def _new_model(config: Config, data: Data, width: int, unit: str | None) -> Trai
         )
     model_config = replace(model_config, tile_width=width)
     assert data.train is not None, "validate has made sure of a training split"
-    # Trained by the first process alone: the others must have exactly the same one.
-    content = None
-    if dist.is_main():
-        tokenizer = Tokenizer.train(data.train.reports, model_config.text.vocab_size)
-        content = tokenizer.to_json()
-    tokenizer = Tokenizer.from_json(str(dist.broadcast_object(content)))
+    reports, text = data.train.reports, model_config.text
+    # Made by the first process alone: the others must have exactly the same one.
+    tokenizer = Tokenizer.from_json(dist.from_main(lambda: new_tokenizer(text, reports).to_json()))
     torch.manual_seed(config.evaluation.seed)
     model = build_model(model_config, tokenizer.vocab_size, siglip=config.loss.siglip)
     if dist.is_main():  # the others get them with the parameters
@@ -432,6 +450,13 @@ def _new_model(config: Config, data: Data, width: int, unit: str | None) -> Trai
         table = token_table(tokenizer, data.train.reports, rank, seed) if rank else None
         model.start_from(*moments, table)
     return Trained(model, model_config, tokenizer, config.loss.siglip, unit)
+
+
+def new_tokenizer(text: TextConfig, reports: Sequence[str]) -> Tokenizer:
+    """Trained on the reports, or from the folder that the model's configuration names."""
+    if text.tokenizer == "train":
+        return Tokenizer.train(reports, text.vocab_size)
+    return Tokenizer.from_folder(text.tokenizer)
 
 
 def _fit(
@@ -450,13 +475,6 @@ def _fit(
     seed_everything(seed + 1 + dist.rank())
     augmentation = _augmentation(config, trained)
     dataset = bag_dataset(config, data.store, data.train, trained, augmentation, training=True)
-    if cut := dataset.truncated():
-        log.warning(
-            "%d of %d reports are longer than the model's context of %d tokens; their ends are cut",
-            cut,
-            len(dataset),
-            trained.config.text.context_length,
-        )
     batches = _train_batches(config, dataset)
     pin = precision.device.type == "cuda"
     loader = make_loader(dataset, batches, config.data.workers, pin_memory=pin, bad=judge.bad)
