@@ -238,12 +238,12 @@ def _same(what: str, values: Mapping[str, object]) -> None:
     )
 
 
-def _raise_all(store: CaseStore, problems: Sequence[str]) -> None:
+def _raise_all(store: CaseStore, problems: Sequence[str], remark: str = "") -> None:
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems[:20])
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise DataError(
-            f"{store.path}: {len(problems)} specimens cannot be converted:{lines}{more}"
+            f"{store.path}: {len(problems)} specimens cannot be converted:{lines}{more}{remark}"
         )
 
 
@@ -326,7 +326,8 @@ def _fill(
     finally:
         keep()
         target.close()
-    _raise_all(store, problems)
+    kept = f"\nthe others are kept in {partial}: the same command goes on with what is left"
+    _raise_all(store, problems, kept)
 
 
 def fill(
