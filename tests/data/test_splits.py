@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slidevlm.data.formats.hdf5_cases import CaseWriter, Hdf5Cases
-from slidevlm.data.splits import check_leakage, read_identifiers, resolve
+from slidevlm.data.splits import check_leakage, read_identifiers, resolve, write_identifiers
 from slidevlm.errors import DataError
 
 
@@ -168,3 +168,32 @@ def test_real_data(shared):
     assert [len(s) for s in splits] == [513, 142, 191]
     assert not any(s.missing or s.without_text for s in splits)
     check_leakage(splits)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=12)
+        .map(str.strip)
+        .filter(bool),
+        min_size=1,
+        max_size=8,
+        unique=True,
+    )
+)
+def test_written_identifiers_are_read_back(tmp_path_factory, names):
+    names = [name for name in names if not name.startswith("\ufeff")] or ["a"]
+    path = tmp_path_factory.mktemp("splits") / "train.txt"
+    path.write_text(write_identifiers(names), encoding="utf-8", newline="")
+    assert read_identifiers(path) == names
+
+
+@pytest.mark.parametrize(
+    "names", [["specimen", "a"], ["a,b"], ["[x"], ["Patient;1", "b"], ['"specimen"', "b"], ["a\nb"]]
+)
+def test_names_that_would_be_read_otherwise_are_written_as_json(tmp_path, names):
+    text = write_identifiers(names)
+    assert text.startswith("[\n")
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert read_identifiers(tmp_path / "a.txt") == names
+    assert write_identifiers(["a", "b c"]) == "a\nb c\n"

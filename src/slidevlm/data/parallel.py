@@ -55,7 +55,8 @@ def each(
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+                result = future.result()
+                yield running.pop(future), result
     except BrokenProcessPool as error:
         names = ", ".join(case.specimen for case in running.values())
         raise DataError(
