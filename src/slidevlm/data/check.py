@@ -162,7 +162,8 @@ def check(
         cutoff: tiles read of a specimen at most.
         workers: reading processes.
     """
-    members = _members(report, store, splits, texts)
+    named: set[str] = set()
+    members = _members(report, store, splits, texts, named)
     scans = {}
     present = [case for case in store.cases if store.has_features(case)]
     for case, found in each(scan, store, present, workers):
@@ -175,7 +176,7 @@ def check(
     used = {member.case.specimen for member in members} if splits else set(scans)
 
     _whole(report, store, scans)
-    _absent(report, store, scans, used, bool(splits))
+    _absent(report, store, scans, named if splits else set(scans))
     _contents(report, scans, used)
     _mixtures(report, scans, used)
     _lengths(report, scans, by_split if splits else {"all": list(scans)}, cutoff)
@@ -198,13 +199,18 @@ def check(
     _split_rows(report, splits, members, scans, truncated)
 
 
+def _n(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _members(
     report: CheckReport,
     store: CaseStore,
     splits: Mapping[str, Path],
     texts: Mapping[str, str] | None,
+    named: set[str],
 ) -> list[_Member]:
-    """The specimens of every split that training would use."""
+    """The specimens of every split that training would use; `named` gets all that a split names."""
     members = []
     for name, path in splits.items():
         try:
@@ -212,12 +218,13 @@ def _members(
         except DataError as error:
             report.add("error", "split file", str(error))
             continue
+        named.update(case.specimen for case in found.cases)
         if found.missing:
             none = not found.cases
             report.add(
                 "error" if none else "warning",
                 "missing",
-                f"split {name}: {len(found.missing)} of {len(identifiers)} identifiers have no "
+                f"split {name}: {len(found.missing)} of {len(identifiers)} identifiers without "
                 f"features in {store.path}",
                 found.missing,
             )
@@ -229,7 +236,7 @@ def _members(
             report.add(
                 "error" if len(without) == len(with_text) else "warning",
                 "no report",
-                f"split {name}: {len(without)} of {len(with_text)} specimens have no report; "
+                f"split {name}: {len(without)} of {len(with_text)} specimens without report; "
                 "training leaves them out",
                 without,
             )
@@ -283,23 +290,22 @@ def _absent(
     report: CheckReport,
     store: CaseStore,
     scans: Mapping[str, Scan],
-    used: set[str],
-    divided: bool,
+    named: set[str],
 ) -> None:
     without = [case.specimen for case in store.cases if case.specimen not in scans]
     if without:
         report.add(
             "warning",
             "missing",
-            f"{len(without)} of {len(store.cases)} specimens of {store.path} have no features",
+            f"{len(without)} of {len(store.cases)} specimens of {store.path} without features",
             without,
         )
-    left = [name for name in scans if name not in used]
-    if divided and left:
+    left = [name for name in scans if name not in named]
+    if left:
         report.add(
             "warning",
             "no split",
-            f"{len(left)} of {len(scans)} specimens are in no split",
+            f"{len(left)} of {len(scans)} specimens in no split",
             left,
         )
 
@@ -308,10 +314,7 @@ def _contents(report: CheckReport, scans: Mapping[str, Scan], used: set[str]) ->
     """Errors of specimens that training would meet; the same elsewhere are warnings."""
 
     def both(topic: str, message: str, found: Sequence[Scan], items: Sequence[str]) -> None:
-        for level, wanted, where in (
-            ("error", True, "specimens"),
-            ("warning", False, "specimens of no split"),
-        ):
+        for level, wanted, where in (("error", True, ""), ("warning", False, " (no split uses)")):
             chosen = [
                 item
                 for one, item in zip(found, items, strict=True)
@@ -319,31 +322,33 @@ def _contents(report: CheckReport, scans: Mapping[str, Scan], used: set[str]) ->
             ]
             if chosen:
                 kind: Level = "error" if level == "error" else "warning"
-                report.add(kind, topic, f"{len(chosen)} {where} {message}", chosen)
+                report.add(kind, topic, f"{_n(len(chosen), 'specimen')}{where} {message}", chosen)
 
     all_of = list(scans.values())
     broken = [one for one in all_of if one.problem is not None]
-    both("unreadable", "cannot be read", broken, [f"{s.specimen}: {s.problem}" for s in broken])
+    both(
+        "unreadable", "that cannot be read", broken, [f"{s.specimen}: {s.problem}" for s in broken]
+    )
     whole = [one for one in all_of if one.problem is None]
     empty = [one for one in whole if one.length == 0]
-    both("empty", "have no tile", empty, [one.specimen for one in empty])
+    both("empty", "without a tile", empty, [one.specimen for one in empty])
     bad = [one for one in whole if one.bad_rows]
     both(
         "not finite",
-        "have NaN or infinite features",
+        "with NaN or infinite features",
         bad,
         [f"{one.specimen}: {one.bad_rows} of {one.length} tiles" for one in bad],
     )
     damaged = [one for one in whole if one.damaged]
     both(
         "checksum",
-        "are not what was written: their checksum is another",
+        "with another checksum than when written",
         damaged,
         [f"{one.specimen}: {', '.join(one.damaged)}" for one in damaged],
     )
     single = [one.specimen for one in whole if one.length == 1]
     if single:
-        report.add("note", "one tile", f"{len(single)} specimens have a single tile", single)
+        report.add("note", "one tile", f"{_n(len(single), 'specimen')} with a single tile", single)
 
 
 def _mixtures(report: CheckReport, scans: Mapping[str, Scan], used: set[str]) -> None:
@@ -396,8 +401,8 @@ def _lengths(
         report.add(
             "note",
             "sampled",
-            f"{len(above)} specimens have more tiles than --image-features-cutoff {cutoff}; that "
-            "many are drawn of them",
+            f"{_n(len(above), 'specimen')} with more tiles than --image-features-cutoff {cutoff}; "
+            "that many are drawn",
             above,
         )
 
@@ -428,7 +433,7 @@ def _leakage(report: CheckReport, members: Sequence[_Member], allowed: bool) -> 
             report.add(
                 "warning" if allowed else "error",
                 "leakage",
-                f"{len(shared)} patients are both in split {a} and in split {b}",
+                f"{_n(len(shared), 'patient')} both in split {a} and in split {b}",
                 shared,
             )
 
@@ -449,12 +454,13 @@ def _duplicate_slides(
             parts = [f"{n} [{split_of.get(n, NO_SPLIT)}]" for n in specimens]
             (across if len(splits) > 1 else within).append(" = ".join(parts))
     for level, found, where in (
-        ("error", across, "in different splits: what is learnt of one is judged by it"),
-        ("warning", within, "several times"),
+        ("error", across, "more than once, in different splits"),
+        ("warning", within, "more than once"),
     ):
         if found:
             kind: Level = "error" if level == "error" else "warning"
-            report.add(kind, "duplicate slides", f"{len(found)} slides are there {where}", found)
+            message = f"{_n(len(found), 'slide')} there {where}"
+            report.add(kind, "duplicate slides", message, found)
 
 
 def _duplicate_reports(report: CheckReport, members: Sequence[_Member]) -> None:
@@ -468,12 +474,12 @@ def _duplicate_reports(report: CheckReport, members: Sequence[_Member]) -> None:
         if len({member.case.patient for member in same}) > 1:
             text = " = ".join(f"{m.case.specimen} [{m.split}]" for m in same)
             (across if len({m.split for m in same}) > 1 else patients).append(text)
-    for found, where in ((across, "and different splits"), (patients, "")):
+    for found, where in ((across, " and splits"), (patients, "")):
         if found:
             report.add(
                 "warning",
                 "duplicate reports",
-                f"{len(found)} reports are those of different patients {where}".rstrip(),
+                f"{_n(len(found), 'report')} of different patients{where}",
                 found,
             )
 
@@ -526,10 +532,10 @@ def _texts(
             report.add(
                 "warning",
                 "truncated",
-                f"split {name}: {len(specimens)} of {len(lengths[name])} reports are longer than "
+                f"split {name}: {len(specimens)} of {len(lengths[name])} reports longer than "
                 f"the model's context of {context} tokens (median "
-                f"{int(np.median(lengths[name]))}, longest {max(lengths[name])}); their ends are "
-                "cut",
+                f"{int(np.median(lengths[name]))}, longest {max(lengths[name])}); what is "
+                "beyond is cut",
                 specimens,
             )
     return {name: len(specimens) for name, specimens in cut.items()}
@@ -546,8 +552,8 @@ def _prompts(report: CheckReport, one: Labelled, tokenizer: TextTokenizer, conte
         report.add(
             "warning",
             "truncated",
-            f"{one.name}: {len(long)} prompts are longer than the model's context of {context} "
-            "tokens; their ends are cut",
+            f"{one.name}: {_n(len(long), 'prompt')} longer than the model's context of {context} "
+            "tokens; what is beyond is cut",
             long,
         )
 
@@ -562,14 +568,14 @@ def _classes(
     names = sorted(set(one.prompts) | set(one.classes.values()))
     strange = sorted(set(one.classes.values()) - set(one.prompts))
     if strange:
-        report.add("error", "labels", f"{one.name}: {len(strange)} classes have no prompt", strange)
+        report.add("error", "labels", f"{one.name}: classes without a prompt", strange)
     known = {case.specimen for case in store.cases}
     lost = [name for name in one.classes if name not in known]
     if lost:
         report.add(
             "warning",
             "labels",
-            f"{one.name}: {len(lost)} of {len(one.classes)} labelled specimens are not in the data",
+            f"{one.name}: {len(lost)} of {len(one.classes)} labelled specimens not in the data",
             lost,
         )
     counts: dict[str, Counter[str]] = {member.split: Counter() for member in members}
@@ -585,7 +591,7 @@ def _classes(
             report.add(
                 "warning",
                 "labels",
-                f"{one.name}: {len(specimens)} specimens of split {split} have no label",
+                f"{one.name}: {_n(len(specimens), 'specimen')} of split {split} without label",
                 specimens,
             )
         absent = [name for name in names if not counts[split][name]]
@@ -593,7 +599,7 @@ def _classes(
             report.add(
                 "warning",
                 "classes",
-                f"{one.name}: {len(absent)} of {len(names)} classes have no specimen in split "
+                f"{one.name}: {len(absent)} of {len(names)} classes without a specimen in split "
                 f"{split}",
                 absent,
             )

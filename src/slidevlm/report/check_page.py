@@ -56,7 +56,7 @@ def verdict(report: CheckReport) -> str:
     errors, warnings = report.count("error"), report.count("warning")
     if not errors and not warnings:
         return "nothing wrong was found"
-    return f"{errors} errors, {warnings} warnings"
+    return f"errors: {errors}, warnings: {warnings}"
 
 
 def page(report: CheckReport, plotly: str) -> str:
