@@ -46,7 +46,7 @@ def terminal(report: CheckReport) -> str:
         parts.append(table((one.name, *one.counts), rows))
     lines = []
     for finding in _sorted(report.findings):
-        lines.append(f"{finding.level}: {finding.topic}: {printable(finding.message)}")
+        lines.append(printable(f"{finding.level}: {finding.topic}: {finding.message}"))
         lines += [f"    {item}" for item in shortened(finding.items)]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else []), verdict(report)])
 
