@@ -181,7 +181,7 @@ class Step:
                 caption = caption + mine.detach()
             self.scaler.scale(surrogate).backward()
             del output, surrogate
-        caption = dist.sum_(caption)
+        caption = dist.sum_(caption.float())  # of one type, also where this rank had none
         weights = self.objective
         return Terms(
             loss=weights.contrastive_weight * contrastive + weights.caption_weight * caption,
