@@ -117,11 +117,19 @@ def find(identifiers: Sequence[str], store: CaseStore) -> Found:
     missing = []
     for name in identifiers:
         named = [by_specimen[name]] if name in by_specimen else by_patient.get(name, [])
-        present = [case for case in named if store.has_features(case)]
+        present = [case for case in named if _has_features(case, store)]
         chosen.update((case.specimen, case) for case in present)
         if not present:
             missing.append(name)
     return Found(tuple(chosen.values()), tuple(missing))
+
+
+def _has_features(case: Case, store: CaseStore) -> bool:
+    """Whether there is something to read; what is wrong with it, the reader of the bag tells."""
+    try:
+        return store.has_features(case)
+    except DataError:
+        return True
 
 
 def resolve(
