@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from slidevlm.data.formats.hdf5_chunks import is_chunked_matrix, read_chunked
+from slidevlm.data.formats.hdf5_heaps import check_attribute, check_dataset
 from slidevlm.data.formats.rows import (
     HAS_PREAD,
     as_positions,
@@ -171,6 +172,10 @@ class Hdf5File:
         with damage(self.path, f"attribute {name} of {path}"):
             if name not in holder.attrs:
                 return None
+            assert self._handle is not None
+            header = h5py.h5o.get_info(holder.id).addr
+            kept = h5py.h5a.open(holder.id, name.encode())
+            check_attribute(self._handle.raw.fileno(), kept, header, name)
             value = holder.attrs[name]
             if isinstance(value, np.ndarray) and value.size == 1:
                 value = value.reshape(-1)[0]
@@ -232,7 +237,11 @@ class Hdf5File:
                 f"{self.path}: {dataset.name} holds objects ({dataset.dtype}); only numbers and "
                 "text are read"
             )
-        if dataset.size and dataset.dtype.kind != "O":
+        if dataset.size and dataset.dtype.kind == "O":
+            assert self._handle is not None
+            block = dataset.file.userblock_size
+            check_dataset(self._handle.raw.fileno(), dataset.id, block)
+        elif dataset.size:
             _check_storage(dataset, self.path)
         values: np.ndarray = dataset[()]
         return values
