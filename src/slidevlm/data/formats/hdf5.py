@@ -315,12 +315,15 @@ def _check_storage(dataset: h5py.Dataset, path: Path) -> None:
         expected = dataset.size * dataset.id.get_type().get_size()
         stored, unit = dataset.id.get_storage_size(), "bytes"
     else:
-        for axis, (chunk, limit) in enumerate(zip(chunks, dataset.maxshape, strict=True)):
-            if limit is not None and chunk > limit:
-                raise DataError(
-                    f"{path}: {dataset.name} has chunks of {chunk} where axis {axis} has at most "
-                    f"{limit}; the file is damaged: copy or write it again"
-                )
+        limits = zip(chunks, dataset.maxshape, strict=True)
+        if any(limit is not None and chunk > limit for chunk, limit in limits) or (
+            dataset.maxshape[-1] not in (None, dataset.shape[-1])  # no width is meant to grow
+        ):
+            raise DataError(
+                f"{path}: {dataset.name} has the shape {dataset.shape}, chunks {chunks} and at "
+                f"most {dataset.maxshape}, which do not go together; the file is damaged: copy or "
+                "write it again"
+            )
         expected = math.prod(-(-n // c) for n, c in zip(dataset.shape, chunks, strict=True))
         stored, unit = dataset.id.get_num_chunks(), "chunks"
     if stored != expected:
