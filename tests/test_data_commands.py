@@ -144,6 +144,25 @@ def test_convert_a_folder_and_a_single_file(tmp_path, capsys):
         target.unlink()
 
 
+def test_a_slide_table_puts_slides_together(tmp_path):
+    folder, table = tmp_path / "slides", tmp_path / "slides.csv"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        np.save(folder / f"{name}.npy", np.full((2, 4), ord(name), np.float32))
+    table.write_text("case_id,slide_id\nx,b\nx,a\ny,c\n")
+    given = [str(folder), str(tmp_path / "out.h5"), "--slide-table", str(table)]
+    assert main(["data", "convert", *given, "--workers", "0"]) == 0
+    store = Hdf5Cases(tmp_path / "out.h5", "features")
+    first, second = store.cases
+    assert store.read(first, None).features[:, 0].tolist() == [98, 98, 97, 97]
+    assert store.read(first, None).slides.tolist() == [0, 0, 1, 1]
+    assert store.read(second, None).slides.tolist() == [0, 0]
+    given[1] = str(tmp_path / "splits")
+    assert main(["data", "split", *given, "--fractions", "0.5", "0.5"]) == 0
+    halves = [read_identifiers(tmp_path / "splits" / f"{n}.txt") for n in ("train", "val")]
+    assert sorted(halves) == [["x"], ["y"]]
+
+
 def test_several_encoders_must_be_chosen(tmp_path, capsys):
     with CaseWriter(tmp_path / "a.h5", "uni") as writer:
         writer.add("p", "a", np.ones((2, 3), "f2"), None)

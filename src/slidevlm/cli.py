@@ -46,6 +46,10 @@ def _given(
     return arguments
 
 
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
 def _train(argv: Sequence[str]) -> None:
     config, _ = parse_config(argv)
     from slidevlm.app import train
@@ -158,7 +162,7 @@ def _check(argv: Sequence[str]) -> int:
     from slidevlm.data_commands import check
 
     output = _CheckArguments(**others).output
-    return 0 if check(config, None if output is None else Path(output)) else 1
+    return 0 if check(config, _path(output)) else 1
 
 
 @dataclass(frozen=True)
@@ -166,13 +170,18 @@ class _ConvertArguments:
     """arguments: what is converted, and into what."""
 
     source: str = arg(
-        "", "HDF5 file in the case layout, or folder of a known form", positional=True
+        "", "HDF5 file in the case layout, or file or folder of any known format", positional=True
     )
     target: str = arg("", "HDF5 file to write", positional=True)
     hdf5_feature_attribute: str | None = arg(
         None,
         "features of an HDF5 source that has several",
         flag="--hdf5_feature_attribute",
+    )
+    slide_table: str | None = arg(
+        None,
+        "slides of each specimen, as in training; without it each slide is a specimen",
+        file=True,
     )
     text_data_file: str | None = arg(
         None, "reports to write beside the features, as in training", file=True
@@ -217,7 +226,8 @@ def _convert(argv: Sequence[str]) -> None:
             Path(arguments.source),
             Path(arguments.target),
             arguments.hdf5_feature_attribute,
-            None if arguments.text_data_file is None else Path(arguments.text_data_file),
+            _path(arguments.slide_table),
+            _path(arguments.text_data_file),
             arguments.feature_attribute,
             arguments.text_attribute,
             arguments.dtype,
@@ -232,13 +242,18 @@ class _SplitArguments:
     """arguments: what is divided, and how."""
 
     source: str = arg(
-        "", "HDF5 file in the case layout, or folder of a known form", positional=True
+        "", "HDF5 file in the case layout, or file or folder of any known format", positional=True
     )
     folder: str = arg("", "gets train.txt, val.txt and test.txt", positional=True)
     hdf5_feature_attribute: str | None = arg(
         None,
         "features of an HDF5 source that has several; specimens without them are left out",
         flag="--hdf5_feature_attribute",
+    )
+    slide_table: str | None = arg(
+        None,
+        "slides of each specimen, as in training; without it each slide is a specimen",
+        file=True,
     )
     labels: str | None = arg(
         None,
@@ -281,10 +296,11 @@ def _split(argv: Sequence[str]) -> None:
             Path(arguments.source),
             Path(arguments.folder),
             arguments.hdf5_feature_attribute,
-            None if arguments.labels is None else Path(arguments.labels),
+            _path(arguments.slide_table),
+            _path(arguments.labels),
             arguments.fractions,
             arguments.by_site,
-            None if arguments.site_table is None else Path(arguments.site_table),
+            _path(arguments.site_table),
             arguments.site_column,
             arguments.seed,
         )

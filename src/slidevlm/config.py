@@ -564,6 +564,8 @@ def _sources(config: Config) -> Iterator[str]:
         yield "--hdf5_filename and --root-dir are both given; data comes from one of them"
     if not data.hdf5_filename and not data.root_dir:
         yield "no data: give --hdf5_filename (with --hdf5_feature_attribute) or --root-dir"
+    if data.root_dir and (data.hdf5_feature_attribute or data.hdf5_text_attribute):
+        yield "--hdf5_feature_attribute and --hdf5_text_attribute belong to --hdf5_filename"
 
 
 def _pairs(config: Config) -> Iterator[str]:
@@ -590,8 +592,6 @@ def _combinations(config: Config) -> Iterator[str]:
     data, optim, evaluation = config.data, config.optim, config.evaluation
     if data.hdf5_filename and not (data.hdf5_text_attribute or data.text_data_file):
         yield "no reports: give --hdf5_text_attribute or --text-data-file"
-    if data.root_dir and (data.hdf5_feature_attribute or data.hdf5_text_attribute):
-        yield "--hdf5_feature_attribute and --hdf5_text_attribute belong to --hdf5_filename"
     if data.root_dir and not data.text_data_file:
         yield "--root-dir has no reports of its own; give --text-data-file"
     if evaluation.test:

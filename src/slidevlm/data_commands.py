@@ -15,10 +15,16 @@ from slidevlm.data import check as checking
 from slidevlm.data.cases import Case, CaseStore, open_store
 from slidevlm.data.check import CheckReport, Labelled, Texts
 from slidevlm.data.convert import DTYPES, convert
+from slidevlm.data.formats.hdf5_cases import Hdf5Cases, attribute_names, is_case_file
+from slidevlm.data.formats.hdf5_target import Layout
+from slidevlm.data.formats.slide_folder import SlideFolder
+from slidevlm.data.formats.slides import Source
 from slidevlm.data.inspect import Inspection, inspect_file, inspect_store
 from slidevlm.data.make_split import NO_CLASS, Division, divide, tcga_sites
 from slidevlm.data.reports import read_table, read_text_file, read_utf8
 from slidevlm.data.sampling import TrainBatches
+from slidevlm.data.scan import facts_of
+from slidevlm.data.slide_table import read_slide_table
 from slidevlm.data.splits import report_of, write_identifiers
 from slidevlm.data.tokenizer import TextTokenizer, Tokenizer
 from slidevlm.errors import ConfigError, DataError
@@ -45,7 +51,7 @@ def inspect_path(path: Path) -> Inspection:
     if not path.exists():
         raise DataError(f"no file or folder {path} (looked in {Path.cwd()})")
     if path.is_dir() and not _is_bag(path):
-        return inspect_store(open_path(path, None), path)
+        return inspect_store(open_path(path, None, None), path)
     return inspect_file(path)
 
 
@@ -54,42 +60,51 @@ def _is_bag(folder: Path) -> bool:
     return any((folder / name).exists() for name in (".zgroup", ".zattrs", "zarr.json"))
 
 
-def open_path(path: Path, feature_attribute: str | None) -> CaseStore:
+def open_path(path: Path, feature_attribute: str | None, slide_table: Path | None) -> CaseStore:
     """The cohort at a path: a folder in a known form, or a file, in the case layout or another.
 
-    `feature_attribute` may be None where the file has just one.
+    `feature_attribute` may be None where a file in the case layout has just one.
 
     Raises:
-        ConfigError: several feature attributes and none chosen.
+        ConfigError: several feature attributes and none chosen, or an argument without effect.
         DataError: the path is no cohort.
     """
+    if not path.exists():
+        raise DataError(f"no file or folder {path} (looked in {Path.cwd()})")
     if path.is_dir():
+        if feature_attribute is not None:
+            raise ConfigError(f"--hdf5_feature_attribute is for an HDF5 file; {path} is a folder")
         return open_store(
             hdf5_filename=None,
             hdf5_feature_attribute=None,
             hdf5_text_attribute=None,
             root_dir=path,
+            slide_table=slide_table,
         )
-    from slidevlm.data.formats.hdf5_cases import attribute_names, is_case_file
-
-    if not is_case_file(path):
-        from slidevlm.data.formats.slide_folder import SlideFolder
-
-        return SlideFolder(path)
-    if feature_attribute is None:
-        names, _ = attribute_names(path)
-        if len(names) != 1:
-            raise ConfigError(
-                f"{path} has the feature attributes {', '.join(names) or '(none)'}; choose one by "
-                "--hdf5_feature_attribute"
-            )
-        feature_attribute = names[0]
+    if Source(path).hdf5 is None:
+        if feature_attribute is not None:
+            raise ConfigError(f"--hdf5_feature_attribute is for an HDF5 file; {path} is none")
+        return SlideFolder(path, None if slide_table is None else read_slide_table(slide_table))
     return open_store(
         hdf5_filename=path,
-        hdf5_feature_attribute=feature_attribute,
+        hdf5_feature_attribute=feature_attribute or _only_attribute(path),
         hdf5_text_attribute=None,
         root_dir=None,
+        slide_table=slide_table,
     )
+
+
+def _only_attribute(path: Path) -> str | None:
+    """The feature attribute of a file in the case layout; None for other files."""
+    if not is_case_file(path):
+        return None
+    names, _ = attribute_names(path)
+    if len(names) != 1:
+        raise ConfigError(
+            f"{path} has the feature attributes {', '.join(names) or '(none)'}; choose one by "
+            "--hdf5_feature_attribute"
+        )
+    return names[0]
 
 
 def inspect(path: Path, *, as_json: bool) -> None:
@@ -265,6 +280,7 @@ class Conversion:
     source: Path
     target: Path
     hdf5_feature_attribute: str | None = None  # of the source
+    slide_table: Path | None = None
     text_data_file: Path | None = None
     feature_attribute: str | None = None  # in the target; None: as the source or encoder says
     text_attribute: str = "report"  # in the target, of the texts from text_data_file
@@ -279,13 +295,10 @@ def convert_path(wanted: Conversion) -> None:
     Raises:
         ConfigError, DataError: see `convert`.
     """
-    from slidevlm.data.formats.hdf5_cases import Hdf5Cases
-    from slidevlm.data.formats.hdf5_target import Layout
-
     configure_logging(debug=False, main=True)
     if wanted.dtype not in DTYPES:
         raise ConfigError(f"--dtype {wanted.dtype!r} is not one of {', '.join(DTYPES)}")
-    store = open_path(wanted.source, wanted.hdf5_feature_attribute)
+    store = open_path(wanted.source, wanted.hdf5_feature_attribute, wanted.slide_table)
     file = wanted.text_data_file
     read = None if file is None else read_text_file(file)
 
@@ -325,18 +338,13 @@ def convert_path(wanted: Conversion) -> None:
 
 def _of_sources(wanted: Conversion) -> str:
     """What beside the layout decides what is in the target."""
-    stamp = ""
-    if wanted.text_data_file is not None:
-        status = wanted.text_data_file.stat()
-        stamp = f"{status.st_size} {status.st_mtime_ns}"
-    return repr((replace(wanted, workers=0), stamp))
+    files = [file for file in (wanted.text_data_file, wanted.slide_table) if file is not None]
+    stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return repr((replace(wanted, workers=0), stamps))
 
 
 def _feature_name(wanted: Conversion, store: CaseStore) -> str:
     """The name in the target: what is asked for, the source's, the encoder's, or "features"."""
-    from slidevlm.data.formats.hdf5_cases import Hdf5Cases
-    from slidevlm.data.scan import facts_of
-
     if wanted.feature_attribute is not None:
         return wanted.feature_attribute
     if isinstance(store, Hdf5Cases):
@@ -378,6 +386,7 @@ class Dividing:
     source: Path
     folder: Path
     hdf5_feature_attribute: str | None = None
+    slide_table: Path | None = None
     labels: Path | None = None
     fractions: tuple[float, ...] = (0.7, 0.15, 0.15)
     by_site: bool = False
@@ -399,7 +408,7 @@ def split_path(wanted: Dividing) -> None:
     there = [str(file) for file in files if file.exists()]
     if there:
         raise ConfigError(f"{', '.join(there)} exist(s); choose another folder or remove them")
-    store = open_path(wanted.source, wanted.hdf5_feature_attribute)
+    store = open_path(wanted.source, wanted.hdf5_feature_attribute, wanted.slide_table)
     cases = [case for case in store.cases if store.has_features(case)]
     if len(cases) < len(store.cases):
         log.warning(
