@@ -222,6 +222,7 @@ def test_split_by_sites_of_a_table(cohort, tmp_path, capsys):
     for wrong, message in (
         (["--site-column", "ward"], "has the columns patient, hospital; needed are ward"),
         (["--by-site"], "both name sites"),
+        (["--seed", "-1"], "--seed must be at least 0"),
         (["--site-column", "hospital", "--fractions", "0.5"], "--fractions 0.5: give two"),
         (["--site-column", "hospital", "--fractions", "a"], "invalid float value"),
     ):
@@ -230,6 +231,20 @@ def test_split_by_sites_of_a_table(cohort, tmp_path, capsys):
     table.write_text(table.read_text() + f"{patients[0]},elsewhere\n")
     assert main([*other, "--site-column", "hospital"]) == 2
     assert "a patient is not divided" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "argument", "needs"),
+    [
+        ("convert", "--text-attribute", "--text-data-file; give that too"),
+        ("split", "--site-column", "--site-table; give that too"),
+    ],
+)
+def test_arguments_without_effect_are_refused(cohort, tmp_path, capsys, command, argument, needs):
+    given = [str(cohort.hdf5), str(tmp_path / "out"), argument, "x"]
+    assert main(["data", command, *given]) == 2
+    assert needs in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_problem_of_a_commands_arguments_at_once(tmp_path: Path, capsys) -> None:

@@ -191,7 +191,9 @@ class _ConvertArguments:
         "name of the features in the target",
         default_text="the source's, else the encoder's, else features",
     )
-    text_attribute: str = arg("report", "name in the target of the texts of --text-data-file")
+    text_attribute: str | None = arg(
+        None, "name in the target of the texts of --text-data-file", default_text="report"
+    )
     dtype: str = arg(
         "float16",
         "type of the features written",
@@ -219,6 +221,8 @@ def _convert(argv: Sequence[str]) -> None:
     arguments = _given(
         argv, "slidevlm data convert", _ConvertArguments, CONVERT_HELP, CONVERT_EPILOG
     )
+    if arguments.text_attribute is not None and arguments.text_data_file is None:
+        raise ConfigError("--text-attribute names the texts of --text-data-file; give that too")
     from slidevlm.data_commands import Conversion, convert_path
 
     convert_path(
@@ -229,7 +233,7 @@ def _convert(argv: Sequence[str]) -> None:
             _path(arguments.slide_table),
             _path(arguments.text_data_file),
             arguments.feature_attribute,
-            arguments.text_attribute,
+            arguments.text_attribute or "report",
             arguments.dtype,
             arguments.chunk_rows,
             arguments.workers,
@@ -272,7 +276,7 @@ class _SplitArguments:
         "table (CSV, TSV) of patients or specimens; each of its sites is kept in one split",
         file=True,
     )
-    site_column: str = arg("site", "column of --site-table")
+    site_column: str | None = arg(None, "column of --site-table", default_text="site")
     seed: int = arg(0, "equal seeds give equal splits", minimum=0)
 
 
@@ -289,6 +293,8 @@ def _split(argv: Sequence[str]) -> None:
     arguments = _given(argv, "slidevlm data split", _SplitArguments, SPLIT_HELP, SPLIT_EPILOG)
     if arguments.by_site and arguments.site_table is not None:
         raise ConfigError("--by-site and --site-table both name sites; give one")
+    if arguments.site_column is not None and arguments.site_table is None:
+        raise ConfigError("--site-column is a column of --site-table; give that too")
     from slidevlm.data_commands import Dividing, split_path
 
     split_path(
@@ -301,7 +307,7 @@ def _split(argv: Sequence[str]) -> None:
             arguments.fractions,
             arguments.by_site,
             _path(arguments.site_table),
-            arguments.site_column,
+            arguments.site_column or "site",
             arguments.seed,
         )
     )

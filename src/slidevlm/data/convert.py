@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -37,6 +38,8 @@ from slidevlm.data.parallel import each
 from slidevlm.data.scan import blocks, facts_of
 from slidevlm.data.splits import some
 from slidevlm.errors import ConfigError, DataError
+
+log = logging.getLogger("slidevlm.data")
 
 DTYPES = ("float16", "float32", "bfloat16")
 _SYNC_SECONDS = 1.0  # so much work a kill may cost
@@ -142,6 +145,7 @@ class _Look:
     keys: np.dtype[Any] | None = None
     encoder: str | None = None
     attributes: Mapping[str, str] | None = None
+    warnings: tuple[str, ...] = ()
     problem: str | None = None
 
 
@@ -157,7 +161,7 @@ def look(store: CaseStore, case: Case) -> _Look:
         }
         attributes = {name: value for name, value in found.items() if value is not None}
         if rows == 0:
-            return _Look(encoder=facts.encoder, attributes=attributes)
+            return _Look(encoder=facts.encoder, attributes=attributes, warnings=facts.warnings)
         bag = store.read(case, np.zeros(1, np.int64))
         keys = _keys(store, case)
         return _Look(
@@ -168,6 +172,7 @@ def look(store: CaseStore, case: Case) -> _Look:
             None if keys is None else keys.dtype,
             facts.encoder,
             attributes,
+            facts.warnings,
         )
     except DataError as error:
         return _Look(problem=str(error))
@@ -199,6 +204,8 @@ def _plan(
         looks[case.specimen] = found
         progress("looking at specimens", len(looks), len(cases))
     _raise_all(store, [look.problem for look in looks.values() if look.problem])
+    for text, count in Counter(t for found in looks.values() for t in found.warnings).items():
+        log.warning("%d of %d specimens: %s", count, len(cases), text)
     full = {name: found for name, found in looks.items() if found.rows}
     _same("feature width", {name: found.width for name, found in full.items()})
     _same("tile encoder", {n: found.encoder for n, found in full.items() if found.encoder})
