@@ -75,10 +75,10 @@ def as_tensor(values: np.ndarray, dtype: str) -> Tensor:
     """Features as a tensor of the machine's byte order; float64 becomes float32."""
     if dtype == "bfloat16":
         native = values.view(np.uint16) if values.dtype.kind == "V" else values
-        native = np.ascontiguousarray(native, np.uint16)
+        native = np.require(native, np.uint16, ["C", "W"])
         return torch.from_numpy(native.view(np.int16)).view(torch.bfloat16)
     kind = {"float16": np.float16, "float32": np.float32, "float64": np.float32}[dtype]
-    return torch.from_numpy(np.ascontiguousarray(values, kind))
+    return torch.from_numpy(np.require(values, kind, ["C", "W"]))
 
 
 def flat_shape(shape: tuple[int, ...], path: Path, what: str) -> tuple[int, int]:
