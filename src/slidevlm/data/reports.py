@@ -20,10 +20,13 @@ TEXT_COLUMNS = ("report", "text", "diagnosis", "caption")
 
 # White space, control characters, and halves of surrogate pairs, which no encoder takes.
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
+_ASCII_BLANK = dict.fromkeys([*range(32), 127], " ")
 
 
 def normalise(text: str) -> str:
     """Unicode NFC; each run of white space and control characters is one space; ends stripped."""
+    if text.isascii():  # nearly always, and five times as fast
+        return " ".join(text.translate(_ASCII_BLANK).split())
     return unicodedata.normalize("NFC", _BLANK.sub(" ", text)).strip()
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from slidevlm.errors import DataError
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _LINKS_FOLLOWED = 16
+_METADATA_BYTES = (2**18, 2**19, 2**20)  # smallest, first and largest size of HDF5's cache
 
 
 def is_hdf5(path: Path, head: bytes) -> bool:
@@ -61,6 +62,8 @@ class _Handle:
     pid: int
     file: h5py.File
     raw: FileIO
+    # Names that led to the last object from the root, all of hard links.
+    trail: list[str] = field(default_factory=list)
 
 
 class Hdf5File:
@@ -93,6 +96,10 @@ class Hdf5File:
                 f"{self.path} cannot be opened as HDF5 ({error}); it is damaged, cut short or no "
                 "HDF5 file: copy or write it again, and check it with `h5ls`"
             ) from error
+        # Tens of thousands of groups are looked at once each; 32 MB of their headers help nobody.
+        cache = file.id.get_mdc_config()
+        cache.min_size, cache.initial_size, cache.max_size = _METADATA_BYTES
+        file.id.set_mdc_config(cache)
         self._handle = _Handle(os.getpid(), file, open(self.path, "rb", buffering=0))  # noqa: SIM115
         return file
 
@@ -105,49 +112,103 @@ class Hdf5File:
 
     # -- objects ---------------------------------------------------------------------------
 
+    def exists(self, path: str) -> bool:
+        """Whether something is at an absolute path. DataError where a link leaves the file."""
+        return self._real(path) is not None
+
     def object(self, path: str) -> h5py.Group | h5py.Dataset | None:
         """The object at an absolute path, or None. DataError where a link leaves the file."""
-        file = self.open()
-        done, left, followed = "", deque(path.split("/")), 0
-        while left:
-            name = left.popleft()
-            if name in ("", "."):
-                continue
-            here = f"{done}/{name}"
-            try:
-                kind = file.id.links.get_info(here.encode()).type
-            except (KeyError, RuntimeError):
-                return None
-            if kind == h5py.h5l.TYPE_SOFT and followed < _LINKS_FOLLOWED:
-                with damage(self.path, f"link {here}"):
-                    target = file.get(here, getlink=True).path
-                done = "" if target.startswith("/") else done
-                left.extendleft(reversed(target.split("/")))
-                followed += 1
-            elif kind == h5py.h5l.TYPE_HARD:
-                done = here
-            else:
-                raise DataError(
-                    f"{self.path}: {here} is a link that leaves the file or never ends; only "
-                    "data of the file itself is read: copy the linked data into it"
-                )
-        with damage(self.path, done or "/"):
-            return file[done or "/"]
+        found = self._id(path)
+        if isinstance(found, h5py.h5g.GroupID):
+            return h5py.Group(found)
+        return h5py.Dataset(found) if isinstance(found, h5py.h5d.DatasetID) else found
 
     def dataset(self, path: str) -> h5py.Dataset | None:
         """The dataset at an absolute path, or None where nothing is."""
-        found = self.object(path)
+        found = self._dataset_id(path)
+        return None if found is None else h5py.Dataset(found)
+
+    def string(self, path: str) -> str | None:
+        """The text of a dataset of one string; None where there is no such dataset."""
+        found = self._dataset_id(path)
         if found is None:
             return None
-        if not isinstance(found, h5py.Dataset):
+        with damage(self.path, path):
+            shape, dtype = found.shape, found.dtype
+            if math.prod(shape or ()) != 1 or shape is None:
+                raise DataError(
+                    f"{self.path}: {path} has shape {shape}; a text attribute is one string"
+                )
+            if dtype.kind == "O" and h5py.check_string_dtype(dtype) is None:
+                raise DataError(f"{self.path}: {path} holds {dtype}, not a string")
+            value = np.empty(shape, dtype)
+            found.read(h5py.h5s.ALL, h5py.h5s.ALL, value)
+            return text(value.reshape(-1)[0], self.path, path)
+
+    def _dataset_id(self, path: str) -> h5py.h5d.DatasetID | None:
+        found = self._id(path)
+        if found is None:
+            return None
+        if not isinstance(found, h5py.h5d.DatasetID):
             raise DataError(f"{self.path}: {path} is a group where a dataset is expected")
         with damage(self.path, path):
-            if found.external is not None or found.is_virtual:
+            if found.get_offset() is not None:  # cheap to ask, and only data of the file have one
+                return found
+            plist = found.get_create_plist()
+            if plist.get_external_count() or plist.get_layout() == h5py.h5d.VIRTUAL:
                 raise DataError(
                     f"{self.path}: {path} keeps its data in another file; only data of the file "
                     "itself is read: write it again without external or virtual storage"
                 )
         return found
+
+    def _id(self, path: str) -> h5py.h5g.GroupID | h5py.h5d.DatasetID | None:
+        """The open object at an absolute path, or None."""
+        real = self._real(path)
+        if real is None:
+            return None
+        with damage(self.path, path):
+            return h5py.h5o.open(self.open().id, _encoded(real))
+
+    def _real(self, path: str) -> str | None:
+        """The absolute path by hard links alone, or None where it leads nowhere.
+
+        Each link is looked at before it is followed: DataError where one leaves the file or never
+        ends.
+        """
+        links = self.open().id.links
+        assert self._handle is not None
+        left = deque(name for name in path.split("/") if name not in ("", "."))
+        # Specimens are asked for one after the other; most of the way is that of the last one.
+        done: list[str] = []
+        for name in self._handle.trail:
+            if len(left) < 2 or left[0] != name:
+                break
+            done.append(left.popleft())
+        followed = 0
+        while left:
+            name = left.popleft()
+            here = "/".join(["", *done, name])
+            try:
+                kind = links.get_info(_encoded(here)).type
+            except (KeyError, RuntimeError):
+                return None
+            if kind == h5py.h5l.TYPE_SOFT and followed < _LINKS_FOLLOWED:
+                with damage(self.path, f"link {here}"):
+                    target = links.get_val(_encoded(here)).decode("utf-8", "surrogateescape")
+                if target.startswith("/"):
+                    done.clear()
+                left.extendleft(n for n in reversed(target.split("/")) if n not in ("", "."))
+                followed += 1
+            elif kind == h5py.h5l.TYPE_HARD:
+                done.append(name)
+            else:
+                raise DataError(
+                    f"{self.path}: {here} is a link that leaves the file or never ends; only "
+                    "data of the file itself is read: copy the linked data into it"
+                )
+        self._handle.trail[:] = done
+        return "/" + "/".join(done)
 
     def names(self, path: str = "/") -> list[str]:
         """Names in a group; empty where there is no such group."""
@@ -340,6 +401,11 @@ def _plain_offset(dataset: h5py.Dataset) -> int | None:
         return None
     same_type = dataset.id.get_type() == h5py.h5t.py_create(dataset.dtype)
     return offset if same_type else None
+
+
+def _encoded(name: str) -> bytes:
+    """A name as HDF5 holds it; h5py gives what is not UTF-8 as surrogates."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def text(value: Any, path: Path, where: str) -> str:

@@ -259,7 +259,7 @@ class Hdf5Cases:
 
     def has_features(self, case: Case) -> bool:
         """Whether the features' dataset exists."""
-        return self._file.object(f"{case.location}/{self.feature_attribute}/features") is not None
+        return self._file.exists(f"{case.location}/{self.feature_attribute}/features")
 
     def _features(self, case: Case) -> h5py.Dataset:
         path = f"{case.location}/{self.feature_attribute}/features"
@@ -307,15 +307,7 @@ class Hdf5Cases:
         """The text dataset as written; None where the specimen has none or none was asked for."""
         if self.text_attribute is None:
             return None
-        path = f"{case.location}/{self.text_attribute}"
-        dataset = self._file.dataset(path)
-        if dataset is None:
-            return None
-        if dataset.size != 1:
-            raise DataError(
-                f"{self.path}: {path} has shape {dataset.shape}; a text attribute is one string"
-            )
-        return text(np.ravel(dataset[()])[0], self.path, path)
+        return self._file.string(f"{case.location}/{self.text_attribute}")
 
     # -- what is told beside the features --------------------------------------------------
 
