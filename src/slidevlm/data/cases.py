@@ -98,6 +98,10 @@ class Described(Protocol):
         """Facts of `case`; reads no features."""
         ...
 
+    def files(self, case: Case) -> tuple[Path, ...]:
+        """The files that hold `case`; opens none."""
+        ...
+
 
 @runtime_checkable
 class Keyed(Protocol):

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slidevlm.data.cases import Case, CaseStore, Keyed
+from slidevlm.data.cases import Case, CaseStore, Described, Keyed
 from slidevlm.data.digest import Digest
 from slidevlm.data.formats.hdf5_target import (
     CaseTarget,
@@ -80,8 +80,8 @@ def convert(
 
     Raises:
         ConfigError: `target` exists, or an unfinished conversion with other settings does.
-        DataError: specimens that cannot be read, cannot be in one file, or do not fit the type;
-            all are listed, and what is done stays done.
+        DataError: specimens that cannot be read, cannot be in one file, or do not fit the type,
+            the first twenty of them listed; the others stay done.
     """
     if target.exists():
         raise ConfigError(f"{target} exists; choose another name or remove it")
@@ -113,13 +113,14 @@ def convert(
 def _identity(store: CaseStore, cases: Sequence[Case], settings: str) -> str:
     """Equal where an unfinished file can be gone on with: same source, same settings."""
     whole = hashlib.blake2b(settings.encode(), digest_size=16)
-    files: dict[str, str] = {}
+    stamps: dict[Path, str] = {}
     for case in cases:
-        file = case.location if Path(case.location).is_file() else str(store.path)
-        if file not in files:
-            status = os.stat(file)
-            files[file] = f"{file} {status.st_size} {status.st_mtime_ns}"
-        whole.update(f"{case.patient}\n{case.specimen}\n{files[file]}\n".encode())
+        whole.update(f"{case.patient}\n{case.specimen}\n".encode())
+        for file in store.files(case) if isinstance(store, Described) else (store.path,):
+            if file not in stamps:
+                status = file.stat()
+                stamps[file] = f"{file} {status.st_size} {status.st_mtime_ns}\n"
+            whole.update(stamps[file].encode())
     return whole.hexdigest()
 
 
@@ -157,7 +158,7 @@ def look(store: CaseStore, case: Case) -> _Look:
             "format": facts.format,
             "encoder": facts.encoder,
             "tile_size": facts.tile_size,
-            "source": facts.source or _source(store, case),
+            "source": facts.source or store.path.name,
         }
         attributes = {name: value for name, value in found.items() if value is not None}
         if rows == 0:
@@ -184,11 +185,6 @@ def _keys(store: CaseStore, case: Case) -> np.ndarray | None:
     if keys is not None and keys.dtype == np.dtype("S"):
         return keys.astype("S1")
     return keys
-
-
-def _source(store: CaseStore, case: Case) -> str:
-    """Name of the file, without its folders: where it lay is no one's business."""
-    return Path(case.location).name if Path(case.location).is_file() else store.path.name
 
 
 def _plan(

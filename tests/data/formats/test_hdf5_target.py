@@ -90,3 +90,21 @@ def test_names_that_hdf5_cannot_have(tmp_path: Path, name: str) -> None:
     case = PlannedCase("p", name, 1, 1, None, None, {})
     with pytest.raises(DataError, match="cannot name an HDF5 group"):
         lay_out(tmp_path / "a.h5", [case], LAYOUT, {})
+
+
+def test_going_on_in_the_folder_itself(makers, tmp_path: Path, monkeypatch) -> None:
+    """The files made meanwhile change the folder, but not what is converted from it."""
+    for slide, count in (("a", 4), ("b", 5)):
+        makers["npy"](tmp_path / slide, *bags(count))
+    monkeypatch.chdir(tmp_path)
+    source, target = SlideFolder(Path(".")), Path("out.h5")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("slidevlm.data.convert._cast", _interrupt)
+        convert(source, target, LAYOUT, lambda case: {}, workers=0)
+    (tmp_path / "note.txt").write_text("another file")
+    again = SlideFolder(Path("."))
+    assert convert(again, target, LAYOUT, lambda case: {}, workers=0).specimens == 2
+
+
+def _interrupt(*args: object) -> None:
+    raise KeyboardInterrupt

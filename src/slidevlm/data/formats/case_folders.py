@@ -95,6 +95,10 @@ class CaseFolders:
             source=Path(case.location).name,
         )
 
+    def files(self, case: Case) -> tuple[Path, ...]:
+        """See `Described.files`."""
+        return (Path(case.location),)
+
     def tile_keys(self, case: Case) -> np.ndarray | None:
         """See `Keyed.tile_keys`: whole numbers, where a specimen has several slides."""
         slides = self._tiles(case).row_slides()

@@ -331,6 +331,10 @@ class Hdf5Cases:
                 source=told["source"],
             )
 
+    def files(self, case: Case) -> tuple[Path, ...]:
+        """See `Described.files`."""
+        return (self.path,)
+
     def tile_keys(self, case: Case) -> np.ndarray | None:
         """See `Keyed.tile_keys`: those of the file, for each row."""
         path = f"{case.location}/{self.feature_attribute}/tile_keys"

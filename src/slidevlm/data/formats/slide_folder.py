@@ -216,6 +216,10 @@ class SlideFolder:
             warnings=tuple(warnings),
         )
 
+    def files(self, case: Case) -> tuple[Path, ...]:
+        """See `Described.files`."""
+        return tuple(self.path / part.path for part in self._parts[case.location])
+
     def tile_keys(self, case: Case) -> np.ndarray | None:
         """See `Keyed.tile_keys`: whole numbers, where a specimen has several slides."""
         numbers: list[np.ndarray] = []
