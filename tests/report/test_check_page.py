@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -81,6 +82,17 @@ def test_plots_have_the_numbers(report):
     assert first["y"] == [2 / 3, 1 / 3] and second["y"] == [0, 0]
     # plotly reads tags in its texts: there must be none.
     assert "<" not in json.dumps([first, bars]) and "&lt;/script&gt;" in first["x"][0]
+
+
+def test_plotly_knows_everything_in_the_plots(report):
+    graphs = pytest.importorskip("plotly.graph_objects")
+    script = Page(page(report, "var Plotly;")).scripts[-1]
+    calls = re.findall(r'newPlot\("plot\d",(\[.*?\]),(\{.*?\}),\{"displaylogo"', script)
+    for data, layout in calls:
+        figure = graphs.Figure(json.loads(data), json.loads(layout))  # refuses what it lacks
+        assert figure.layout.title.text in ("Tiles a specimen", f"Classes of {escape(HOSTILE)}")
+    with pytest.raises(ValueError, match="Invalid property"):
+        graphs.Figure([{"type": "bar", "widths": [1]}])
 
 
 def test_errors_come_first_and_lists_are_whole(report):

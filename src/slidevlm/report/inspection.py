@@ -49,7 +49,7 @@ def terminal(found: Inspection) -> str:
     for text, names in found.warnings.items():
         lines.append(f"warning: {printable(text)}")
         if names and len(names) < len(found.rows):
-            lines.append(f"    {len(names)} bags: {', '.join(shortened(names))}")
+            lines.append(f"    {len(names)} of {len(found.rows)}: {', '.join(shortened(names))}")
     lines += [f"hint: {hint}" for hint in found.hints]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])])
 
