@@ -144,6 +144,20 @@ def test_convert_a_folder_and_a_single_file(tmp_path, capsys):
         target.unlink()
 
 
+def test_a_zarr_folder_is_one_slide(tmp_path, capsys):
+    zarr = pytest.importorskip("zarr")
+    root = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
+    root.create_array("features", data=np.full((5, 4), 3, np.float32), chunks=(2, 4))
+    assert main(["data", "inspect", str(tmp_path / "a.zarr"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tiles"] == 5
+    given = [str(tmp_path / "a.zarr"), str(tmp_path / "out.h5"), "--workers", "0"]
+    assert main(["data", "convert", *given]) == 0
+    store = Hdf5Cases(tmp_path / "out.h5", "features")
+    assert [case.specimen for case in store.cases] == ["a"]
+    assert (store.read(store.cases[0], None).features == 3).all()
+    assert store.facts(store.cases[0]).source == "a.zarr"
+
+
 def test_a_slide_table_puts_slides_together(tmp_path):
     folder, table = tmp_path / "slides", tmp_path / "slides.csv"
     folder.mkdir()

@@ -55,9 +55,9 @@ def inspect_path(path: Path) -> Inspection:
     return inspect_file(path)
 
 
-def _is_bag(folder: Path) -> bool:
+def _is_bag(path: Path) -> bool:
     """Whether a folder is one bag, as zarr has it."""
-    return any((folder / name).exists() for name in (".zgroup", ".zattrs", "zarr.json"))
+    return path.is_dir() and path.name.lower().endswith(".zarr")
 
 
 def open_path(path: Path, feature_attribute: str | None, slide_table: Path | None) -> CaseStore:
@@ -71,7 +71,7 @@ def open_path(path: Path, feature_attribute: str | None, slide_table: Path | Non
     """
     if not path.exists():
         raise DataError(f"no file or folder {path} (looked in {Path.cwd()})")
-    if path.is_dir():
+    if path.is_dir() and not _is_bag(path):
         if feature_attribute is not None:
             raise ConfigError(f"--hdf5_feature_attribute is for an HDF5 file; {path} is a folder")
         return open_store(

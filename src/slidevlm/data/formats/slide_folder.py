@@ -67,7 +67,8 @@ class SlideFolder:
 
     def __init__(self, root: Path, slide_table: Sequence[SlideRow] | None = None) -> None:
         self.path = root
-        slides = _slides_of_file(root) if root.is_file() else _slides(root)
+        one = root.is_file() or root.name.lower().endswith(".zarr")
+        slides = _slides_of_file(root) if one else _slides(root)
         self._parts: dict[str, tuple[Part, ...]] = {}
         if slide_table is None:
             found = [
