@@ -1,6 +1,6 @@
 """Seconds and memory for reading bags, and for indexing a cohort.
 
-    python benchmarks/data.py [--quick] [--only reading | indexing] [--folder SCRATCH]
+    python benchmarks/data.py [--quick] [--only reading | indexing] [--layouts NAME ...]
 
 Reading: bags of [100000, 1024] in several layouts, through the loader that training uses, beside
 the plain way of doing it: read all, convert to a float32 tensor, choose rows. Each measurement is
@@ -50,17 +50,12 @@ from slidevlm.data.tokenizer import Tokenizer
 
 WIDTH = 1024
 SPECIMENS = 2  # of each layout; a measurement reads them in turn
-READINGS = 6  # of a measurement, the first of which is not counted
+READINGS = 4  # of a measurement, the first of which is not counted
 NO_CUTOFF = 2**31
 PLACE_COLUMNS = 2
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gzip-4": {"compression": "gzip", "compression_opts": 4},
-    "gzip-4, rows of chunks": {
-        "compression": "gzip",
-        "compression_opts": 4,
-        "chunks": (64, WIDTH),
-    },
     "lzf": {"compression": "lzf"},
     "contiguous": {},
     "chunks of one row": {"chunks": (1, WIDTH)},  # as CLAM and TRIDENT write
@@ -279,13 +274,15 @@ def median(results: Sequence[Result]) -> Result:
 # -- tables ------------------------------------------------------------------------------------
 
 
-def table_of_reading(folder: Path, tiles: int, rounds: int, evict_first: bool) -> None:
+def table_of_reading(
+    folder: Path, layouts: Sequence[str], tiles: int, rounds: int, evict_first: bool
+) -> None:
     """Write each layout, measure it, print its lines."""
     print(f"\nReading [{tiles}, {WIDTH}]: {rounds} processes, {READINGS - 1} bags each\n")
     print("| layout | cut-off | workers | ours s | plain s | ratio | ours MB | plain MB |")
     print("|---|---|---|---|---|---|---|---|")
     found: dict[tuple[str, int, int, str], Result] = {}
-    for layout in LAYOUTS:
+    for layout in layouts:
         path = folder / "bags.h5"
         write_bags(path, layout, tiles)
         for cutoff in (4096, NO_CUTOFF):
@@ -305,6 +302,8 @@ def table_of_reading(folder: Path, tiles: int, rounds: int, evict_first: bool) -
                     flush=True,
                 )
         path.unlink()
+    if not {"converted", "contiguous"} <= set(layouts):
+        return
     print(f"\n{BARS}:")
     for workers in (0, 1):
         ours = found["converted", 4096, workers, "ours"]
@@ -347,6 +346,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="smaller, one round: does it run?")
     parser.add_argument("--only", choices=("reading", "indexing"), help="one table only")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="only these are read")
     parser.add_argument("--folder", type=Path, help="where 1 GB of scratch files may go")
     parser.add_argument("--rounds", type=int, default=3, help="processes for each figure")
     parser.add_argument("--evict", action="store_true", help="drop the page cache each time")
@@ -359,7 +359,8 @@ def main() -> None:
     print(machine())
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         if args.only != "indexing":
-            table_of_reading(Path(scratch), 10_000 if args.quick else 100_000, rounds, args.evict)
+            layouts, tiles = args.layouts or list(LAYOUTS), 10_000 if args.quick else 100_000
+            table_of_reading(Path(scratch), layouts, tiles, rounds, args.evict)
         if args.only != "reading":
             table_of_indexing(Path(scratch), 1_000 if args.quick else 20_000, rounds)
 

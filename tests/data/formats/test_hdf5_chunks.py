@@ -13,7 +13,7 @@ import pytest
 
 from slidevlm.data.formats import hdf5_chunks
 from slidevlm.data.formats.hdf5_cases import Hdf5Cases
-from slidevlm.data.formats.hdf5_chunks import is_chunked_matrix, read_chunked
+from slidevlm.data.formats.hdf5_chunks import is_chunked_matrix, native_float
 from slidevlm.errors import DataError
 
 FILTERS = {
@@ -50,6 +50,15 @@ def plain(dataset: h5py.Dataset, rows: np.ndarray | None) -> np.ndarray:
     return values if rows is None else values[rows]
 
 
+def read_chunked(
+    dataset: h5py.Dataset, rows: np.ndarray | None, directly: bool = True
+) -> np.ndarray:
+    """As it is called for features; with or without the file's own bytes."""
+    dtype = native_float(dataset.dtype)
+    with open(dataset.file.filename, "rb") as raw:
+        return hdf5_chunks.read_chunked(dataset, rows, dtype, raw.fileno() if directly else None)
+
+
 @pytest.fixture(params=["chunk by chunk", "slabs of small chunks"])
 def way(request, monkeypatch) -> str:
     """Either way of reading, which the size of the chunks would choose."""
@@ -72,8 +81,9 @@ def test_equal_to_the_plain_way(tmp_path, way, name, shape):
         )
         assert is_chunked_matrix(dataset)
         for rows in PATTERNS:
-            found = read_chunked(dataset, rows)
-            assert found.dtype == np.float32 and np.array_equal(found, plain(dataset, rows))
+            for directly in (True, False):
+                found = read_chunked(dataset, rows, directly)
+                assert found.dtype == np.float32 and np.array_equal(found, plain(dataset, rows))
         dataset.file.close()
 
 
@@ -98,6 +108,71 @@ def test_other_forms_are_left_to_hdf5(tmp_path):
         dataset = stored(tmp_path / "a.h5", values, **options)
         assert not is_chunked_matrix(dataset)
         dataset.file.close()
+
+
+@pytest.mark.parametrize("dtype", ["<i8", "<i4", "<f8", ">f8"])
+def test_rows_written_one_by_one_as_some_tools_do(tmp_path, dtype):
+    """Features and coordinates grow in turns, so that neither lies in one piece."""
+    truth = np.random.default_rng(0).integers(0, 2**31 - 1, (50, 2)).astype(dtype)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        coords = file.create_dataset("x", (0, 2), dtype, maxshape=(None, 2), chunks=(1, 2))
+        other = file.create_dataset("y", (0, 3), "f4", maxshape=(None, 3), chunks=(1, 3))
+        for start in range(0, 50, 7):
+            for dataset in (coords, other):
+                dataset.resize(min(50, start + 7), axis=0)
+            coords[start:] = truth[start : start + 7]
+            other[start:] = start
+    with h5py.File(tmp_path / "a.h5", "r") as file, open(tmp_path / "a.h5", "rb") as raw:
+        for rows in (None, np.arange(1, 50, 2)):
+            found = hdf5_chunks.read_chunked(file["x"], rows, truth.dtype, raw.fileno())
+            assert found.dtype == truth.dtype
+            assert np.array_equal(found, truth if rows is None else truth[rows])
+
+
+def test_a_file_with_a_user_block(tmp_path):
+    values = np.random.default_rng(0).standard_normal((20, 3)).astype("f4")
+    with h5py.File(tmp_path / "a.h5", "w", userblock_size=512) as file:
+        file.create_dataset("patients/p/s/uni/features", data=values, chunks=(1, 3))
+        places = file.create_dataset("patients/p/s/uni/positions", data=values, chunks=(1, 3))
+        places.attrs["unit"] = "um"
+    store = Hdf5Cases(tmp_path / "a.h5", "uni")
+    bag = store.read(store.cases[0], None)
+    assert np.array_equal(bag.features, values) and np.array_equal(bag.positions, values[:, :2])
+
+
+def test_a_missing_chunk_is_an_error(tmp_path):
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        hole = file.create_dataset("x", (4, 2), "f4", chunks=(1, 2))
+        hole[0] = hole[3] = 1
+    with (
+        h5py.File(tmp_path / "b.h5", "r") as file,
+        pytest.raises(OSError, match="2 of 4 chunks are not stored"),
+    ):
+        read_chunked(file["x"], None)
+
+
+def test_a_chunk_of_another_size_is_an_error(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", data=np.ones((4, 2), "f4"), chunks=(1, 2))
+        file["x"].id.write_direct_chunk((2, 0), b"abcd")
+    with (
+        h5py.File(tmp_path / "a.h5", "r") as file,
+        pytest.raises(OSError, match="a chunk of 8 bytes has 4 stored"),
+    ):
+        read_chunked(file["x"], None)
+
+
+def test_chunks_at_the_same_place_are_an_error(tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", data=np.arange(8, dtype="f4").reshape(4, 2), chunks=(1, 2))
+        first, second = (file["x"].id.get_chunk_info(i).byte_offset for i in (0, 1))
+    content = path.read_bytes()
+    pointer = second.to_bytes(8, "little")
+    assert content.count(pointer) == 1, "the index names each chunk once"
+    path.write_bytes(content.replace(pointer, first.to_bytes(8, "little")))
+    with h5py.File(path, "r") as file, pytest.raises(OSError, match="two chunks lie at the same"):
+        read_chunked(file["x"], None)
 
 
 def test_chunks_whose_filter_was_left_out(tmp_path):

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 from torch import Tensor
 
-from slidevlm.data.formats.hdf5_chunks import is_chunked_matrix, read_chunked
+from slidevlm.data.formats.hdf5_chunks import is_chunked_matrix, native_float, read_chunked
 from slidevlm.data.formats.hdf5_heaps import check_attribute, check_dataset
 from slidevlm.data.formats.rows import (
     HAS_PREAD,
@@ -62,6 +62,7 @@ class _Handle:
     pid: int
     file: h5py.File
     raw: FileIO
+    user_block: int  # bytes before HDF5's own
     # Names that led to the last object from the root, all of hard links.
     trail: list[str] = field(default_factory=list)
 
@@ -100,7 +101,8 @@ class Hdf5File:
         cache = file.id.get_mdc_config()
         cache.min_size, cache.initial_size, cache.max_size = _METADATA_BYTES
         file.id.set_mdc_config(cache)
-        self._handle = _Handle(os.getpid(), file, open(self.path, "rb", buffering=0))  # noqa: SIM115
+        raw = open(self.path, "rb", buffering=0)  # noqa: SIM115
+        self._handle = _Handle(os.getpid(), file, raw, file.userblock_size)
         return file
 
     def close(self) -> None:
@@ -141,6 +143,9 @@ class Hdf5File:
                 )
             if dtype.kind == "O" and h5py.check_string_dtype(dtype) is None:
                 raise DataError(f"{self.path}: {path} holds {dtype}, not a string")
+            if dtype.kind == "O":
+                assert self._handle is not None
+                check_dataset(self._handle.raw.fileno(), found, self._handle.user_block)
             value = np.empty(shape, dtype)
             found.read(h5py.h5s.ALL, h5py.h5s.ALL, value)
             return text(value.reshape(-1)[0], self.path, path)
@@ -258,7 +263,7 @@ class Hdf5File:
                 descriptor = self._handle.raw.fileno()
                 values = read_plain(descriptor, offset, (total, width), dataset.dtype, rows)
             elif is_chunked_matrix(dataset):
-                values = read_chunked(dataset, rows)
+                values = self._chunked(dataset, rows, native_float(dataset.dtype))
             else:
                 values = self._slices(dataset, total, rows)
         return as_tensor(values, name)
@@ -300,12 +305,21 @@ class Hdf5File:
             )
         if dataset.size and dataset.dtype.kind == "O":
             assert self._handle is not None
-            block = dataset.file.userblock_size
-            check_dataset(self._handle.raw.fileno(), dataset.id, block)
+            check_dataset(self._handle.raw.fileno(), dataset.id, self._handle.user_block)
         elif dataset.size:
             _check_storage(dataset, self.path)
+        if dataset.dtype.kind in "fiu" and dataset.size and is_chunked_matrix(dataset):
+            # Tools that write tile by tile make a chunk of each coordinate.
+            return self._chunked(dataset, None, dataset.dtype).reshape(dataset.shape)
         values: np.ndarray = dataset[()]
         return values
+
+    def _chunked(
+        self, dataset: h5py.Dataset, rows: np.ndarray | None, dtype: np.dtype[Any]
+    ) -> np.ndarray:
+        assert self._handle is not None
+        plain = HAS_PREAD and not self._handle.user_block
+        return read_chunked(dataset, rows, dtype, self._handle.raw.fileno() if plain else None)
 
 
 def storage_text(dataset: h5py.Dataset) -> str:

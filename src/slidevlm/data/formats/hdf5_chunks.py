@@ -16,6 +16,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from slidevlm.data.formats.rows import read_scattered
+
 # Of smaller chunks, HDF5 reads many in one call for less than the calls would cost.
 _SMALL_BYTES = 2**16
 _SLAB_BYTES = 2**22
@@ -31,21 +33,35 @@ def is_chunked_matrix(dataset: h5py.Dataset) -> bool:
     )
 
 
-def read_chunked(dataset: h5py.Dataset, rows: np.ndarray | None) -> np.ndarray:
-    """Rows ([K] int64, strictly increasing; None: all) of [N, D] or [1, N, D]: [K, D].
+def native_float(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Floats in the machine's byte order, float64 as float32; other types as they are."""
+    return np.dtype(f"=f{min(dtype.itemsize, 4)}") if dtype.kind == "f" else dtype
 
-    Floats come in the machine's byte order, float64 as float32; other types as they are stored.
-    OSError: the data cannot be decoded.
+
+def read_chunked(
+    dataset: h5py.Dataset, rows: np.ndarray | None, dtype: np.dtype[Any], descriptor: int | None
+) -> np.ndarray:
+    """Rows ([K] int64, strictly increasing; None: all) of [N, D] or [1, N, D]: [K, D] of `dtype`.
+
+    `descriptor` is of the same file, None where its bytes are not to be read directly. OSError:
+    the data cannot be decoded.
     """
     total, width = dataset.shape[-2:]
     height, chunk_width = dataset.chunks[-2:]
     chosen = np.arange(total) if rows is None else rows
-    values = np.empty((len(chosen), width), _native(dataset.dtype))
+    values = np.empty((len(chosen), width), dtype)
     itemsize = dataset.dtype.itemsize
     steps = _steps(dataset)
     touched = len(np.unique(chosen // height)) * height
     # HDF5 takes what deflate gives for a whole chunk even where it is not.
     if not steps and height * chunk_width * itemsize < _SMALL_BYTES and touched > total / 4:
+        if steps == [] and descriptor is not None and (places := _places(dataset)) is not None:
+            addresses = places[chosen // height] + chosen % height * (width * itemsize)
+            stored = values if dtype == dataset.dtype else np.empty(values.shape, dataset.dtype)
+            read_scattered(descriptor, addresses, stored)
+            if stored is not values:
+                values[:] = stored
+            return values
         height *= max(1, _SLAB_BYTES // (height * width * itemsize))
         chunk_width = width
         decode = _by_hdf5(dataset, height, width)
@@ -57,8 +73,32 @@ def read_chunked(dataset: h5py.Dataset, rows: np.ndarray | None) -> np.ndarray:
     return values
 
 
-def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return np.dtype(f"=f{min(dtype.itemsize, 4)}") if dtype.kind == "f" else dtype
+def _places(dataset: h5py.Dataset) -> np.ndarray | None:
+    """Byte of the file at which each chunk of whole rows begins, in their order: [chunks] int64.
+
+    None where chunks are not of whole rows, or HDF5 is too old to tell. OSError where one is
+    missing, has another size or lies where another does.
+    """
+    total, width = dataset.shape[-2:]
+    height, chunk_width = dataset.chunks[-2:]
+    whole_rows = chunk_width == width and (dataset.ndim == 2 or dataset.chunks[0] == 1)
+    if not whole_rows or not hasattr(dataset.id, "chunk_iter"):
+        return None
+    size = height * width * dataset.dtype.itemsize
+    places = np.full(-(-total // height), -1, np.int64)
+
+    def note(chunk: Any) -> None:
+        if chunk.size != size:
+            raise OSError(f"a chunk of {size} bytes has {chunk.size} stored")
+        places[chunk.chunk_offset[-2] // height] = chunk.byte_offset
+
+    # One walk through the index of all chunks; asking for each takes five times as long.
+    dataset.id.chunk_iter(note)
+    if (places < 0).any():
+        raise OSError(f"{int((places < 0).sum())} of {len(places)} chunks are not stored")
+    if (np.diff(np.sort(places)) < size).any():
+        raise OSError("two chunks lie at the same place")
+    return places
 
 
 def _fill(values: np.ndarray, rows: np.ndarray, height: int, width: int, decode: Decode) -> None:

@@ -176,6 +176,24 @@ def read_plain(
     return values
 
 
+def read_scattered(descriptor: int, addresses: np.ndarray, values: np.ndarray) -> None:
+    """Fill `values` [K, D] with rows that begin at bytes `addresses` [K] int64 of the file.
+
+    Rows that follow each other in the file are read at once. OSError where it ends too early.
+    """
+    if not values.size:
+        return
+    row_bytes = values.shape[1] * values.itemsize
+    out = values.reshape(-1).view(np.uint8).data
+    cuts = np.flatnonzero(np.diff(addresses) != row_bytes) + 1
+    edges = np.concatenate([[0], cuts, [len(addresses)]])
+    starts = addresses[edges[:-1]].tolist()
+    for (first, last), start in zip(
+        itertools.pairwise((edges * row_bytes).tolist()), starts, strict=True
+    ):
+        read_bytes(descriptor, out[first:last], start)
+
+
 def read_bytes(descriptor: int, target: memoryview, offset: int) -> None:
     """Fill `target` from the file at `offset`; one read may return less than asked."""
     size = len(target)
