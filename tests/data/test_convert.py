@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -17,7 +18,7 @@ import torch
 
 from slidevlm.data.convert import Filled, convert
 from slidevlm.data.formats.hdf5_cases import CaseWriter, Hdf5Cases
-from slidevlm.data.formats.hdf5_target import Layout
+from slidevlm.data.formats.hdf5_target import CaseTarget, Layout
 from slidevlm.data.scan import scan
 from slidevlm.errors import ConfigError, DataError
 
@@ -153,7 +154,7 @@ def test_a_kill_in_the_middle_and_going_on(tmp_path):
         "from pathlib import Path\n"
         "from slidevlm.data import convert as c\n"
         "from slidevlm.data.formats.hdf5_cases import Hdf5Cases\n"
-        "from slidevlm.data.formats.hdf5_target import Layout\n"
+        "from slidevlm.data.formats.hdf5_target import CaseTarget, Layout\n"
         "c._SYNC_SECONDS, fill = 0.0, c._fill_case\n"
         "def slowly(*args):\n    time.sleep(0.05)\n    return fill(*args)\n"
         "c._fill_case = slowly\n"
@@ -290,6 +291,42 @@ class Free:
 
     def __init__(self, free: int) -> None:
         self.free = free
+
+
+def test_a_full_disk_stops_at_once_and_is_gone_on_from(write, tmp_path, monkeypatch):
+    source, target = write([3] * 6), tmp_path / "out.h5"
+    original, written = CaseTarget.write_checksum, []
+
+    class Full:
+        def seek(self, offset):
+            raise OSError(28, "No space left on device")
+
+    def until_full(self, number, checksum):
+        written.append(number)
+        if len(written) == 4:
+            self._handle = replace(self._handle, raw=Full())
+        original(self, number, checksum)
+
+    monkeypatch.setattr(CaseTarget, "write_checksum", until_full)
+    monkeypatch.setattr(CaseTarget, "sync", lambda self: None)
+    monkeypatch.setattr(CaseTarget, "close", lambda self: None)
+    with pytest.raises(DataError, match=r"cannot be written: No space left.*goes on"):
+        run(source, target)
+    assert written == [0, 1, 2, 3] and not target.exists()
+    monkeypatch.undo()
+    assert run(source, target).resumed == 3
+    run(source, tmp_path / "at_once.h5")
+    same(target, tmp_path / "at_once.h5")
+
+
+def test_what_a_kill_before_the_first_specimen_leaves(write, tmp_path):
+    source = write([3, 4])
+    for leftover in (".out.h5.partial", ".out.h5.partial.new", ".out.h5.partial.journal.lock"):
+        (tmp_path / leftover).write_bytes(b"half a file")
+    assert run(source, tmp_path / "out.h5").specimens == 2
+    run(source, tmp_path / "at_once.h5")
+    same(tmp_path / "out.h5", tmp_path / "at_once.h5")
+    assert sorted(os.listdir(tmp_path)) == ["at_once.h5", "cohort.h5", "out.h5"]
 
 
 def test_journal_lines_are_json(write, tmp_path, monkeypatch):

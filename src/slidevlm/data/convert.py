@@ -31,6 +31,7 @@ from slidevlm.data.formats.hdf5_target import (
     CaseTarget,
     Layout,
     PlannedCase,
+    TargetError,
     lay_out,
     tiles_checksum,
 )
@@ -339,6 +340,8 @@ def fill(
     """Read a specimen in blocks and write each to its place."""
     try:
         return _fill_case(store, case, numbers[case.specimen], target, dtype)
+    except TargetError:
+        raise  # it would be the same with every other specimen
     except DataError as error:
         return Filled(case.specimen, problem=str(error))
 

@@ -5,6 +5,7 @@
                                                       /tile_keys   [N] strings, optional
                                   /<text attribute>                one string, optional
     /case-index/case_ids, case_paths                               [cases] strings, optional
+               /checksums                                          see hdf5_target, optional
 
 `features` are float16, float32, float64, or bfloat16. bfloat16 is taken from its bits: a
 dataset of 2-byte unsigned integers or of 2-byte opaque values holds bfloat16 bits, always, as

@@ -30,6 +30,10 @@ _CHECKSUM = 32  # characters
 _KEY_COLUMNS = 4  # of integer keys: (specimen, slide, section, tile)
 
 
+class TargetError(DataError):
+    """The file cannot be written; no specimen is to blame."""
+
+
 @dataclass(frozen=True)
 class PlannedCase:
     """What the layout must know of a specimen before its features are read."""
@@ -204,7 +208,10 @@ class CaseTarget:
 
     def sync(self) -> None:
         """Wait until everything written, by any process, is on the disk."""
-        os.fsync(self._open().raw.fileno())
+        try:
+            os.fsync(self._open().raw.fileno())
+        except OSError as error:
+            raise self._full(error) from error
 
     def write(self, location: str, name: str, first: int, values: np.ndarray) -> None:
         """Rows from `first` on of a dataset of the specimen at `location`, in the file's type."""
@@ -224,10 +231,19 @@ class CaseTarget:
 
     def _put(self, offset: int, values: np.ndarray) -> None:
         raw = self._open().raw
-        raw.seek(offset)
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-        while len(data):
-            data = data[raw.write(data) or 0 :]
+        try:
+            raw.seek(offset)
+            while len(data):
+                data = data[raw.write(data) or 0 :]
+        except OSError as error:
+            raise self._full(error) from error
+
+    def _full(self, error: OSError) -> TargetError:
+        return TargetError(
+            f"{self.path} cannot be written: {error.strerror}; make room or mend the disk, then "
+            "the same command goes on"
+        )
 
 
 def _places(dataset: h5py.Dataset, first: int, count: int) -> Iterator[tuple[int, int, int]]:
