@@ -153,9 +153,9 @@ def test_a_missing_chunk_is_an_error(tmp_path):
 
 def test_a_chunk_of_another_size_is_an_error(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.create_dataset("x", data=np.ones((4, 2), "f4"), chunks=(1, 2))
-    with h5py.File(tmp_path / "a.h5", "a") as file:
-        file["x"].id.write_direct_chunk((2, 0), b"abcd")
+        dataset = file.create_dataset("x", (4, 2), "f4", chunks=(1, 2))
+        for row, content in enumerate([b"8 bytes."] * 2 + [b"four"] + [b"8 bytes."]):
+            dataset.id.write_direct_chunk((row, 0), content)
     with (
         h5py.File(tmp_path / "a.h5", "r") as file,
         pytest.raises(OSError, match="a chunk of 8 bytes has 4 stored"),
