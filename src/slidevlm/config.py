@@ -128,9 +128,10 @@ class Data:
     )
     bucket: str = arg(
         "balance",
-        "by the bags' lengths: balance parts each step's specimens so that all its batches on all "
-        "processes have about the same number of tiles, which changes nothing of what is learned; "
-        "length also makes up the steps of similar bags; off does neither",
+        "by the bags' lengths: balance parts the specimens of a step so that its batches, on all "
+        "processes, have about as many tiles (the same loss, less waiting, less memory); length "
+        "also makes up the steps of similar bags, for encoders that pad (it needs more memory); off "
+        "does neither",
         choices=("balance", "length", "off"),
         extra=True,
     )
