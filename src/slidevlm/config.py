@@ -130,7 +130,7 @@ class Data:
         "balance",
         "by the bags' lengths: balance parts the specimens of a step so that its batches, on all "
         "processes, have about as many tiles (the same loss, less waiting, less memory); length "
-        "also makes up the steps of similar bags, for encoders that pad (it needs more memory); off "
+        "also makes up the steps of similar bags, for encoders that pad (with more memory); off "
         "does neither",
         choices=("balance", "length", "off"),
         extra=True,
