@@ -94,6 +94,39 @@ def test_check_compares_with_the_model(cohort, tmp_path, capsys):
     assert "the model reads tiles of width 1024, this data has " in capsys.readouterr().out
 
 
+def test_check_uses_the_tokenizer_and_width_of_a_checkpoint(cohort, tmp_path, capsys):
+    from slidevlm.data.tokenizer import Tokenizer
+    from slidevlm.models import build_model, from_dict, zoo
+    from slidevlm.train import checkpoint as ckpt
+
+    content = zoo.load("coca_tiny").to_dict() | {"tile_width": 7}
+    config = from_dict(content, "a model")
+    tokenizer = Tokenizer.train(["nothing of these reports"], 259)  # a token a byte
+    model = build_model(config, tokenizer.vocab_size, siglip=False)
+    state = ckpt.ModelState(
+        weights=model.state_dict(),
+        config=content,
+        tokenizer=tokenizer.to_json(),
+        vocab_size=tokenizer.vocab_size,
+        siglip=False,
+        position_unit="px",
+    )
+    training = ckpt.TrainState(
+        progress=ckpt.Progress(), optimizer={}, scaler={}, random=[], order={}, skipped=0,
+        config="", metrics={},
+    )  # fmt: skip
+    ckpt.save(tmp_path / "a.pt", state, training)
+    output = ["--output", str(tmp_path / "report")]
+    assert main(["data", "check", *words(cohort, pretrained=tmp_path / "a.pt"), *output]) == 1
+    shown = capsys.readouterr().out
+    assert "the model reads tiles of width 7, this data has " in shown
+    assert "the model was trained on positions in px, this data has um" in shown
+    checked = json.loads((tmp_path / "report" / "check.json").read_text())
+    store = Hdf5Cases(cohort.hdf5, "demo", "report")
+    longest = max(len(store.text(case).encode()) for case in store.cases) + 2
+    assert checked["histograms"][1]["edges"][-1] == longest + 1
+
+
 def test_inspect(cohort, tmp_path, capsys):
     assert main(["data", "inspect", str(cohort.hdf5)]) == 0
     assert "case layout" in capsys.readouterr().out

@@ -186,7 +186,7 @@ def _debugging(enabled: bool) -> Iterator[None]:
 
 def _train(config: Config, precision: Precision) -> dict[str, float]:
     folder = _claim_folder(config)
-    start = _start(config, folder)
+    start = start_of(config, folder)
     data = open_data(config)
     trained = _model(config, data, start, precision.device)
     new = folder is not None and dist.is_main()
@@ -287,7 +287,8 @@ def default_name(config: Config) -> str:
     )
 
 
-def _start(config: Config, folder: Path | None) -> Start:
+def start_of(config: Config, folder: Path | None) -> Start:
+    """What --resume and --pretrained name; `folder` is the run's."""
     resume, pretrained = config.checkpoint.resume, config.model.pretrained
     if resume == "latest":
         assert folder is not None, "validate has refused --resume latest without a run folder"

@@ -468,7 +468,8 @@ def validate_data(config: Config) -> None:
     Raises:
         ConfigError: listing every problem found, not only the first.
     """
-    _raise([*_pending(config), *_values(_entries(config)), *_sources(config), *_pairs(config)])
+    problems = [*_pending(config), *_values(_entries(config))]
+    _raise([*problems, *_sources(config), *_pairs(config), *_resuming(config)])
 
 
 def validate_arguments(values: Any) -> None:
@@ -586,6 +587,14 @@ def _pairs(config: Config) -> Iterator[str]:
         )
 
 
+def _resuming(config: Config) -> Iterator[str]:
+    if config.checkpoint.resume == "latest":
+        if config.logs is None:
+            yield "--resume latest looks in the run folder, but --logs is None"
+        elif config.logging.name is None:
+            yield "--resume latest needs --name, the run to go on with"
+
+
 def _combinations(config: Config) -> Iterator[str]:
     yield from _sources(config)
     yield from _pairs(config)
@@ -614,11 +623,7 @@ def _combinations(config: Config) -> Iterator[str]:
     bad = reports - {"tensorboard", "wandb", "all"}
     if bad:
         yield f"--report-to does not know {', '.join(sorted(bad))}; it knows tensorboard"
-    if config.checkpoint.resume == "latest":
-        if config.logs is None:
-            yield "--resume latest looks in the run folder, but --logs is None"
-        elif config.logging.name is None:
-            yield "--resume latest needs --name, the run to go on with"
+    yield from _resuming(config)
     name = config.logging.name
     if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
         yield f"--name {name!r} must be the name of one folder"

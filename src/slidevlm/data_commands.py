@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slidevlm.app import load_pretrained, new_tokenizer, open_cohort
+from slidevlm.app import new_tokenizer, open_cohort, start_of
 from slidevlm.config import Config, validate_data
 from slidevlm.data import check as checking
 from slidevlm.data.cases import Case, CaseStore, open_store
@@ -185,19 +185,22 @@ def check_report(config: Config) -> CheckReport:
 
 @dataclass(frozen=True)
 class _Model:
-    """What the model asks of the data."""
+    """What the model asks of the data: the one to be trained, or the one gone on from."""
 
     tokenizer: Callable[[Sequence[str]], TextTokenizer]
     context: int
     tile_width: int | None  # None: any
+    units: tuple[str, ...] | None = None  # of positions; None: any
 
 
 def _model(config: Config) -> _Model:
-    if config.model.pretrained is not None:
-        saved = load_pretrained(config.model.pretrained)
+    logs, name = config.logs, config.logging.name
+    saved = start_of(config, None if logs is None or name is None else logs / name).model
+    if saved is not None:
         tokenizer = Tokenizer.from_json(saved.tokenizer)
         model = from_dict(saved.config, "the checkpoint's model")
-        return _Model(lambda reports: tokenizer, model.text.context_length, model.tile_width)
+        units = () if saved.position_unit is None else (saved.position_unit,)
+        return _Model(lambda reports: tokenizer, model.text.context_length, model.tile_width, units)
     model = zoo.load(config.model.model)
     return _Model(
         lambda reports: new_tokenizer(model.text, reports),
@@ -227,14 +230,22 @@ def _labelled(config: Config, report: CheckReport) -> list[Labelled]:
 
 
 def _against_model(report: CheckReport, model: _Model) -> None:
-    widths = () if report.cohort is None else report.cohort.widths
-    strange = [str(width) for width in widths if width != model.tile_width]
+    if report.cohort is None:
+        return
+    strange = [str(width) for width in report.cohort.widths if width != model.tile_width]
     if model.tile_width is not None and strange:
         report.add(
             "error",
             "feature width",
             f"the model reads tiles of width {model.tile_width}, this data has "
             f"{', '.join(strange)}",
+        )
+    if model.units is not None and report.cohort.units != model.units:
+        wanted, found = (", ".join(u) or "none" for u in (model.units, report.cohort.units))
+        report.add(
+            "error",
+            "unit of positions",
+            f"the model was trained on positions in {wanted}, this data has {found}",
         )
 
 
