@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -120,3 +125,49 @@ def test_errors_and_deaths_of_workers(write):
         DataError, match=r"a reading process died at one of these specimens: s0, s1, s2"
     ):
         list(each(_die, store, store.cases, 1))
+
+
+_WAITING_WORKERS = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from waiting import wait_for_ever
+from slidevlm.data.formats.hdf5_cases import Hdf5Cases
+from slidevlm.data.parallel import each
+if __name__ == "__main__":
+    store = Hdf5Cases(Path({path!r}), "uni")
+    list(each(wait_for_ever, store, store.cases, 2))
+"""
+_WAIT_FOR_EVER = """
+import os, time
+def wait_for_ever(store, case):
+    open({here!r} + "/pid" + str(os.getpid()), "w").close()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+def test_workers_end_with_a_killed_parent(write, tmp_path):
+    here, path = str(tmp_path), str(write([1, 1, 1]))
+    (tmp_path / "waiting.py").write_text(_WAIT_FOR_EVER.format(here=here))
+    (tmp_path / "main.py").write_text(_WAITING_WORKERS.format(here=here, path=path))
+    process = subprocess.Popen([sys.executable, str(tmp_path / "main.py")])
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("pid*"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = [int(file.name[3:]) for file in tmp_path.glob("pid*")]
+    assert len(workers) == 2 and all(map(_runs, workers))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while any(map(_runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(_runs, workers))
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process exists and is more than an entry that no one has asked for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

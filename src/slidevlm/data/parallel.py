@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
 from typing import Any, TypeVar
 
 import torch
@@ -70,7 +73,16 @@ def each(
 def _begin(function: Callable[[CaseStore, Case], Any], store: CaseStore) -> None:
     global _work
     torch.set_num_threads(1)  # the workers share the cores among themselves
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _work = (function, store)
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot tell its workers to end, and they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _one(case: Case) -> Any:
