@@ -44,6 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 from slidevlm.data.cases import open_store
 from slidevlm.data.dataset import BagDataset, BagLoader, Sample, make_loader
 from slidevlm.data.formats.hdf5_cases import CaseWriter, Hdf5Cases
+from slidevlm.data.reports import read_text_file
 from slidevlm.data.sampling import EvalBatches, generator
 from slidevlm.data.splits import check_leakage, resolve
 from slidevlm.data.tokenizer import Tokenizer
@@ -111,7 +112,8 @@ def write_bags(path: Path, layout: str, tiles: int) -> None:
 
 
 def write_cohort(path: Path, specimens: int) -> None:
-    """A cohort of tiny bags with reports of a kilobyte, and split files beside it."""
+    """A cohort of tiny bags with reports of a kilobyte; split files and reports beside it."""
+    reports = {}
     words = ["carcinoma", "margin", "free", "of", "tumour", "grade", "lymph", "node"]
     draw = np.random.default_rng(0)
     features = np.zeros((4, 8), np.float16)
@@ -119,11 +121,23 @@ def write_cohort(path: Path, specimens: int) -> None:
     with CaseWriter(path, "uni", attributes={"unit": "um"}) as writer:
         for number in range(specimens):
             report = f"Specimen {number}. " + " ".join(draw.choice(words, 160))
+            reports[f"s{number}"] = report
             writer.add(f"p{number // 2}", f"s{number}", features, report, places)
     parts = {"train": (0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1)}
     for name, (start, stop) in parts.items():
         chosen = range(int(start * specimens), int(stop * specimens))
         path.with_name(f"{name}.txt").write_text("\n".join(f"s{n}" for n in chosen))
+    path.with_name("reports.json").write_text(json.dumps(reports))
+
+
+def write_slides(folder: Path, specimens: int) -> None:
+    """A file a slide, as STAMP writes it."""
+    folder.mkdir()
+    for number in range(specimens):
+        with h5py.File(folder / f"s{number}.h5", "w") as file:
+            file["feats"] = np.zeros((4, 8), np.float16)
+            file["coords"] = np.zeros((4, PLACE_COLUMNS), np.float32)
+            file.attrs.update(unit="um", tile_size_um=256.0, feat_type="tile", extractor="uni")
 
 
 # -- the two ways to read ----------------------------------------------------------------------
@@ -216,12 +230,24 @@ def read(reading: Reading) -> list[float]:
 def index(path: str) -> list[float]:
     """Seconds to open the store and resolve the split files."""
     start = time.perf_counter()
-    source: dict[str, Any] = {"hdf5_filename": path, "root_dir": None}
-    if Path(path).is_dir():
-        source = {"hdf5_filename": None, "root_dir": path}
-    store = open_store(**source, hdf5_feature_attribute="uni", hdf5_text_attribute="report")
     folder = Path(path).parent
-    splits = [resolve(folder / f"{name}.txt", store) for name in ("train", "val", "test")]
+    if Path(path).is_dir():
+        store = open_store(
+            hdf5_filename=None,
+            hdf5_feature_attribute=None,
+            hdf5_text_attribute=None,
+            root_dir=path,
+        )
+        texts = read_text_file(folder / "reports.json")
+    else:
+        store = open_store(
+            hdf5_filename=path,
+            hdf5_feature_attribute="uni",
+            hdf5_text_attribute="report",
+            root_dir=None,
+        )
+        texts = None
+    splits = [resolve(folder / f"{name}.txt", store, texts) for name in ("train", "val", "test")]
     check_leakage(splits)
     return [time.perf_counter() - start]
 
@@ -317,18 +343,23 @@ def memory(result: Result) -> str:
 
 
 def table_of_indexing(folder: Path, specimens: int, rounds: int) -> None:
-    """Index a cohort with and without /case-index."""
+    """Index a cohort in three forms."""
     print(f"\nIndexing {specimens} specimens with reports in {rounds} processes\n")
     print("| cohort | s | MB |")
     print("|---|---|---|")
-    path = folder / "cohort.h5"
+    path, slides = folder / "cohort.h5", folder / "slides"
     write_cohort(path, specimens)
-    for name in ("case layout", "case layout without /case-index"):
-        if name != "case layout":
-            with h5py.File(path, "a") as file:
-                del file["case-index"]
-        result = median([in_new_process("indexing", str(path)) for _ in range(rounds)])
+
+    def line(name: str, source: Path) -> None:
+        result = median([in_new_process("indexing", str(source)) for _ in range(rounds)])
         print(f"| {name} | {result.seconds:.2f} | {memory(result)} |", flush=True)
+
+    line("case layout", path)
+    with h5py.File(path, "a") as file:
+        del file["case-index"]
+    line("case layout without /case-index", path)
+    write_slides(slides, specimens)
+    line("a file a slide, reports in JSON", slides)
 
 
 def machine() -> str:

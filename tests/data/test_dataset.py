@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,21 @@ def test_finite_features_whose_sum_is_not(tmp_path):
     with CaseWriter(tmp_path / "a.h5", "uni") as writer:
         writer.add("p0", "s0", features, "a")
     assert torch.equal(dataset(tmp_path / "a.h5")[0].bag.features, torch.from_numpy(features))
+
+
+def test_the_loader_keeps_no_batch_while_it_reads_the_next(write):
+    data = dataset(write([5, 5]))
+    batches = iter(make_loader(data, EvalBatches(2, 1), 0))
+    features = weakref.ref(next(batches).bags.features)
+    read, alive = data.store.read, []
+
+    def look(*arguments):
+        alive.append(features() is not None)
+        return read(*arguments)
+
+    data.store.read = look
+    next(batches)
+    assert alive == [False]
 
 
 def test_no_tiles_and_one_tile(write):

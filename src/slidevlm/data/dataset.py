@@ -300,6 +300,7 @@ class BagLoader(DataLoader[Any]):
             for failure in loaded.failures:
                 self.bad.add(failure)
             yield loaded.batch
+            del loaded  # or the bags would stay in memory while the next ones are read
 
 
 def _one_thread(worker: int) -> None:
