@@ -108,7 +108,7 @@ def test_overflow_names_the_specimen_and_keeps_the_rest(write, tmp_path):
             values[1, 3] = value
             del group["features"]
             group["features"] = values
-    with pytest.raises(DataError, match="1 specimens cannot be converted") as error:
+    with pytest.raises(DataError, match="specimens that cannot be converted: 1") as error:
         run(source, tmp_path / "out.h5")
     assert "specimen 's0': 1 tiles have features too large for float16, up to 70000" in str(
         error.value
