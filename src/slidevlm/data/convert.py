@@ -247,7 +247,8 @@ def _raise_all(store: CaseStore, problems: Sequence[str], remark: str = "") -> N
         lines = "".join(f"\n  - {problem}" for problem in problems[:20])
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise DataError(
-            f"{store.path}: specimens that cannot be converted: {len(problems)}{lines}{more}{remark}"
+            f"{store.path}: specimens that cannot be converted: {len(problems)}"
+            f"{lines}{more}{remark}"
         )
 
 
