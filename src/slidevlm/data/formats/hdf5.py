@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from slidevlm.data.formats.hdf5_chunks import is_chunked_matrix, native_float, read_chunked
-from slidevlm.data.formats.hdf5_heaps import check_attribute, check_dataset
+from slidevlm.data.formats.hdf5_heaps import check_attribute, check_dataset, check_group
 from slidevlm.data.formats.rows import (
     HAS_PREAD,
     as_positions,
@@ -103,7 +103,18 @@ class Hdf5File:
         file.id.set_mdc_config(cache)
         raw = open(self.path, "rb", buffering=0)  # noqa: SIM115
         self._handle = _Handle(os.getpid(), file, raw, file.userblock_size)
+        try:
+            self._check_names(file, "/")
+        except DataError:
+            self.close()
+            raise
         return file
+
+    def _check_names(self, group: h5py.Group, path: str) -> None:
+        """DataError where HDF5 could follow the group's damaged list of names for ever."""
+        assert self._handle is not None
+        with damage(self.path, f"the names in {path}"):
+            check_group(self._handle.raw.fileno(), self._handle.user_block, _header(group))
 
     def close(self) -> None:
         """Close the file of this process; the next use opens it again."""
@@ -145,7 +156,7 @@ class Hdf5File:
                 raise DataError(f"{self.path}: {path} holds {dtype}, not a string")
             if dtype.kind == "O":
                 assert self._handle is not None
-                check_dataset(self._handle.raw.fileno(), found, self._handle.user_block)
+                check_dataset(self._handle.raw.fileno(), self._handle.user_block, found)
             value = np.empty(shape, dtype)
             found.read(h5py.h5s.ALL, h5py.h5s.ALL, value)
             return text(value.reshape(-1)[0], self.path, path)
@@ -218,8 +229,11 @@ class Hdf5File:
     def names(self, path: str = "/") -> list[str]:
         """Names in a group; empty where there is no such group."""
         group = self.object(path)
+        if not isinstance(group, h5py.Group):
+            return []
+        self._check_names(group, path)
         with damage(self.path, path):
-            return list(group) if isinstance(group, h5py.Group) else []
+            return list(group)
 
     def has_attribute(self, path: str, name: str) -> bool:
         """Whether the object at `path` is there and has the attribute."""
@@ -239,9 +253,9 @@ class Hdf5File:
             if name not in holder.attrs:
                 return None
             assert self._handle is not None
-            header = h5py.h5o.get_info(holder.id).addr
             kept = h5py.h5a.open(holder.id, name.encode())
-            check_attribute(self._handle.raw.fileno(), kept, header, name)
+            descriptor, base = self._handle.raw.fileno(), self._handle.user_block
+            check_attribute(descriptor, base, _header(holder), kept, name)
             value = holder.attrs[name]
             if isinstance(value, np.ndarray) and value.size == 1:
                 value = value.reshape(-1)[0]
@@ -305,7 +319,7 @@ class Hdf5File:
             )
         if dataset.size and dataset.dtype.kind == "O":
             assert self._handle is not None
-            check_dataset(self._handle.raw.fileno(), dataset.id, self._handle.user_block)
+            check_dataset(self._handle.raw.fileno(), self._handle.user_block, dataset.id)
         elif dataset.size:
             _check_storage(dataset, self.path)
         if dataset.dtype.kind in "fiu" and dataset.size and is_chunked_matrix(dataset):
@@ -380,6 +394,12 @@ def positions_of_rows(file: Hdf5File, path: str, shape: tuple[int, ...]) -> np.n
             )
         values = as_positions(file.values(dataset), file.path, path)
         return for_each_row(values, shape, file.path, path)
+
+
+def _header(holder: h5py.Group | h5py.Dataset) -> int:
+    """Address of an object's header; unlike `h5o.get_info`, this follows no heap."""
+    low, high = h5py.h5g.get_objinfo(holder.id).objno
+    return int(low) | int(high) << 32
 
 
 def _check_storage(dataset: h5py.Dataset, path: Path) -> None:
