@@ -175,7 +175,7 @@ def test_what_has_no_effect_yet_is_refused(argument: Any) -> None:
         ({"train_split": "nowhere.txt"}, "--train-split: no file or folder 'nowhere.txt'"),
         ({"val_split": ("nowhere.txt",)}, "--val-split: no file or folder 'nowhere.txt'"),
         ({"hdf5_filename": "a.h5", "root_dir": "b"}, "both given"),
-        ({"hdf5_filename": "a.h5"}, "needs --hdf5_feature_attribute"),
+        ({"root_dir": "b", "hdf5_feature_attribute": "uni"}, "belong to --hdf5_filename"),
         ({}, "no data: give --hdf5_filename"),
         ({}, "training needs --train-split"),
         ({"test": True}, "give it by --resume or --pretrained"),

@@ -18,7 +18,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / PACKAGE
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("demo",),
+    ("demo", "data_commands"),
     ("app",),
     ("train", "report"),
     ("eval",),
@@ -51,6 +51,9 @@ EXTRAS = (
     "transformers",
     "safetensors",
     "huggingface_hub",
+    "zarr",
+    "numcodecs",
+    "openpyxl",
 )
 
 

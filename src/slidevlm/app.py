@@ -19,8 +19,10 @@ import torch
 from slidevlm import dist
 from slidevlm.batch import Predictions
 from slidevlm.config import Config, given_values, validate, with_adam_defaults, with_values
-from slidevlm.data.cases import CaseStore, open_store
-from slidevlm.data.dataset import BagDataset, make_loader, pad
+from slidevlm.data.augment import Augmentation
+from slidevlm.data.cases import Bag, CaseStore, open_store
+from slidevlm.data.cohort import hold_together
+from slidevlm.data.dataset import BadSpecimens, BagDataset, StopAtBad, make_loader, pad
 from slidevlm.data.reports import read_text_file
 from slidevlm.data.sampling import EvalBatches, TrainBatches
 from slidevlm.data.splits import Split, check_leakage, resolve
@@ -37,6 +39,7 @@ from slidevlm.flags import read_yaml, to_yaml
 from slidevlm.models import CoCa, ModelConfig, build_model, from_dict, zoo
 from slidevlm.models.generate import Decoding
 from slidevlm.models.mode import evaluation_mode
+from slidevlm.models.text import TextConfig
 from slidevlm.precision import Precision
 from slidevlm.precision import resolve as resolve_precision
 from slidevlm.report.summary import summary
@@ -209,7 +212,7 @@ def _has_work(folder: Path) -> bool:
 
 
 def _train_in(folder: Path | None, config: Config, precision: Precision) -> dict[str, float]:
-    start = _start(config, folder)
+    start = start_of(config, folder)
     data = open_data(config)
     trained = _model(config, data, start, precision.device)
     new = folder is not None and dist.is_main()
@@ -230,13 +233,17 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> dict
             trained.tokenizer.vocab_size,
             precision.device,
         )
-        judge = Judge(config, data.store, trained, precision, run)
+        if dist.is_main():
+            _tell_truncated(config, data, trained)
+        bad = BadSpecimens() if config.data.skip_bad_specimens else StopAtBad()
+        judge = Judge(config, data.store, trained, precision, run, bad)
         if config.evaluation.test:
             metrics = judge.final(data.splits, "evaluation")
         else:
             metrics = _fit(config, data, trained, precision, start, run, folder, judge)
             if data.test is not None:
                 metrics = judge.final([data.test], "test")
+        _list_bad(bad, run)
     if folder is not None and dist.is_main():
         log.info("run folder: %s", folder)
     return metrics
@@ -254,6 +261,31 @@ def _config_name(config: Config, folder: Path | None) -> str:
     if config.evaluation.test and folder is not None and (folder / "config.yaml").exists():
         return "evaluation.yaml"
     return "config.yaml"
+
+
+def _tell_truncated(config: Config, data: Data, trained: Trained) -> None:
+    for split in data.splits:
+        cut = bag_dataset(config, data.store, split, trained, training=False).truncated()
+        if cut:
+            log.warning(
+                "split %s: %d of %d reports are longer than the model's context of %d tokens and "
+                "are cut, after a sentence where that keeps half of it",
+                split.name,
+                cut,
+                len(split),
+                trained.config.text.context_length,
+            )
+
+
+def _list_bad(bad: BadSpecimens | StopAtBad, run: Run) -> None:
+    """Tell at the end what the processes have dropped."""
+    found: dict[str, str] = {}
+    for messages in dist.gather_objects(dict(bad.messages)):
+        found |= messages
+    if found:
+        lines = [f"{name}: {message}" for name, message in sorted(found.items())]
+        log.warning("%d bad specimens were dropped:\n%s", len(found), "\n".join(lines))
+        run.write("bad_specimens.txt", "\n".join(lines) + "\n")
 
 
 def _claim_folder(config: Config) -> Path | None:
@@ -293,7 +325,8 @@ def default_name(config: Config) -> str:
     )
 
 
-def _start(config: Config, folder: Path | None) -> Start:
+def start_of(config: Config, folder: Path | None) -> Start:
+    """What --resume and --pretrained name; `folder` is the run's."""
     resume, pretrained = config.checkpoint.resume, config.model.pretrained
     if resume == "latest":
         assert folder is not None, "validate has refused --resume latest without a run folder"
@@ -328,15 +361,21 @@ def load_pretrained(name: str) -> ckpt.ModelState:
     )
 
 
-def open_data(config: Config) -> Data:
-    """Open the cohort, read the splits, check them."""
+def open_cohort(config: Config) -> CaseStore:
+    """The specimens that the arguments name."""
     data = config.data
-    store = open_store(
+    return open_store(
         hdf5_filename=data.hdf5_filename,
         hdf5_feature_attribute=data.hdf5_feature_attribute,
         hdf5_text_attribute=data.hdf5_text_attribute,
         root_dir=data.root_dir,
+        slide_table=data.slide_table,
     )
+
+
+def open_data(config: Config) -> Data:
+    """Open the cohort, read the splits, check them."""
+    data, store = config.data, open_cohort(config)
     texts = None if data.text_data_file is None else read_text_file(Path(data.text_data_file))
 
     def split(path: str | None, name: str | None = None) -> Split | None:
@@ -350,6 +389,7 @@ def open_data(config: Config) -> Data:
         train = train.first(data.num_samples)
     vals = tuple(s for path in data.val_split or () if (s := split(path)) is not None)
     found = Data(store, train, vals, split(data.test_split, "test"))
+    hold_together(store, [case for one in found.splits for case in one.cases])
     if not data.allow_patient_overlap:
         check_leakage(found.splits)
     for one in found.splits:
@@ -359,7 +399,8 @@ def open_data(config: Config) -> Data:
 
 def _model(config: Config, data: Data, start: Start, device: torch.device) -> Trained:
     """Tokenizer and model: from the checkpoint where there is one, else new."""
-    width, unit = data.store.width(), _position_unit(data)
+    tile = _first_tile(data)
+    width, unit = tile.features.shape[1], tile.unit
     saved = start.model
     if saved is not None:
         trained = restore(saved)
@@ -371,12 +412,19 @@ def _model(config: Config, data: Data, start: Start, device: torch.device) -> Tr
     return trained
 
 
-def _position_unit(data: Data) -> str | None:
-    """The unit of the first specimen that has tiles; batches check that all others share it."""
+def _first_tile(data: Data) -> Bag:
+    """One tile of the first specimen that has any, which tells width and unit of all.
+
+    Batches check that all others share them.
+    """
+    problem = DataError(f"no specimen of split {data.splits[0].name} has a tile")
     for case in data.splits[0].cases:
-        if data.store.length(case):
-            return data.store.read(case, np.zeros(1, dtype=np.int64)).unit
-    raise DataError(f"no specimen of split {data.splits[0].name} has a tile")
+        try:
+            if data.store.length(case):
+                return data.store.read(case, np.zeros(1, dtype=np.int64))
+        except DataError as error:  # the loader is what reports it, or drops it
+            problem = error
+    raise problem
 
 
 def restore(saved: ckpt.ModelState) -> Trained:
@@ -397,11 +445,11 @@ def _same_model(config: Config, saved: ckpt.ModelState) -> None:
         raise CheckpointError(f"the checkpoint was trained {word} --siglip; do the same here")
     if "model" not in config.given:
         return
-    wanted = zoo.load(config.model.model).to_dict() | {"tile_width": saved.config["tile_width"]}
-    if wanted != saved.config:
-        differs = [
-            k for k in wanted.keys() | saved.config.keys() if wanted.get(k) != saved.config.get(k)
-        ]
+    # Read and written again, it has the keys that came after the checkpoint.
+    had = from_dict(saved.config, "the checkpoint's model").to_dict()
+    wanted = zoo.load(config.model.model).to_dict() | {"tile_width": had["tile_width"]}
+    if wanted != had:
+        differs = [k for k in wanted.keys() | had.keys() if wanted.get(k) != had.get(k)]
         raise CheckpointError(
             f"--model {config.model.model} is not the checkpoint's model: "
             f"{', '.join(sorted(differs))} differ; leave --model out to take the checkpoint's"
@@ -430,12 +478,9 @@ def _new_model(config: Config, data: Data, width: int, unit: str | None) -> Trai
         )
     model_config = replace(model_config, tile_width=width)
     assert data.train is not None, "validate has made sure of a training split"
-    # Trained by the first process alone: the others must have exactly the same one.
-    content = None
-    if dist.is_main():
-        tokenizer = Tokenizer.train(data.train.reports, model_config.text.vocab_size)
-        content = tokenizer.to_json()
-    tokenizer = Tokenizer.from_json(str(dist.broadcast_object(content)))
+    reports, text = data.train.reports, model_config.text
+    # Made by the first process alone: the others must have exactly the same one.
+    tokenizer = Tokenizer.from_json(dist.from_main(lambda: new_tokenizer(text, reports).to_json()))
     torch.manual_seed(config.evaluation.seed)
     model = build_model(model_config, tokenizer.vocab_size, siglip=config.loss.siglip)
     if dist.is_main():  # the others get them with the parameters
@@ -444,6 +489,13 @@ def _new_model(config: Config, data: Data, width: int, unit: str | None) -> Trai
         table = token_table(tokenizer, data.train.reports, rank, seed) if rank else None
         model.start_from(*moments, table)
     return Trained(model, model_config, tokenizer, config.loss.siglip, unit)
+
+
+def new_tokenizer(text: TextConfig, reports: Sequence[str]) -> Tokenizer:
+    """Trained on the reports, or from the folder that the model's configuration names."""
+    if text.tokenizer == "train":
+        return Tokenizer.train(reports, text.vocab_size)
+    return Tokenizer.from_folder(text.tokenizer)
 
 
 def _fit(
@@ -460,24 +512,11 @@ def _fit(
     optim, seed = config.optim, config.evaluation.seed
     _check_losses(config, trained)
     seed_everything(seed + 1 + dist.rank())
-    dataset = bag_dataset(config, data.store, data.train, trained, training=True)
-    if cut := dataset.truncated():
-        log.warning(
-            "%d of %d reports are longer than the model's context of %d tokens; their ends are cut",
-            cut,
-            len(dataset),
-            trained.config.text.context_length,
-        )
-    batches = TrainBatches(
-        len(dataset),
-        config.data.batch_size,
-        seed,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        accum_freq=optim.accum_freq,
-    )
+    augmentation = _augmentation(config, trained)
+    dataset = bag_dataset(config, data.store, data.train, trained, augmentation, training=True)
+    batches = _train_batches(config, dataset)
     pin = precision.device.type == "cuda"
-    loader = make_loader(dataset, batches, config.data.workers, pin_memory=pin)
+    loader = make_loader(dataset, batches, config.data.workers, pin_memory=pin, bad=judge.bad)
     optimizer = adamw(
         trained.model,
         lr=_known(optim.lr),
@@ -491,13 +530,21 @@ def _fit(
         config.loss.coca_caption_loss_weight,
         mask_duplicates=config.loss.false_negatives == "mask",
     )
-    step = Step(trained.model, optimizer, objective, precision, optim.grad_clip_norm)
+    step = Step(
+        trained.model,
+        optimizer,
+        objective,
+        precision,
+        optim.grad_clip_norm,
+        ragged=config.data.skip_bad_specimens,
+    )
     steps_an_epoch = len(batches) // optim.accum_freq
     plan = Plan(optim.epochs, optim.accum_freq, _schedule(config, steps_an_epoch), precision.device)
     order = {
         "specimens": len(dataset),
         "global_batch": config.data.batch_size * dist.world_size() * optim.accum_freq,
         "seed": seed,
+        "similar_lengths": batches.lengths_id(),
     }
     progress = ckpt.Progress()
     if start.training is not None:
@@ -553,6 +600,34 @@ def _fit(
     return watcher.metrics
 
 
+def _augmentation(config: Config, trained: Trained) -> Augmentation:
+    """--aug-cfg; ConfigError where it would move positions that are not there."""
+    keys = {k: v for k, v in config.data.aug_cfg.items() if k != "transform_type"}
+    augmentation = Augmentation(config.data.aug_transforms, **keys)
+    if augmentation.moves and trained.unit is None:
+        raise ConfigError(
+            f"--aug-cfg {', '.join(augmentation.moves)} moves positions, and this data has none; "
+            "leave it out or add positions to the data"
+        )
+    return augmentation
+
+
+def _train_batches(config: Config, dataset: BagDataset) -> TrainBatches:
+    data, accum_freq, world_size = config.data, config.optim.accum_freq, dist.world_size()
+    # A step that is one batch of one process has nothing to balance, and needs no lengths.
+    parted = data.bucket == "balance" and world_size * accum_freq > 1
+    return TrainBatches(
+        len(dataset),
+        data.batch_size,
+        config.evaluation.seed,
+        rank=dist.rank(),
+        world_size=world_size,
+        accum_freq=accum_freq,
+        lengths=dist.from_main(dataset.lengths) if parted or data.bucket == "length" else None,
+        similar=data.bucket == "length",
+    )
+
+
 def _known(value: float | None) -> float:
     assert value is not None, "with_adam_defaults has filled it"
     return value
@@ -588,10 +663,9 @@ def _schedule(config: Config, steps_an_epoch: int) -> schedule.Schedule:
 
 def _go_on(saved: ckpt.TrainState, step: Step, order: dict[str, int]) -> ckpt.Progress:
     """Restore optimizer, scaler and random state; refuse what would silently drift."""
-    if saved.order != order:
-        differs = ", ".join(
-            f"{k} {saved.order[k]} -> {order[k]}" for k in order if saved.order[k] != order[k]
-        )
+    was = {name: saved.order.get(name, 0) for name in order}
+    if was != order:
+        differs = ", ".join(f"{k} {was[k]} -> {order[k]}" for k in order if was[k] != order[k])
         if saved.progress.batch:
             raise CheckpointError(
                 "the checkpoint lies within an epoch, but the order of the data changed "
@@ -625,7 +699,13 @@ def _go_on(saved: ckpt.TrainState, step: Step, order: dict[str, int]) -> ckpt.Pr
 
 
 def bag_dataset(
-    config: Config, store: CaseStore, split: Split, trained: Trained, *, training: bool
+    config: Config,
+    store: CaseStore,
+    split: Split,
+    trained: Trained,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
+    *,
+    training: bool,
 ) -> BagDataset:
     """The specimens of a split, ready for a loader."""
     return BagDataset(
@@ -637,6 +717,7 @@ def bag_dataset(
         cutoff=config.data.image_features_cutoff,
         seed=config.evaluation.seed,
         training=training,
+        augmentation=augmentation,
     )
 
 
@@ -644,10 +725,16 @@ class Judge:
     """Evaluates splits with the current weights, logs the metrics and writes the files."""
 
     def __init__(
-        self, config: Config, store: CaseStore, trained: Trained, precision: Precision, run: Run
+        self,
+        config: Config,
+        store: CaseStore,
+        trained: Trained,
+        precision: Precision,
+        run: Run,
+        bad: BadSpecimens | StopAtBad,
     ) -> None:
         self.config, self.store, self.trained = config, store, trained
-        self.precision, self.run = precision, run
+        self.precision, self.run, self.bad = precision, run, bad
         self.zero_shot = [
             (prompts, labels)
             for prompt_file, label_file in config.prompt_pairs
@@ -709,7 +796,7 @@ class Judge:
             len(dataset), self.config.data.batch_size, dist.rank(), dist.world_size()
         )
         workers = min(self.config.data.workers, len(batches))
-        loader = make_loader(dataset, batches, workers)
+        loader = make_loader(dataset, batches, workers, bad=self.bad)
         bar = Bar(f"evaluating {split.name}", len(dataset), shown=dist.is_main())
         try:
             predictions = predict(
@@ -719,6 +806,7 @@ class Judge:
                 self.precision,
                 self._writing() if write else None,
                 lambda done: bar.update(done * dist.world_size()),
+                complete=not self.config.data.skip_bad_specimens,
             )
         finally:
             bar.close()

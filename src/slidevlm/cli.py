@@ -9,7 +9,7 @@ from pathlib import Path
 
 from slidevlm import __version__
 from slidevlm.config import arg
-from slidevlm.errors import SlideVLMError
+from slidevlm.errors import ConfigError, SlideVLMError
 from slidevlm.flags import parse_config, parse_into
 
 USAGE = """\
@@ -21,11 +21,20 @@ commands:
   train            train a model on bags of tile features and reports
   evaluate         evaluate a trained run
   demo             synthesize a cohort, train on it, evaluate: a first look in minutes
+  data inspect     what a file or a folder of features is
+  data check       report on a whole cohort before it is trained on
+  data convert     any cohort -> one HDF5 file of which few tiles of many are read fast
+  data split       divide a cohort by patient or site, classes in proportion
   data synthesize  write a cohort of synthetic specimens with known truth
 
 slidevlm COMMAND --help tells more; --version prints the version.
-exit codes: 0 done, 1 a fault of slidevlm, 2 an error in arguments, data or checkpoint, 130 Ctrl-C.
+exit codes: 0 done, 1 a fault of slidevlm (data check: errors in the data), 2 an error in arguments,
+data or checkpoint, 130 Ctrl-C.
 """
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -90,6 +99,207 @@ def _synthesize(argv: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
+class _InspectArguments:
+    """arguments: what is looked at."""
+
+    path: str = arg("", "file of features of any known format, or folder of them", positional=True)
+    json: bool = arg(False, "print JSON, with every bag that was looked at")
+
+
+INSPECT_HELP = """\
+Say what a file or a folder of features is: format, tiles, width, type, unit, encoder, storage."""
+INSPECT_EPILOG = """\
+example:
+  slidevlm data inspect features/h5_files/slide_1.h5
+"""
+
+
+def _inspect(argv: Sequence[str]) -> None:
+    arguments = parse_into(
+        _InspectArguments, argv, "slidevlm data inspect", INSPECT_HELP, INSPECT_EPILOG
+    )
+    from slidevlm.data_commands import inspect
+
+    inspect(Path(arguments.path), as_json=arguments.json)
+
+
+@dataclass(frozen=True)
+class _CheckArguments:
+    """arguments: where the report goes."""
+
+    output: str | None = arg(None, "folder that gets check.json and check.html, a page with plots")
+
+
+CHECK_HELP = """\
+Read a whole cohort as a training with these arguments would, and list everything found: missing,
+unreadable, NaN and infinite features, duplicate slides and reports, patients in two splits,
+specimens in no split, reports longer than the context, mixtures of widths, encoders and units,
+class balance, checksums. Exit code 0: no error, perhaps warnings; 1: errors; 2: the arguments."""
+CHECK_EPILOG = """\
+example:
+  slidevlm data check --config training.yaml --output report
+"""
+
+
+def _check(argv: Sequence[str]) -> int:
+    config, others = parse_config(
+        argv, "slidevlm data check", CHECK_HELP, CHECK_EPILOG, _CheckArguments
+    )
+    from slidevlm.data_commands import check
+
+    output = _CheckArguments(**others).output
+    return 0 if check(config, _path(output)) else 1
+
+
+@dataclass(frozen=True)
+class _ConvertArguments:
+    """arguments: what is converted, and into what."""
+
+    source: str = arg(
+        "", "HDF5 file in the case layout, or file or folder of any known format", positional=True
+    )
+    target: str = arg("", "HDF5 file to write", positional=True)
+    hdf5_feature_attribute: str | None = arg(
+        None,
+        "features of an HDF5 source that has several",
+        flag="--hdf5_feature_attribute",
+    )
+    slide_table: str | None = arg(
+        None,
+        "slides of each specimen, as in training; without it each slide is a specimen",
+        file=True,
+    )
+    text_data_file: str | None = arg(
+        None, "reports to write beside the features, as in training", file=True
+    )
+    feature_attribute: str | None = arg(
+        None,
+        "name of the features in the target",
+        default_text="the source's, else the encoder's, else features",
+    )
+    text_attribute: str | None = arg(
+        None, "name in the target of the texts of --text-data-file", default_text="report"
+    )
+    dtype: str = arg(
+        "float16",
+        "type of the features written",
+        choices=("float16", "float32", "bfloat16"),
+    )
+    chunk_rows: int | None = arg(
+        None,
+        "write chunks of N rows (readable by tools that want chunks)",
+        default_text="contiguous, the fastest",
+        minimum=1,
+    )
+    workers: int = arg(2, "reading processes; 0 works in one", minimum=0)
+
+
+CONVERT_HELP = """\
+Convert any cohort to one HDF5 file in the case layout, with a checksum of each specimen. Killed or
+interrupted, the same command goes on where it was."""
+CONVERT_EPILOG = """\
+example:
+  slidevlm data convert features/ cohort.h5 --text-data-file reports.json --workers 4
+"""
+
+
+def _convert(argv: Sequence[str]) -> None:
+    arguments = parse_into(
+        _ConvertArguments, argv, "slidevlm data convert", CONVERT_HELP, CONVERT_EPILOG
+    )
+    if arguments.text_attribute is not None and arguments.text_data_file is None:
+        raise ConfigError("--text-attribute names the texts of --text-data-file; give that too")
+    from slidevlm.data_commands import Conversion, convert_path
+
+    convert_path(
+        Conversion(
+            Path(arguments.source),
+            Path(arguments.target),
+            arguments.hdf5_feature_attribute,
+            _path(arguments.slide_table),
+            _path(arguments.text_data_file),
+            arguments.feature_attribute,
+            arguments.text_attribute or "report",
+            arguments.dtype,
+            arguments.chunk_rows,
+            arguments.workers,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _SplitArguments:
+    """arguments: what is divided, and how."""
+
+    source: str = arg(
+        "", "HDF5 file in the case layout, or file or folder of any known format", positional=True
+    )
+    folder: str = arg("", "gets train.txt, val.txt and test.txt", positional=True)
+    hdf5_feature_attribute: str | None = arg(
+        None,
+        "features of an HDF5 source that has several; specimens without them are left out",
+        flag="--hdf5_feature_attribute",
+    )
+    slide_table: str | None = arg(
+        None,
+        "slides of each specimen, as in training; without it each slide is a specimen",
+        file=True,
+    )
+    labels: str | None = arg(
+        None,
+        "label file, as --zsc-specimen-class-mapping takes it: every split gets its share of "
+        "each class",
+        file=True,
+    )
+    fractions: tuple[float, ...] = arg(
+        (0.7, 0.15, 0.15),
+        "shares of train, val and test, or of train and val",
+        default_text="0.7 0.15 0.15",
+    )
+    by_site: bool = arg(False, "keep each site of TCGA barcodes (second field) in one split")
+    site_table: str | None = arg(
+        None,
+        "table (CSV, TSV) of patients or specimens; each of its sites is kept in one split",
+        file=True,
+    )
+    site_column: str | None = arg(None, "column of --site-table", default_text="site")
+    seed: int = arg(0, "equal seeds give equal splits", minimum=0)
+
+
+SPLIT_HELP = """\
+Divide a cohort into split files by patient, or by site; no patient is ever in two splits. Says how
+the classes came out. Existing files are not overwritten."""
+SPLIT_EPILOG = """\
+example:
+  slidevlm data split cohort.h5 splits --labels diagnosis.json --fractions 0.8 0.1 0.1
+"""
+
+
+def _split(argv: Sequence[str]) -> None:
+    arguments = parse_into(_SplitArguments, argv, "slidevlm data split", SPLIT_HELP, SPLIT_EPILOG)
+    if arguments.by_site and arguments.site_table is not None:
+        raise ConfigError("--by-site and --site-table both name sites; give one")
+    if arguments.site_column is not None and arguments.site_table is None:
+        raise ConfigError("--site-column is a column of --site-table; give that too")
+    from slidevlm.data_commands import Dividing, split_path
+
+    split_path(
+        Dividing(
+            Path(arguments.source),
+            Path(arguments.folder),
+            arguments.hdf5_feature_attribute,
+            _path(arguments.slide_table),
+            _path(arguments.labels),
+            arguments.fractions,
+            arguments.by_site,
+            _path(arguments.site_table),
+            arguments.site_column or "site",
+            arguments.seed,
+        )
+    )
+
+
+@dataclass(frozen=True)
 class _DemoArguments:
     """arguments: where and how long."""
 
@@ -118,10 +328,17 @@ def _demo(argv: Sequence[str]) -> None:
     )
 
 
-COMMANDS: dict[tuple[str, ...], Callable[[Sequence[str]], None]] = {
+# What runs a command; its exit code, or None for 0.
+Command = Callable[[Sequence[str]], int | None]
+
+COMMANDS: dict[tuple[str, ...], Command] = {
     ("train",): _train,
     ("evaluate",): _evaluate,
     ("demo",): _demo,
+    ("data", "inspect"): _inspect,
+    ("data", "check"): _check,
+    ("data", "convert"): _convert,
+    ("data", "split"): _split,
     ("data", "synthesize"): _synthesize,
 }
 
@@ -143,9 +360,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _run(command: Callable[[Sequence[str]], None], argv: list[str]) -> int:
+def _run(command: Command, argv: list[str]) -> int:
     try:
-        command(argv)
+        return command(argv) or 0
     except SlideVLMError as error:
         if "--debug" in argv:
             raise
@@ -154,7 +371,6 @@ def _run(command: Callable[[Sequence[str]], None], argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("slidevlm: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ What each argument does is told in its help; the specification is docs/spec/flag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,16 @@ def arg(default: Any, help: str, **spec: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+# --aug-cfg: transform -> its own keys; key -> the greatest value (the least is 0).
+AUG_TRANSFORMS: dict[str, tuple[str, ...]] = {
+    "random_flip": (),
+    "random_rotate90": (),
+    "tile_dropout": ("drop_fraction",),
+    "feature_noise": ("noise_std",),
+}
+AUG_KEYS = {"probability": 1.0, "drop_fraction": 1.0, "noise_std": float("inf")}
+
+
 @dataclass(frozen=True)
 class Data:
     """data: what is read, and how."""
@@ -62,7 +72,13 @@ class Data:
     )
     workers: int = arg(4, "loader processes a training process; 0 reads in it", minimum=0)
     batch_size: int = arg(64, "specimens a batch and process", minimum=1)
-    aug_cfg: Mapping[str, Any] = arg({}, "augmentation of the training bags", pending=True)
+    aug_cfg: Mapping[str, Any] = arg(
+        {},
+        "augmentation of the training bags: transform_type=NAME[,NAME...] of random_flip, "
+        "random_rotate90 (both move positions), tile_dropout, feature_noise; probability=P of each "
+        "(default 0.5), drop_fraction=F of the tiles (default 0.1), noise_std=S in standard "
+        "deviations of a channel (default 0.1)",
+    )
     text_data_file: str | None = arg(
         None,
         "reports: JSON {patient: {specimen: text}} or {specimen: text}, a list of {id, report}, "
@@ -71,7 +87,8 @@ class Data:
     )
     hdf5_filename: str | None = arg(
         None,
-        "HDF5 file in the case layout: /patients/<patient>/<specimen>",
+        "HDF5 file in the case layout (/patients/<patient>/<specimen>), or of one slide or more "
+        "in any other known format",
         flag="--hdf5_filename",
         file=True,
     )
@@ -90,9 +107,16 @@ class Data:
     )
     root_dir: str | None = arg(
         None,
-        "instead of an HDF5 file: folder of data_*/feature_information.txt and "
-        "data_*/extracted_features/*.pth",
+        "instead of an HDF5 file: folder of one feature file a slide in any known format, or of "
+        "data_*/feature_information.txt and data_*/extracted_features/*.pth",
         file=True,
+    )
+    slide_table: str | None = arg(
+        None,
+        "slides of each specimen: CSV, TSV or XLSX with a column case_id, specimen or patient and "
+        "a column slide_id or filename; without it each slide is a specimen",
+        file=True,
+        extra=True,
     )
     image_features_cutoff: int = arg(
         100_000,
@@ -103,6 +127,28 @@ class Data:
     allow_patient_overlap: bool = arg(
         False, "let a patient be in several splits (otherwise an error: leakage)", extra=True
     )
+    bucket: str = arg(
+        "balance",
+        "by the bags' lengths: balance parts the specimens of a step so that its batches, on all "
+        "processes, have about as many tiles (the same loss, less waiting, less memory); length "
+        "also makes up the steps of similar bags, for encoders that pad (with more memory); off "
+        "does neither",
+        choices=("balance", "length", "off"),
+        extra=True,
+    )
+    skip_bad_specimens: bool = arg(
+        False,
+        "drop specimens that have no tiles, cannot be read or are not finite from their batches, "
+        "and list them in bad_specimens.txt (otherwise the first one stops the run)",
+        extra=True,
+    )
+
+    @property
+    def aug_transforms(self) -> tuple[str, ...]:
+        """Names in the `transform_type` of --aug-cfg: one, several with commas, or a list."""
+        value = self.aug_cfg.get("transform_type", ())
+        names = value.split(",") if isinstance(value, str) else tuple(value)
+        return tuple(str(name).strip() for name in names)
 
 
 @dataclass(frozen=True)
@@ -420,7 +466,33 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: listing every problem found, not only the first.
     """
-    problems = [*_pending(config), *_values(config), *_combinations(config)]
+    _raise([*_pending(config), *_values(_entries(config)), *_combinations(config)])
+
+
+def validate_data(config: Config) -> None:
+    """The same of what concerns data alone: no split and no report need be given.
+
+    Raises:
+        ConfigError: listing every problem found, not only the first.
+    """
+    problems = [*_pending(config), *_values(_entries(config))]
+    _raise([*problems, *_sources(config), *_pairs(config), *_resuming(config)])
+
+
+def validate_arguments(values: Any) -> None:
+    """Check the values of one dataclass of arguments, such as those of a command.
+
+    Raises:
+        ConfigError: listing every problem found, not only the first.
+    """
+    entries = (
+        (flag_of(name, spec), getattr(values, name), default, spec)
+        for name, default, spec in declarations(type(values))
+    )
+    _raise(list(_values(entries)))
+
+
+def _raise(problems: list[str]) -> None:
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:
@@ -445,8 +517,8 @@ def _pending(config: Config) -> Iterator[str]:
         yield f"--report-to {config.logging.report_to} is not available yet; use tensorboard"
 
 
-def _values(config: Config) -> Iterator[str]:
-    for flag, value, default, spec in _entries(config):
+def _values(entries: Iterable[tuple[str, Any, Any, Spec]]) -> Iterator[str]:
+    for flag, value, default, spec in entries:
         if value is None or (spec.pending and value == default):
             continue
         if spec.choices and value not in spec.choices:
@@ -475,14 +547,80 @@ def out_of_range(flag: str, value: Any, spec: Spec) -> Iterator[str]:
         yield f"{flag} must be finite, not {value}"
 
 
-def _combinations(config: Config) -> Iterator[str]:
-    data, optim, evaluation = config.data, config.optim, config.evaluation
+def _augmentation(data: Data) -> Iterator[str]:
+    values, kind = data.aug_cfg, data.aug_cfg.get("transform_type")
+    if not values:
+        return
+    known = f"it knows transform_type, {', '.join(AUG_KEYS)}"
+    unknown = [str(key) for key in values if key != "transform_type" and key not in AUG_KEYS]
+    if unknown:
+        yield f"--aug-cfg does not know {', '.join(unknown)}; {known}"
+    transforms = ", ".join(AUG_TRANSFORMS)
+    if not isinstance(kind, (str, list, tuple)) or not kind:
+        yield f"--aug-cfg needs transform_type, one or several of {transforms}"
+        return
+    names = data.aug_transforms
+    if bad := [name for name in names if name not in AUG_TRANSFORMS]:
+        yield f"--aug-cfg transform_type does not know {', '.join(bad)}; it knows {transforms}"
+    if len(set(names)) < len(names):
+        yield f"--aug-cfg transform_type names one twice: {', '.join(names)}"
+    for key in (key for key in values if key in AUG_KEYS):
+        value, most = values[key], AUG_KEYS[key]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and 0 <= value <= most and value != float("inf")):
+            limit = "0 or more" if most == float("inf") else f"from 0 to {most:g}"
+            yield f"--aug-cfg {key} must be a number {limit}, not {value!r}"
+        owners = [name for name, keys in AUG_TRANSFORMS.items() if key in keys]
+        if owners and not set(owners) & set(names):
+            yield f"--aug-cfg {key} belongs to {owners[0]}, which transform_type does not name"
+
+
+def _sources(config: Config) -> Iterator[str]:
+    data = config.data
     if data.hdf5_filename and data.root_dir:
         yield "--hdf5_filename and --root-dir are both given; data comes from one of them"
     if not data.hdf5_filename and not data.root_dir:
         yield "no data: give --hdf5_filename (with --hdf5_feature_attribute) or --root-dir"
-    if data.hdf5_filename and not data.hdf5_feature_attribute:
-        yield "--hdf5_filename needs --hdf5_feature_attribute, the group that holds the features"
+    if data.root_dir and (data.hdf5_feature_attribute or data.hdf5_text_attribute):
+        yield "--hdf5_feature_attribute and --hdf5_text_attribute belong to --hdf5_filename"
+
+
+def _pairs(config: Config) -> Iterator[str]:
+    data, evaluation = config.data, config.evaluation
+    names = ["train", "test", *(Path(path).stem for path in data.val_split or ())]
+    if len(set(names)) < len(names):
+        yield (
+            f"--val-split files are reported by their stems ({', '.join(names[2:])}), which must "
+            "differ from each other and from train and test"
+        )
+    prompts = evaluation.zsc_class_prompt_mapping or ()
+    labels = evaluation.zsc_specimen_class_mapping or ()
+    if bool(prompts) != bool(labels) or (len(prompts) > 1 and len(prompts) != len(labels)):
+        yield (
+            f"--zsc-class-prompt-mapping has {len(prompts)} and --zsc-specimen-class-mapping "
+            f"{len(labels)} files; they go in pairs, or one prompt file serves all label files"
+        )
+    stems = [Path(label).stem for label in labels]
+    if len(set(stems)) < len(stems):
+        yield (
+            f"--zsc-specimen-class-mapping files are reported by their stems ({', '.join(stems)}), "
+            "which must differ; copy a file to another name to use it with two prompt files"
+        )
+
+
+def _resuming(config: Config) -> Iterator[str]:
+    if config.checkpoint.resume == "latest":
+        if config.logs is None:
+            yield "--resume latest looks in the run folder, but --logs is None"
+        elif config.logging.name is None:
+            yield "--resume latest needs --name, the run to go on with"
+
+
+def _combinations(config: Config) -> Iterator[str]:
+    yield from _sources(config)
+    yield from _pairs(config)
+    yield from _augmentation(config.data)
+    data, optim, evaluation = config.data, config.optim, config.evaluation
     if data.hdf5_filename and not (data.hdf5_text_attribute or data.text_data_file):
         yield "no reports: give --hdf5_text_attribute or --text-data-file"
     if data.root_dir and not data.text_data_file:
@@ -504,36 +642,13 @@ def _combinations(config: Config) -> Iterator[str]:
                     f"--{field_name.replace('_', '-')} works only with --lr-scheduler "
                     "const-cooldown and without --skip-scheduler"
                 )
-    names = ["train", "test", *(Path(path).stem for path in data.val_split or ())]
-    if len(set(names)) < len(names):
-        yield (
-            f"--val-split files are reported by their stems ({', '.join(names[2:])}), which must "
-            "differ from each other and from train and test"
-        )
     weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight
     if not any(weights):
         yield "both loss weights are 0; nothing would be trained"
-    prompts = evaluation.zsc_class_prompt_mapping or ()
-    labels = evaluation.zsc_specimen_class_mapping or ()
-    if bool(prompts) != bool(labels) or (len(prompts) > 1 and len(prompts) != len(labels)):
-        yield (
-            f"--zsc-class-prompt-mapping has {len(prompts)} and --zsc-specimen-class-mapping "
-            f"{len(labels)} files; they go in pairs, or one prompt file serves all label files"
-        )
-    stems = [Path(label).stem for label in labels]
-    if len(set(stems)) < len(stems):
-        yield (
-            f"--zsc-specimen-class-mapping files are reported by their stems ({', '.join(stems)}), "
-            "which must differ; copy a file to another name to use it with two prompt files"
-        )
     bad = config.reports - {"tensorboard", "wandb", "all"}
     if bad:
         yield f"--report-to does not know {', '.join(sorted(bad))}; it knows tensorboard"
-    if config.checkpoint.resume == "latest":
-        if config.logs is None:
-            yield "--resume latest looks in the run folder, but --logs is None"
-        elif config.logging.name is None:
-            yield "--resume latest needs --name, the run to go on with"
+    yield from _resuming(config)
     name = config.logging.name
     if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
         yield f"--name {name!r} must be the name of one folder"

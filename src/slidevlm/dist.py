@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as td
 from torch import Tensor
 
-from slidevlm.errors import ConfigError
+from slidevlm.errors import ConfigError, SlideVLMError
 
 log = logging.getLogger("slidevlm.dist")
 T = TypeVar("T")
@@ -88,6 +88,35 @@ def gather(tensor: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(mine) for _ in range(world_size())]
     td.all_gather(parts, mine)
     return parts
+
+
+def gather_rows(tensor: Tensor) -> list[Tensor]:
+    """Like `gather`, for tensors [n, ...] whose n differs by rank.
+
+    A rank without rows may not know the rest of the shape, and gives [0, 0].
+    """
+    mine = tensor.detach()
+    if world_size() == 1:
+        return [mine]
+    sizes = gather_objects(tuple(mine.shape))
+    most = max(sizes)  # the rows come first in the comparison
+    padded = mine.new_zeros(most)
+    padded[: len(mine)] = mine if len(mine) else mine.new_zeros(0, *most[1:])
+    return [part[: size[0]] for part, size in zip(gather(padded), sizes, strict=True)]
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every rank; where it fails, every rank raises its error."""
+    made: tuple[T | None, SlideVLMError | None] = (None, None)
+    if is_main():
+        try:
+            made = (make(), None)
+        except SlideVLMError as error:
+            made = (None, error)
+    value, problem = broadcast_object(made)
+    if problem is not None:
+        raise problem
+    return cast("T", value)
 
 
 def gather_objects(value: T) -> list[T]:

@@ -22,7 +22,7 @@ from slidevlm.config import (
     arg,
     declarations,
     flag_of,
-    out_of_range,
+    validate_arguments,
     with_values,
 )
 from slidevlm.errors import ConfigError
@@ -37,7 +37,7 @@ class Argument:
 
     name: str
     flag: str
-    kind: str  # str, int, float, switch, list[str], key=value...
+    kind: str  # str, int, float, switch, list[str], list[float], key=value...
     default: Any
     spec: Spec
     group: str
@@ -51,7 +51,7 @@ def kind_of(annotation: Any) -> str:
         return "switch"
     origin = typing.get_origin(annotation)
     if origin is tuple:
-        return "list[str]"
+        return f"list[{typing.get_args(annotation)[0].__name__}]"
     if origin is not None and issubclass(origin, Mapping):
         return "key=value..."
     return str(annotation.__name__)
@@ -112,6 +112,8 @@ def _add(parser: Any, argument: Argument) -> None:
         options |= {"choices": spec.choices}
     if kind == "list[str]":
         options |= {"nargs": "+", "metavar": "FILE"}
+    elif kind == "list[float]":
+        options |= {"nargs": "+", "metavar": "X", "type": float}
     elif kind == "key=value...":
         options |= {"nargs": "+", "metavar": "KEY=VALUE"}
     else:
@@ -184,7 +186,7 @@ def _stray(words: Sequence[str], known: Sequence[Argument]) -> str:
 
 
 def _finish(kind: str, value: Any) -> Any:
-    if kind == "list[str]":
+    if kind in ("list[str]", "list[float]"):
         return tuple(value)
     if kind == "key=value...":
         return parse_key_values(value)
@@ -218,16 +220,9 @@ def parse_into(
     Raises:
         ConfigError: also for values out of the declared ranges, all in one message.
     """
-    values = parse(argv, prog, {"arguments": group}, description, epilog)
-    problems = [
-        problem
-        for a in arguments({"arguments": group})
-        if a.name in values
-        for problem in out_of_range(a.flag, values[a.name], a.spec)
-    ]
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return group(**values)
+    values = group(**parse(argv, prog, {"arguments": group}, description, epilog))
+    validate_arguments(values)
+    return values
 
 
 TRAIN_HELP = "Train a vision-language model of whole slides on bags of tile features and reports."

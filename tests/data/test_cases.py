@@ -39,3 +39,5 @@ def test_centres_are_those_of_each_slide():
     centres = centres_of(positions, slides)
     assert centres.tolist() == [[2, 1], [2, 1], [102, 104], [2, 1], [102, 104]]
     assert centres_of(positions[:0], slides[:0]).shape == (0, 2)
+    # A slide without tiles leaves a gap in the numbers.
+    assert centres_of(positions, slides * 3).tolist() == centres.tolist()

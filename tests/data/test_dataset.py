@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
 import h5py
 import numpy as np
 import pytest
 import torch
 
-from slidevlm.data.dataset import BagDataset, collate, make_loader
+from slidevlm.data.dataset import BadSpecimens, BagDataset, collate, make_loader
 from slidevlm.data.formats.hdf5_cases import CaseWriter, Hdf5Cases
 from slidevlm.data.reports import report_id
 from slidevlm.data.sampling import EvalBatches, TrainBatches
@@ -108,6 +114,28 @@ def test_features_that_are_not_finite(tmp_path, bad, dtype):
         dataset(tmp_path / "a.h5", cutoff=1000)[0]
 
 
+def test_finite_features_whose_sum_is_not(tmp_path):
+    features = np.full((4, 8), 3e38, "f4")
+    with CaseWriter(tmp_path / "a.h5", "uni") as writer:
+        writer.add("p0", "s0", features, "a")
+    assert torch.equal(dataset(tmp_path / "a.h5")[0].bag.features, torch.from_numpy(features))
+
+
+def test_the_loader_keeps_no_batch_while_it_reads_the_next(write):
+    data = dataset(write([5, 5]))
+    batches = iter(make_loader(data, EvalBatches(2, 1), 0))
+    features = weakref.ref(next(batches).bags.features)
+    read, alive = data.store.read, []
+
+    def look(*arguments):
+        alive.append(features() is not None)
+        return read(*arguments)
+
+    data.store.read = look
+    next(batches)
+    assert alive == [False]
+
+
 def test_no_tiles_and_one_tile(write):
     data = dataset(write([0, 1]))
     with pytest.raises(DataError, match=r"cohort\.h5: specimen 's0' has 0 tiles; remove it"):
@@ -176,6 +204,128 @@ def test_errors_of_workers_arrive_as_they_are(write, workers, method):
         message = str(error)
     assert message.startswith(f"{path}: specimen 's2' has 1 of 4 tiles read with NaN")
     assert "Traceback" not in message
+
+
+# --- bad specimens may be dropped -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_specimens_are_dropped_from_their_batches(write, workers, caplog):
+    path = write([4, 0, 4, 4, 4, 0, 0])
+    with h5py.File(path, "a") as file:
+        file["patients/p2/s2/uni/features"][1, 1] = np.nan
+    data, bad = dataset(path), BadSpecimens()
+    loader = make_loader(data, EvalBatches(7, 2), workers, bad=bad)
+    for _ in range(2):
+        batches = list(loader)
+        names = [batch.specimen_ids for batch in batches]
+        assert names == [("s0",), ("s3",), ("s4",), ()], "an empty batch keeps its place"
+        # What is left of a batch is what it would be without the bad one.
+        for batch, index in zip(batches, (0, 3, 4), strict=False):
+            alone = collate([data[index]])
+            assert torch.equal(batch.bags.features, alone.bags.features)
+            assert torch.equal(batch.tokens, alone.tokens) and batch.bags.lengths == (4,)
+    empty = batches[-1].to("cpu")
+    assert len(empty) == 0 and len(empty.bags) == 0 and empty.bags.offsets.tolist() == [0]
+    assert set(bad.messages) == {"s1", "s2", "s5", "s6"}
+    assert all(m.startswith(f"{path}: specimen {n!r} has ") for n, m in bad.messages.items())
+    assert caplog.text.count("dropped a bad specimen") == 4, "one warning each"
+
+
+def test_specimens_that_do_not_fit_together_stop_the_run_all_the_same(tmp_path):
+    with CaseWriter(tmp_path / "a.h5", "uni") as writer:
+        writer.add("p0", "s0", np.ones((2, 3), "f2"), "a")
+        writer.add("p1", "s1", np.ones((2, 4), "f2"), "b")
+    loader = make_loader(dataset(tmp_path / "a.h5"), EvalBatches(2, 2), 0, bad=BadSpecimens())
+    with pytest.raises(DataError, match="cannot be in one batch: feature width 3 and 4"):
+        list(loader)
+
+
+# --- what is read, by whom, and in what type --------------------------------------------------
+
+
+class Counting(Hdf5Cases):
+    """Remembers how many rows it was asked for."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.asked = {}
+
+    def read(self, case, rows):
+        self.asked[case.specimen] = self.length(case) if rows is None else len(rows)
+        return super().read(case, rows)
+
+
+def test_never_more_rows_than_the_cutoff_are_asked_for(write):
+    lengths = [3, 7, 8, 9, 500]
+    store = Counting(write(lengths), "uni", "report")
+    for training in (True, False):
+        data = BagDataset(store, store.cases, REPORTS[:5], TOKENIZER, 64, 8, 0, training)
+        (batch,) = make_loader(data, EvalBatches(5, 5), 0)
+        assert batch.bags.lengths == (3, 7, 8, 8, 8) and len(batch.bags.features) == 34
+        assert store.asked == {f"s{i}": min(n, 8) for i, n in enumerate(lengths)}
+        # The rows own their memory: a view would keep the whole bag alive behind them.
+        bag = data[4].bag
+        assert bag.features.untyped_storage().nbytes() == 8 * 6 * 2
+    assert data.lengths().tolist() == [3, 7, 8, 8, 8]
+
+
+def test_a_length_that_cannot_be_known_is_zero(write):
+    path = write([4, 4])
+    with h5py.File(path, "a") as file:
+        del file["patients/p1/s1/uni/features"]
+        file["patients/p1/s1/uni/features"] = h5py.ExternalLink("elsewhere.h5", "/x")
+    assert dataset(path).lengths().tolist() == [4, 0]
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "bf16"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_type_of_the_file_stays(tmp_path, dtype, workers):
+    features = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    with CaseWriter(tmp_path / "a.h5", "uni") as writer:
+        for i in range(2):
+            if dtype == "bf16":
+                values = features.bfloat16().view(torch.int16).numpy().view("u2")
+            else:
+                values = features.numpy().astype(dtype)
+            writer.add(f"p{i}", f"s{i}", values, "a")
+    (batch,) = make_loader(dataset(tmp_path / "a.h5"), EvalBatches(2, 2), workers)
+    expected = {"f2": torch.float16, "f4": torch.float32, "bf16": torch.bfloat16}[dtype]
+    assert batch.bags.features.dtype == batch.to("cpu").bags.features.dtype == expected
+    assert torch.equal(batch.bags.features, features.to(expected).repeat(2, 1))
+
+
+class Handles(BagDataset):
+    """Tells, in the place of the report's number, what its process has open; and who it is."""
+
+    def __getitem__(self, key):
+        sample = super().__getitem__(key)
+        links = []
+        for entry in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                links.append(os.readlink(entry))
+        number = links.count(str(self.store.path)) * 10**9 + os.getpid()
+        return replace(sample, report_id=number)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_live_on_with_one_handle_each(write, method):
+    path = write([4] * 12)
+    store = Hdf5Cases(path, "uni", "report")
+    store.read(store.cases[0], None)  # a handle that a fork would inherit
+    data = Handles(store, store.cases, REPORTS[:12], TOKENIZER, 64, 8, 0, True)
+    here = data[0].report_id // 10**9
+    batches = TrainBatches(12, 2, 0)
+    loader = make_loader(data, batches, 2, start_method=method)
+    seen = []
+    for epoch in (0, 1):
+        batches.set_epoch(epoch)
+        numbers = torch.cat([batch.report_ids for batch in loader])
+        seen.append({int(n) % 10**9 for n in numbers})
+        # As many as this process has after one read: the file, once for HDF5 and once for rows.
+        assert {int(n) // 10**9 for n in numbers} == {here} and 1 <= here <= 2
+    assert seen[0] == seen[1] and len(seen[0]) == 2 and os.getpid() not in seen[0]
 
 
 def test_real_data(shared):

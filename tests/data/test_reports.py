@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,101 @@ def test_junk_is_an_error_of_ours_or_texts(tmp_path_factory, content, suffix):
         assert read_text_file(path)
     except DataError as error:
         assert str(path) in str(error)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.dictionaries(
+        names, st.dictionaries(names, st.text(st.characters(codec="utf-8")), min_size=1), min_size=1
+    )
+)
+def test_texts_by_patient(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("nested") / "a.json"
+    path.write_text(json.dumps(texts))
+    owners = Counter(specimen for specimens in texts.values() for specimen in specimens)
+    expected = {
+        f"{patient}/{specimen}" if owners[specimen] > 1 else specimen: text
+        for patient, specimens in texts.items()
+        for specimen, text in specimens.items()
+    }
+    try:
+        assert read_text_file(path) == expected
+    except DataError as error:  # "a/b" and the b of two patients, one of them a
+        assert "two different texts" in str(error) and any("/" in name for name in owners)
+
+
+cells = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), max_size=12)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    texts=st.dictionaries(names, st.text(st.characters(codec="utf-8")), min_size=1),
+    id_column=st.sampled_from(["specimen", "Case_ID ", "SLIDE_ID", "id"]),
+    text_column=st.sampled_from(["report", " Text", "diagnosis", "CAPTION"]),
+    delimiter=st.sampled_from(",;\t"),
+    swapped=st.booleans(),
+    data=st.data(),
+)
+def test_tables(tmp_path_factory, texts, id_column, text_column, delimiter, swapped, data):
+    header = [id_column, "other", text_column]
+    rows = [[name, data.draw(cells), text] for name, text in texts.items()]
+    if swapped:
+        header, rows = header[::-1], [row[::-1] for row in rows]
+    path = tmp_path_factory.mktemp("tables") / "a.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+    read = read_text_file(path)
+    assert {k: normalise(v) for k, v in read.items()} == {k: normalise(v) for k, v in texts.items()}
+
+
+plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+keys = st.sampled_from(["id", "report", "specimen", "text", "a"]) | st.text(max_size=3)
+values = st.recursive(
+    plain, lambda v: st.lists(v, max_size=3) | st.dictionaries(keys, v, max_size=3), max_leaves=8
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(value=values, suffix=st.sampled_from([".json", ".jsonl"]))
+def test_any_json_is_an_error_of_ours_or_texts(tmp_path_factory, value, suffix):
+    path = tmp_path_factory.mktemp("values") / f"a{suffix}"
+    path.write_text(json.dumps(value))
+    try:
+        texts = read_text_file(path)
+    except DataError as error:
+        assert str(path) in str(error)
+        return
+    assert texts and all(type(k) is str and type(v) is str for k, v in texts.items())
+    # Nothing is made up: every name and text stands in the file.
+    content = json.dumps(value)
+    for name, text in texts.items():
+        assert json.dumps(text)[1:-1] in content
+        assert all(json.dumps(part)[1:-1] in content for part in name.split("/"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.dictionaries(names, st.text(st.characters(codec="utf-8"), min_size=1), min_size=2),
+    cut=st.floats(0, 1, exclude_max=True),
+    suffix=st.sampled_from([".json", ".jsonl"]),
+)
+def test_a_file_that_was_cut_short_is_never_read_wrongly(tmp_path_factory, texts, cut, suffix):
+    path = tmp_path_factory.mktemp("cut") / f"a{suffix}"
+    rows = [{"id": k, "report": v} for k, v in texts.items()]
+    content = json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
+    path.write_text(content[: int(cut * len(content))])
+    try:
+        read = read_text_file(path)
+    except DataError as error:
+        assert str(path) in str(error)
+        return
+    assert suffix == ".jsonl", "half a JSON is no JSON"
+    assert read.items() <= texts.items() and len(read) < len(texts)
+
+
+@pytest.mark.parametrize("name", [None, True, 1.5, [1], {"a": 1}, " "])
+def test_names_that_are_none(tmp_path, name):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"id": "a", "report": "b"}, {"id": name, "report": "c"}]))
+    with pytest.raises(DataError, match=r"a\.json, entry 2: .* is not a specimen's name"):
+        read_text_file(path)

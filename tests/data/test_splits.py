@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import logging
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slidevlm.data.formats.hdf5_cases import CaseWriter, Hdf5Cases
-from slidevlm.data.splits import check_leakage, read_identifiers, resolve
+from slidevlm.data.splits import check_leakage, read_identifiers, resolve, write_identifiers
 from slidevlm.errors import DataError
 
 
@@ -91,6 +92,60 @@ def test_junk_is_an_error_of_ours_or_names(tmp_path_factory, content, suffix):
         assert str(path) in str(error)
 
 
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), max_size=8)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    names=identifiers,
+    column=st.sampled_from(["specimen", "Case_ID", " slide_id ", "PATIENT"]),
+    before=st.booleans(),
+    delimiter=st.sampled_from(",;\t"),
+    suffix=st.sampled_from([".csv", ".txt"]),
+    data=st.data(),
+)
+def test_tables(tmp_path_factory, names, column, before, delimiter, suffix, data):
+    rows = [[column, "note"], *([name, data.draw(texts)] for name in [*names, names[0]])]
+    path = tmp_path_factory.mktemp("tables") / f"a{suffix}"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=delimiter).writerows(
+            row[::-1] if before else row for row in rows
+        )
+    assert read_identifiers(path) == names
+
+
+@settings(max_examples=60, deadline=None)
+@given(names=identifiers, ending=st.sampled_from(["\n", "\r\n", "\r"]), mark=st.booleans())
+def test_line_ends_and_byte_order_marks_do_not_matter(tmp_path_factory, names, ending, mark):
+    names = [f"x{name}" for name in names]
+    path = tmp_path_factory.mktemp("lines") / "a.txt"
+    content = ending.join(names) + ending
+    path.write_text(content, encoding="utf-8-sig" if mark else "utf-8", newline="")
+    assert read_identifiers(path) == names
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(max_size=3), v, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(value=st.lists(st.text(max_size=4) | st.integers(), max_size=4) | values)
+def test_any_json_is_an_error_of_ours_or_its_names(tmp_path_factory, value):
+    path = tmp_path_factory.mktemp("values") / "a.json"
+    path.write_text(json.dumps(value))
+    try:
+        found = read_identifiers(path)
+    except DataError as error:
+        assert str(path) in str(error)
+        usable = isinstance(value, list) and all(type(v) in (str, int) for v in value)
+        assert not (usable and any(str(v).strip() for v in value))
+        return
+    assert found == list(dict.fromkeys(t for v in value if (t := str(v).strip())))
+
+
 @pytest.fixture
 def store(tmp_path):
     path = tmp_path / "cohort.h5"
@@ -168,3 +223,32 @@ def test_real_data(shared):
     assert [len(s) for s in splits] == [513, 142, 191]
     assert not any(s.missing or s.without_text for s in splits)
     check_leakage(splits)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=12)
+        .map(str.strip)
+        .filter(bool),
+        min_size=1,
+        max_size=8,
+        unique=True,
+    )
+)
+def test_written_identifiers_are_read_back(tmp_path_factory, names):
+    names = [name for name in names if not name.startswith("\ufeff")] or ["a"]
+    path = tmp_path_factory.mktemp("splits") / "train.txt"
+    path.write_text(write_identifiers(names), encoding="utf-8", newline="")
+    assert read_identifiers(path) == names
+
+
+@pytest.mark.parametrize(
+    "names", [["specimen", "a"], ["a,b"], ["[x"], ["Patient;1", "b"], ['"specimen"', "b"], ["a\nb"]]
+)
+def test_names_that_would_be_read_otherwise_are_written_as_json(tmp_path, names):
+    text = write_identifiers(names)
+    assert text.startswith("[\n")
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert read_identifiers(tmp_path / "a.txt") == names
+    assert write_identifiers(["a", "b c"]) == "a\nb c\n"

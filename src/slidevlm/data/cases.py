@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -76,16 +76,71 @@ class CaseStore(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a format tells of a specimen beside its features; None where it does not tell."""
+
+    format: str | None = None  # as a user would say it: "TRIDENT", "case layout", ...
+    dtype: str | None = None  # of the features on disk
+    unit: str | None = None  # of the positions
+    encoder: str | None = None  # of the tiles
+    tile_size: str | None = None  # with its unit: "256 um", "512 px at level 0"
+    storage: str | None = None  # of the features: "contiguous", "chunks of 1 rows, gzip 4"
+    source: str | None = None  # file that the features were converted from
+    warnings: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A store that knows more of a specimen than its features."""
+
+    def facts(self, case: Case) -> Facts:
+        """Facts of `case`; reads no features."""
+        ...
+
+    def files(self, case: Case) -> tuple[Path, ...]:
+        """The files that hold `case`; opens none."""
+        ...
+
+
+@runtime_checkable
+class Keyed(Protocol):
+    """A store that names tiles."""
+
+    def tile_keys(self, case: Case) -> np.ndarray | None:
+        """Names of all tiles of `case`; None where none tells slides apart.
+
+        [N] byte strings, "<slide>/<tile>" or the like, or [N, 4] whole numbers: (specimen, slide,
+        section, tile).
+        """
+        ...
+
+
+@runtime_checkable
+class Verified(Protocol):
+    """A store whose file may hold a checksum of each specimen."""
+
+    def has_checksum(self, case: Case) -> bool:
+        """Whether there is one of `case`."""
+        ...
+
+    def damaged(self, case: Case, features: str) -> tuple[str, ...]:
+        """Parts of `case` that are not what was written, given the `Digest` of its features."""
+        ...
+
+
 def open_store(
     *,
     hdf5_filename: str | os.PathLike[str] | None,
     hdf5_feature_attribute: str | None,
     hdf5_text_attribute: str | None,
     root_dir: str | os.PathLike[str] | None,
+    slide_table: str | os.PathLike[str] | None = None,
 ) -> CaseStore:
-    """Open the one source of data that is given.
+    """Open the one source of data that is given, perhaps with a table of its slides.
 
-    ConfigError when none or two are given; DataError when it cannot be used.
+    ConfigError when none or two are given, or an argument that has no effect; DataError when it
+    cannot be used.
     """
     if hdf5_filename and root_dir:
         raise ConfigError(
@@ -93,19 +148,16 @@ def open_store(
             "data comes from one of them"
         )
     # The formats import this module, and only they may pay for h5py.
+    from slidevlm.data.formats import open_file, open_folder
+    from slidevlm.data.slide_table import read_slide_table
+
+    table = None if slide_table is None else read_slide_table(slide_table)
     if hdf5_filename:
-        from slidevlm.data.formats.hdf5_cases import Hdf5Cases
-
-        if not hdf5_feature_attribute:
-            raise ConfigError(
-                f"--hdf5_filename {hdf5_filename} needs --hdf5_feature_attribute, the group under "
-                "each specimen that holds its features"
-            )
-        return Hdf5Cases(hdf5_filename, hdf5_feature_attribute, hdf5_text_attribute or None)
+        return open_file(
+            Path(hdf5_filename), hdf5_feature_attribute or None, hdf5_text_attribute or None, table
+        )
     if root_dir:
-        from slidevlm.data.formats import open_folder
-
-        return open_folder(Path(root_dir))
+        return open_folder(Path(root_dir), table)
     raise ConfigError("no data: give --hdf5_filename (with --hdf5_feature_attribute) or --root-dir")
 
 
@@ -131,6 +183,17 @@ def unique_cases(found: list[tuple[str, str, str]], path: Path) -> tuple[Case, .
     return tuple(cases.values())
 
 
+def keys_of_slides(slides: np.ndarray) -> np.ndarray:
+    """Tile keys (specimen, slide, section, tile) from the slide of each row: [N] -> [N, 4] int32.
+
+    Rows count as tiles; what is not known is 0.
+    """
+    keys = np.zeros((len(slides), 4), np.int32)
+    keys[:, 1] = slides
+    keys[:, 3] = np.arange(len(slides))
+    return keys
+
+
 def centres_of(positions: np.ndarray, slides: np.ndarray) -> np.ndarray:
     """Centre of each row's slide: [N, 2] positions, [N] slides -> [N, 2] float32.
 
@@ -139,13 +202,19 @@ def centres_of(positions: np.ndarray, slides: np.ndarray) -> np.ndarray:
     """
     if not len(positions):
         return np.zeros((0, 2), np.float32)
-    count = int(slides.max()) + 1
-    low = np.full((count, 2), np.inf)
-    high = np.full((count, 2), -np.inf)
-    for slide in range(count):
-        rows = positions if count == 1 else positions[slides == slide]
-        low[slide], high[slide] = rows.min(axis=0), rows.max(axis=0)
-    centres: np.ndarray = ((low + high) / 2)[slides].astype(np.float32)
+    # Tiles of a slide follow each other nearly always: one reduction for each run of them, along
+    # a column by itself, as reductions of rows of two numbers are slow.
+    starts = np.flatnonzero(np.diff(slides, prepend=-1))
+    owners = slides[starts]
+    present = np.unique(owners)
+    middle = np.zeros((int(present[-1]) + 1, 2))
+    for axis in range(2):
+        column = np.ascontiguousarray(positions[:, axis])
+        low, high = np.full(len(middle), np.inf), np.full(len(middle), -np.inf)
+        np.minimum.at(low, owners, np.minimum.reduceat(column, starts))
+        np.maximum.at(high, owners, np.maximum.reduceat(column, starts))
+        middle[present, axis] = (low[present] + high[present]) / 2
+    centres: np.ndarray = middle.astype(np.float32)[slides]
     return centres
 
 

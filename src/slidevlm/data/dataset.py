@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -12,11 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from slidevlm.batch import Bags, Batch
+from slidevlm.data.augment import Augmentation
 from slidevlm.data.cases import Bag, Case, CaseStore
 from slidevlm.data.reports import report_id
 from slidevlm.data.sampling import generator
 from slidevlm.data.tokenizer import TextTokenizer
 from slidevlm.errors import DataError
+
+log = logging.getLogger("slidevlm.data.bad")
+log.setLevel(logging.WARNING)  # every process warns of its own specimens, not the first alone
 
 Key = int | tuple[int, int]  # index, or (epoch, index)
 
@@ -37,13 +44,15 @@ class Failure:
     """A DataError on its way from a worker, where torch would wrap it in a traceback."""
 
     message: str
+    specimen: str | None = None  # None: the specimens of a batch do not fit together
 
 
 class BagDataset(Dataset[Sample]):
     """The specimens of a split; an item is fixed by (seed, epoch, specimen) and nothing else.
 
     Bags of more than `cutoff` tiles are sampled without replacement, and only the sampled rows
-    are read: afresh each epoch in training, by the specimen's name alone in evaluation.
+    are read: afresh each epoch in training, by the specimen's name alone in evaluation. Then the
+    `augmentation` changes them, which for evaluation is the one that does nothing.
 
     `max_tokens` counts BOS and EOS. Errors: DataError for a bag without tiles or with features
     that are not finite.
@@ -59,6 +68,7 @@ class BagDataset(Dataset[Sample]):
         cutoff: int,
         seed: int,
         training: bool,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
     ) -> None:
         assert len(split_cases) == len(reports), (len(split_cases), len(reports))
         self.store = store
@@ -69,6 +79,7 @@ class BagDataset(Dataset[Sample]):
         self.cutoff = cutoff
         self.seed = seed
         self.training = training
+        self.augmentation = augmentation
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -84,6 +95,19 @@ class BagDataset(Dataset[Sample]):
     def truncated(self) -> int:
         """How many reports are longer than `max_tokens`."""
         return sum(self.tokenizer.is_truncated(r, self.max_tokens) for r in self.reports)
+
+    def lengths(self) -> np.ndarray:
+        """Tiles read of each specimen, [N] int64; 0 where that cannot be known.
+
+        Reads no features. What is wrong with a specimen is told when it is read.
+        """
+        return np.array([self._length(case) for case in self.cases], np.int64)
+
+    def _length(self, case: Case) -> int:
+        try:
+            return min(self.store.length(case), self.cutoff)
+        except DataError:
+            return 0
 
     def rows(self, case: Case, epoch: int) -> np.ndarray | None:
         """The rows of `case` to read in `epoch`: [cutoff] int64, increasing; None for all."""
@@ -104,26 +128,39 @@ class BagDataset(Dataset[Sample]):
         case = self.cases[index]
         bag = self.store.read(case, self.rows(case, epoch))
         _check_finite(bag.features, case, self.store)
-        relative = Bag(bag.features, bag.relative_positions(), bag.slides, bag.unit, bag.centres)
+        relative = replace(bag, positions=bag.relative_positions())
+        if relative.positions is None and self.augmentation.moves:
+            raise DataError(
+                f"{self.store.path}: specimen {case.specimen!r} has no positions for "
+                f"{', '.join(self.augmentation.moves)} to move; leave that out of --aug-cfg"
+            )
+        changed = self.augmentation(relative, self.seed, epoch, case.specimen)
         tokens = self.tokenizer.encode(self.reports[index], self.max_tokens)
         return Sample(
             case,
-            relative,
+            changed,
             torch.tensor(tokens, dtype=torch.int64),
             report_id(self.reports[index]),
             self.tokenizer.pad_id,
         )
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | list[Failure]:
-        """What torch's loader calls for a batch; errors come back as a value."""
+    def __getitems__(self, keys: Sequence[Key]) -> list[Sample | Failure]:
+        """What torch's loader calls for a batch; errors come back as values."""
+        return [self._sample_or_failure(key) for key in keys]
+
+    def _sample_or_failure(self, key: Key) -> Sample | Failure:
         try:
-            return [self[key] for key in keys]
+            return self[key]
         except DataError as error:
-            return [Failure(str(error))]
+            index = key[1] if isinstance(key, tuple) else key
+            return Failure(str(error), self.cases[index].specimen)
 
 
 def _check_finite(features: Tensor, case: Case, store: CaseStore) -> None:
     """DataError when a feature is NaN or infinite. [N, D]"""
+    # What is not finite stays so in any sum. A finite sum is the cheapest proof for 32 bits.
+    if features.dtype == torch.float32 and math.isfinite(float(features.sum())):
+        return
     # A number is not finite exactly when its exponent bits are all ones. Two integer passes over
     # pieces that stay in the cache cost a tenth of torch.isfinite on 16-bit floats.
     integer, magnitude, exponent = {
@@ -165,10 +202,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
     slides = [bag.slides for bag in bags if bag.slides is not None]
     return Batch(
         Bags(
-            torch.cat([bag.features for bag in bags]),
+            _end_to_end([bag.features for bag in bags]),
             tuple(len(bag.features) for bag in bags),
-            torch.cat(positions) if len(positions) == len(bags) else None,
-            torch.cat(slides) if len(slides) == len(bags) else None,
+            _end_to_end(positions) if len(positions) == len(bags) else None,
+            _end_to_end(slides) if len(slides) == len(bags) else None,
             bags[0].unit,
         ),
         tokens,
@@ -177,6 +214,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
         tuple(sample.case.specimen for sample in samples),
         tuple(sample.case.patient for sample in samples),
     )
+
+
+def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    """torch.cat, which would copy a single bag too; it may be of 400 MB."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _check_alike(samples: Sequence[Sample], what: str, values: Sequence[object]) -> None:
@@ -189,24 +231,82 @@ def _check_alike(samples: Sequence[Sample], what: str, values: Sequence[object])
             )
 
 
-def _collate_or_fail(samples: list[Sample] | list[Failure]) -> Batch | Failure:
-    failures = [sample for sample in samples if isinstance(sample, Failure)]
-    if failures:
-        return failures[0]
+@dataclass
+class _Loaded:
+    """What a worker sends: a batch of the good specimens, and what is wrong with the others."""
+
+    batch: Batch
+    failures: list[Failure]
+
+    def pin_memory(self) -> _Loaded:
+        """Called by torch's DataLoader when it pins."""
+        return _Loaded(self.batch.pin_memory(), self.failures)
+
+
+def _load(items: list[Sample | Failure]) -> _Loaded:
+    samples = [item for item in items if isinstance(item, Sample)]
+    failures = [item for item in items if isinstance(item, Failure)]
+    if not samples:
+        return _Loaded(empty_batch(), failures)
     try:
-        return collate([sample for sample in samples if isinstance(sample, Sample)])
+        return _Loaded(collate(samples), failures)
     except DataError as error:
-        return Failure(str(error))
+        return _Loaded(empty_batch(), [*failures, Failure(str(error))])
+
+
+def empty_batch() -> Batch:
+    """A batch of no specimens: what is left where all were bad. It has no width, and no tokens."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return Batch(
+        Bags(torch.zeros(0, 0), ()),
+        nothing.reshape(0, 0),
+        torch.zeros((0, 0), dtype=torch.bool),
+        nothing,
+        (),
+        (),
+    )
+
+
+class BadSpecimens:
+    """What --skip-bad-specimens has dropped in this process, each told once."""
+
+    def __init__(self) -> None:
+        self.messages: dict[str, str] = {}  # specimen -> what is wrong with it
+
+    def add(self, failure: Failure) -> None:
+        """Note a specimen, with a warning the first time; DataError when it is not one alone."""
+        if failure.specimen is None:
+            raise DataError(failure.message)
+        if failure.specimen not in self.messages:
+            self.messages[failure.specimen] = failure.message
+            log.warning("dropped a bad specimen: %s", failure.message)
+
+
+class StopAtBad:
+    """The default: the first bad specimen stops the run."""
+
+    messages: Mapping[str, str] = MappingProxyType({})
+
+    def add(self, failure: Failure) -> None:
+        """Raise it as the DataError it was in the worker."""
+        raise DataError(failure.message)
 
 
 class BagLoader(DataLoader[Any]):
-    """A DataLoader of `Batch` that raises a worker's DataError as itself."""
+    """A DataLoader of `Batch` that tells `bad` of the specimens that could not be used.
+
+    Where `bad` does not raise, batches lack them, and a batch of which nothing is left is yielded
+    empty (length 0), so that the number of batches stays what the sampler says.
+    """
+
+    bad: BadSpecimens | StopAtBad
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, Failure):
-                raise DataError(batch.message)
-            yield batch
+        for loaded in super().__iter__():
+            for failure in loaded.failures:
+                self.bad.add(failure)
+            yield loaded.batch
+            del loaded  # or the bags would stay in memory while the next ones are read
 
 
 def _one_thread(worker: int) -> None:
@@ -220,30 +320,31 @@ def make_loader(
     workers: int,
     pin_memory: bool = False,
     start_method: Literal["fork", "spawn", "forkserver"] | None = None,
+    bad: BadSpecimens | StopAtBad | None = None,
 ) -> BagLoader:
     """A loader whose batches do not depend on `workers` or `start_method`.
 
-    Workers live on between epochs; None is the platform's way of starting them.
+    Workers live on between epochs, and each reads two batches ahead (torch's default). None as
+    `start_method` is the platform's way of starting them; without `bad`, the first bad specimen
+    raises its DataError.
     """
-    # torch would draw its workers' seed from the global generator, and dropout with it would
-    # depend on the number of workers. Nothing here uses that seed.
-    own = torch.Generator()
-    if workers == 0:
-        return BagLoader(
-            dataset,
-            batch_sampler=batch_sampler,
-            collate_fn=_collate_or_fail,
-            pin_memory=pin_memory,
-            generator=own,
-        )
-    return BagLoader(
+    parallel: dict[str, Any] = {}
+    if workers:
+        parallel = {
+            "num_workers": workers,
+            "worker_init_fn": _one_thread,
+            "persistent_workers": True,
+            "multiprocessing_context": start_method,
+        }
+    loader = BagLoader(
         dataset,
         batch_sampler=batch_sampler,
-        collate_fn=_collate_or_fail,
+        collate_fn=_load,
         pin_memory=pin_memory,
-        generator=own,
-        num_workers=workers,
-        worker_init_fn=_one_thread,
-        persistent_workers=True,
-        multiprocessing_context=start_method,
+        # torch would draw its workers' seed from the global generator, and dropout with it would
+        # depend on the number of workers. Nothing here uses that seed.
+        generator=torch.Generator(),
+        **parallel,
     )
+    loader.bad = StopAtBad() if bad is None else bad
+    return loader

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,6 +85,53 @@ def _of_json(content: str, path: Path) -> list[str]:
     return [str(name) for name in data]
 
 
+def write_identifiers(names: Sequence[str]) -> str:
+    """The content of a split file that `read_identifiers` reads back as exactly `names`.
+
+    One name a line; a JSON list where a name could not stand in a line (a comma, a column's name).
+    """
+    plain = "\n".join(names) + "\n"
+    # Comma and line break separate names, the rest would be a table's header.
+    readable = not any(re.search(r"[,\r\n]", name) for name in names)
+    header = [part.strip().lower() for part in re.split(r"[;\t]", names[0].replace('"', ""))]
+    if readable and not names[0].startswith("[") and not set(header) & set(COLUMNS):
+        return plain
+    return json.dumps(list(names), ensure_ascii=False, indent=0) + "\n"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a split file names."""
+
+    cases: tuple[Case, ...]  # with features, each once
+    missing: tuple[str, ...]  # identifiers without features
+
+
+def find(identifiers: Sequence[str], store: CaseStore) -> Found:
+    """The specimens of `identifiers`: names of specimens or, failing that, of patients."""
+    by_specimen = {case.specimen: case for case in store.cases}
+    by_patient: dict[str, list[Case]] = {}
+    for case in store.cases:
+        by_patient.setdefault(case.patient, []).append(case)
+    chosen: dict[str, Case] = {}
+    missing = []
+    for name in identifiers:
+        named = [by_specimen[name]] if name in by_specimen else by_patient.get(name, [])
+        present = [case for case in named if _has_features(case, store)]
+        chosen.update((case.specimen, case) for case in present)
+        if not present:
+            missing.append(name)
+    return Found(tuple(chosen.values()), tuple(missing))
+
+
+def _has_features(case: Case, store: CaseStore) -> bool:
+    """Whether there is something to read; what is wrong with it, the reader of the bag tells."""
+    try:
+        return store.has_features(case)
+    except DataError:
+        return True
+
+
 def resolve(
     path: str | os.PathLike[str], store: CaseStore, texts: Mapping[str, str] | None = None
 ) -> Split:
@@ -95,32 +143,22 @@ def resolve(
     """
     path = Path(path)
     identifiers = read_identifiers(path)
-    by_specimen = {case.specimen: case for case in store.cases}
-    by_patient: dict[str, list[Case]] = {}
-    for case in store.cases:
-        by_patient.setdefault(case.patient, []).append(case)
-
-    chosen: dict[str, Case] = {}
-    missing = []
-    for name in identifiers:
-        named = [by_specimen[name]] if name in by_specimen else by_patient.get(name, [])
-        present = [case for case in named if store.has_features(case)]
-        chosen.update((case.specimen, case) for case in present)
-        if not present:
-            missing.append(name)
+    found = find(identifiers, store)
+    chosen, missing = {case.specimen: case for case in found.cases}, found.missing
     if not chosen:
         raise DataError(
             f"split file {path}: none of its {len(identifiers)} identifiers has features in "
-            f"{store.path}; it names {_some(identifiers, 3)}, the data {_some(by_specimen, 3)} "
-            f"(patients {_some(by_patient, 3)})"
+            f"{store.path}; it names {some(identifiers, 3)}, the data "
+            f"{some((c.specimen for c in store.cases), 3)} "
+            f"(patients {some(dict.fromkeys(c.patient for c in store.cases), 3)})"
         )
     if missing:
         log.warning(
             "split %s: %d of %d identifiers have no features in %s: %s",
-            path.stem, len(missing), len(identifiers), store.path, _some(missing, 10),
+            path.stem, len(missing), len(identifiers), store.path, some(missing, 10),
         )  # fmt: skip
 
-    reports = {name: _report(case, store, texts) for name, case in chosen.items()}
+    reports = {name: report_of(case, store, texts) for name, case in chosen.items()}
     without = [name for name, report in reports.items() if not report]
     if len(without) == len(chosen):
         raise DataError(
@@ -130,19 +168,19 @@ def resolve(
     if without:
         log.warning(
             "split %s: %d of %d specimens have no report and are dropped: %s",
-            path.stem, len(without), len(chosen), _some(without, 10),
+            path.stem, len(without), len(chosen), some(without, 10),
         )  # fmt: skip
     kept = [name for name in chosen if reports[name]]
     return Split(
         path.stem,
         tuple(chosen[name] for name in kept),
         tuple(reports[name] for name in kept),
-        tuple(missing),
+        missing,
         tuple(without),
     )
 
 
-def _report(case: Case, store: CaseStore, texts: Mapping[str, str] | None) -> str:
+def report_of(case: Case, store: CaseStore, texts: Mapping[str, str] | None) -> str:
     """The normalised report, or "" where there is none."""
     if texts is None:
         return normalise(store.text(case) or "")
@@ -160,12 +198,12 @@ def check_leakage(splits: Sequence[Split]) -> None:
         if shared:
             raise DataError(
                 f"leakage: {len(shared)} patient(s) are both in split {a.name!r} and in split "
-                f"{b.name!r}: {_some(shared, 5)}; move each to one split, or accept it with "
+                f"{b.name!r}: {some(shared, 5)}; move each to one split, or accept it with "
                 "--allow-patient-overlap"
             )
 
 
-def _some(names: Iterable[str], count: int) -> str:
+def some(names: Iterable[str], count: int) -> str:
     """The first `count` names, and how many more there are."""
     listed = list(names)
     more = f", ... ({len(listed) - count} more)" if len(listed) > count else ""

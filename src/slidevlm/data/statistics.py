@@ -16,6 +16,7 @@ from torch import Tensor
 from slidevlm.data.cases import Case, CaseStore
 from slidevlm.data.sampling import generator
 from slidevlm.data.tokenizer import TextTokenizer
+from slidevlm.errors import DataError
 
 _SPECIMENS, _ROWS = 512, 512  # enough for two moments of a channel, read in a second or two
 _REPORTS = 50_000
@@ -30,17 +31,24 @@ def tile_moments(store: CaseStore, cases: Sequence[Case], seed: int) -> tuple[Te
     draw = generator("moments", seed)
     chosen = draw.permutation(len(cases))[:_SPECIMENS]
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    problem: DataError | None = None
     for index in chosen:
         case = cases[index]
-        length = store.length(case)
-        rows = None
-        if length > _ROWS:
-            rows = np.sort(draw.choice(length, _ROWS, replace=False))
-        features = store.read(case, rows).features.double()
-        finite = features[features.isfinite().all(1)]  # the loader is what reports bad rows
+        try:
+            length = store.length(case)
+            rows = None
+            if length > _ROWS:
+                rows = np.sort(draw.choice(length, _ROWS, replace=False))
+            features = store.read(case, rows).features.double()
+        except DataError as error:  # the loader is what reports it, or drops it
+            problem = error
+            continue
+        finite = features[features.isfinite().all(1)]  # likewise
         count += len(finite)
         total = total + finite.sum(0)
         squares = squares + finite.square().sum(0)
+    if problem is not None and not total.ndim:  # nothing could be read
+        raise problem
     mean = total / max(count, 1)
     deviation = (squares / max(count, 1) - mean.square()).clamp_min(0).sqrt()
     return mean.float(), torch.where(deviation > 1e-6, deviation, 1.0).float()

@@ -1,8 +1,15 @@
-"""A byte-level BPE tokenizer, trained on the reports of a run and kept with its weights."""
+"""Tokenizers: trained on the reports of a run or from a folder, and kept with the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import bisect
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
@@ -11,7 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from slidevlm.data.reports import normalise
 from slidevlm.errors import CheckpointError, ConfigError
 
-_PAD, _BOS, _EOS = "<pad>", "<bos>", "<eos>"
+log = logging.getLogger("slidevlm.data")
+
 _SMALLEST_VOCABULARY = 3 + 256  # the special tokens and every byte
 
 
@@ -34,25 +42,42 @@ class TextTokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str: ...
 
 
-class Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019): every text can be encoded.
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What frames and pads a text: three different tokens of the vocabulary."""
 
-    Texts are brought to their normal form (`reports.normalise`) before encoding, so decoding
-    gives exactly the normal form back. The first word is read as if a space stood before it, so
-    that a prompt's word is the token it is within a report. Words that look like special tokens
-    are plain text.
+    pad: str = "<pad>"
+    bos: str = "<bos>"
+    eos: str = "<eos>"
+
+
+_OURS = SpecialTokens()
+
+
+class Tokenizer:
+    """Text <-> token ids.
+
+    `train` makes a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), which can encode
+    every text. Texts are brought to their normal form (`reports.normalise`) before encoding, so its
+    decoding gives exactly the normal form back. The first word is read as if a space stood before
+    it, so that a prompt's word is the token it is within a report. Words that look like special
+    tokens are plain text.
+
+    `from_folder` takes any other from a folder of Hugging Face's form.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens = _OURS) -> None:
         # Without this, "<eos>" within a report would end it.
         backend.encode_special_tokens = True
         self._backend = backend
-        self.vocab_size: int = backend.get_vocab_size()
+        self.special = special
+        # Not their number: ids may have gaps.
+        self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.pad_id, self.bos_id, self.eos_id = (
-            self._special(token) for token in (_PAD, _BOS, _EOS)
+            self._id(token) for token in (special.pad, special.bos, special.eos)
         )
 
-    def _special(self, token: str) -> int:
+    def _id(self, token: str) -> int:
         number: int | None = self._backend.token_to_id(token)
         if number is None:
             raise CheckpointError(
@@ -77,7 +102,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
-            special_tokens=[_PAD, _BOS, _EOS],
+            special_tokens=[_OURS.pad, _OURS.bos, _OURS.eos],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
@@ -85,36 +110,98 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """A tokenizer as Hugging Face's libraries save it; nothing but this folder is read.
+
+        `tokenizer.json` is the tokenizer; BOS, EOS and PAD are those that `tokenizer_config.json`
+        or `special_tokens_map.json` name (CLS and SEP where BOS and EOS are not). One that is
+        missing, or is the same token as another of the three, is added to the vocabulary.
+
+        ConfigError: a file is missing or cannot be used.
+        """
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise ConfigError(
+                f"no tokenizer in {folder} (looked from {Path.cwd()}): wanted are tokenizer.json "
+                f"and, for the special tokens, {' or '.join(_TOKEN_FILES)}; save_pretrained of a "
+                "fast tokenizer writes them"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(f"{file} is not a tokenizer: {error}") from error
+        backend.no_padding()
+        backend.no_truncation()
+        special = _with_special_tokens(backend, _named_tokens(folder), file)
+        tokenizer = cls(backend, special)
+        try:
+            tokenizer.tokens("\u2603 z\u00e9 0")
+        except Exception as error:  # likewise
+            raise ConfigError(
+                f"{file} cannot encode every text ({error}); give its model an unknown token"
+            ) from error
+        return tokenizer
+
+    @classmethod
     def from_json(cls, text: str) -> Tokenizer:
         """The tokenizer written by `to_json`; CheckpointError when it is none."""
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
+            content = json.loads(text)
+            if "special_tokens" not in content:
+                return cls(tokenizers.Tokenizer.from_str(text))
+            backend = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
+            return cls(backend, SpecialTokens(**content["special_tokens"]))
+        except CheckpointError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(
                 f"the tokenizer cannot be read ({error}); the checkpoint or file is damaged"
             ) from error
-        return cls(backend)
 
     def to_json(self) -> str:
-        """All of the tokenizer as text."""
+        """All of the tokenizer as text: the library's form, and beside it any names of our own."""
         text: str = self._backend.to_str()
-        return text
+        if self.special == _OURS:
+            return text
+        content = {"special_tokens": asdict(self.special), "tokenizer": json.loads(text)}
+        return json.dumps(content, ensure_ascii=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"json": self.to_json()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(tokenizers.Tokenizer.from_str(state["json"]))  # type: ignore[misc]
+        self.__dict__.update(Tokenizer.from_json(state["json"]).__dict__)
+
+    def _encoded(self, normal: str) -> tuple[list[int], list[int]]:
+        """Ids of a normalised text, and where in it each token ends."""
+        encoding = self._backend.encode(normal, add_special_tokens=False)
+        # A vocabulary of whole words may have one that reads like a special token.
+        special = (self.pad_id, self.bos_id, self.eos_id)
+        plain = [
+            (number, end)
+            for number, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if number not in special
+        ]
+        return [number for number, _ in plain], [end for _, end in plain]
 
     def tokens(self, text: str) -> list[int]:
         """All of the text's ids, without BOS and EOS."""
-        ids: list[int] = self._backend.encode(normalise(text), add_special_tokens=False).ids
-        return ids
+        return self._encoded(normalise(text))[0]
 
     def encode(self, text: str, max_tokens: int) -> list[int]:
-        """BOS, the text's tokens, EOS: at most `max_tokens` ids, the text's last ones cut off."""
-        assert max_tokens >= 2, f"max_tokens {max_tokens} leaves no room for BOS and EOS"
-        return [self.bos_id, *self.tokens(text)[: max_tokens - 2], self.eos_id]
+        """BOS, the text's tokens, EOS: at most `max_tokens` ids.
+
+        A longer text is cut after the last sentence that fits, where that keeps at least half of
+        the room, else after the last token that does.
+        """
+        room = max_tokens - 2
+        assert room >= 0, f"max_tokens {max_tokens} leaves no room for BOS and EOS"
+        normal = normalise(text)
+        ids, ends = self._encoded(normal)
+        if len(ids) > room:
+            ids = ids[: _fitting(normal, ends[:room])]
+        return [self.bos_id, *ids, self.eos_id]
 
     def is_truncated(self, text: str, max_tokens: int) -> bool:
         """Whether `encode` would cut `text`."""
@@ -136,3 +223,103 @@ class Tokenizer:
                 kept.append(int(number))
         text: str = self._backend.decode(kept, skip_special_tokens=False)
         return text.strip(" ")
+
+
+# The end of a sentence: its mark and closing brackets or quotes, then a space or the text's end.
+_SENTENCE_END = re.compile(r"[.!?][\"')\]\u201d\u2019\u00bb]*(?=\s|$)|[\u3002\uff01\uff1f]")
+# "2." and "(A)." before a finding, and abbreviations that a sentence goes on after.
+_NO_SENTENCE = re.compile(
+    r"\(?[a-z0-9]{1,2}|.*\b(approx|ca|cf|dr|e\.g|fig|i\.e|incl|mr|mrs|no|prof|vs)", re.I
+)
+
+
+def sentence_ends(text: str) -> list[int]:
+    """Places in a normalised text right after a sentence.
+
+    >>> text = "A. Breast: carcinoma, grade 3. Size 2.5 cm. 2. No tumour"
+    >>> [text[:end][-9:] for end in sentence_ends(text)]
+    [' grade 3.', 'e 2.5 cm.']
+    """
+    ends, start = [], 0
+    for match in _SENTENCE_END.finditer(text):
+        if _NO_SENTENCE.fullmatch(text[start : match.start()].strip()) is None:
+            start = match.end()
+            ends.append(start)
+    return ends
+
+
+def _fitting(text: str, ends: Sequence[int]) -> int:
+    """How many of the tokens that fit, which end at `ends` in `text`, to keep."""
+    if not ends:
+        return 0
+    # One letter more, to see that "2." is not the end of a sentence but the beginning of "2.5".
+    for place in reversed(sentence_ends(text[: ends[-1] + 1])):
+        kept = bisect.bisect_right(ends, place)
+        if 2 * kept < len(ends):
+            break
+        if ends[kept - 1] == place:
+            return kept
+    return len(ends)
+
+
+_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_ROLES = {
+    "eos": ("eos_token", "sep_token"),
+    "bos": ("bos_token", "cls_token"),
+    "pad": ("pad_token",),
+}
+
+
+def _named_tokens(folder: Path) -> dict[str, str]:
+    """Role ("eos", "bos", "pad") -> the token that the folder's files name, where they name one."""
+    named: dict[str, str] = {}
+    for file in (folder / name for name in _TOKEN_FILES):
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            tokens = {key: _content(content.get(key)) for keys in _ROLES.values() for key in keys}
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{file} cannot be used: {error}") from error
+        for role, keys in _ROLES.items():
+            found = next((token for key in keys if (token := tokens[key])), None)
+            if found and role not in named:
+                named[role] = found
+    return named
+
+
+def _content(token: Any) -> str | None:
+    """A token as these files have it: text, or a mapping with its `content`."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _with_special_tokens(
+    backend: tokenizers.Tokenizer, named: dict[str, str], file: Path
+) -> SpecialTokens:
+    """Make the three tokens special ones of `backend`, adding what is missing.
+
+    They must differ: a report is read at EOS, generation begins with BOS and ends with EOS, and
+    padding is none of both. Many tokenizers use one token for two of these.
+    """
+    chosen: dict[str, str] = {}
+    for role, ours in (("eos", _OURS.eos), ("bos", _OURS.bos), ("pad", _OURS.pad)):
+        token = named.get(role)
+        if token is None or token in chosen.values():
+            token = ours
+            while token in chosen.values():
+                token = f"<{token}>"
+        chosen[role] = token
+    before = backend.get_vocab(with_added_tokens=True)
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(t, special=True, normalized=False) for t in chosen.values()]
+    )
+    after = backend.get_vocab(with_added_tokens=True)
+    added = [token for token in chosen.values() if token not in before]
+    if len(set(after.values())) < len(set(before.values())) + len(added):
+        raise ConfigError(
+            f"{file}: its ids have gaps, so {', '.join(added)} cannot be added; add them with the "
+            "library that made it, and name them in tokenizer_config.json"
+        )
+    if added:
+        log.info("%s: added %s to the vocabulary", file, ", ".join(added))
+    return SpecialTokens(**chosen)

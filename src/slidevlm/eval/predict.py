@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slidevlm import dist
 from slidevlm.batch import Batch, Predictions
+from slidevlm.errors import DataError
 from slidevlm.losses import caption_loss_sum
 from slidevlm.models import CoCa
 from slidevlm.models.generate import Decoding, generate
@@ -53,6 +54,8 @@ def predict(
     precision: Precision,
     writing: Writing | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
+    *,
+    complete: bool = True,
 ) -> Predictions:
     """Embed (and, with `writing`, describe) every specimen once; the same result on every rank.
 
@@ -63,10 +66,20 @@ def predict(
         precision: of the forward pass; embeddings and losses are float32.
         writing: generate reports too.
         on_batch: told the number of specimens done on this rank.
+        complete: False where the loader may drop specimens; the result then lacks them.
+
+    Raises:
+        DataError: all have been dropped.
     """
     with evaluation_mode(model), torch.inference_mode():
         mine = _share(model, batches, precision, writing, on_batch)
-    return _merge(dist.gather_objects(mine), reports, model, writing is not None)
+    parts = [p for p in dist.gather_objects(mine) if p.specimens]  # a rank may have had none
+    found = {s for p in parts for s in p.specimens}
+    if not found:
+        raise DataError(f"none of the split's {len(reports)} specimens could be used")
+    if not complete:
+        reports = {name: text for name, text in reports.items() if name in found}
+    return _merge(parts, reports, model, writing is not None)
 
 
 def _share(
@@ -81,6 +94,8 @@ def _share(
     images: list[Tensor] = []
     texts: list[Tensor] = []
     for cpu_batch in batches:
+        if not len(cpu_batch):  # all its specimens were bad
+            continue
         batch = cpu_batch.to(precision.device)
         with precision.autocast():
             output = model(batch.bags, batch.tokens, batch.token_mask)
@@ -108,7 +123,6 @@ def _share(
 def _merge(
     parts: list[_Part], reports: dict[str, str], model: CoCa, generated: bool
 ) -> Predictions:
-    parts = [p for p in parts if p.specimens]  # a rank may have had none
     specimens = [s for p in parts for s in p.specimens]
     place = {specimen: i for i, specimen in enumerate(specimens)}
     assert len(place) == len(specimens) == len(reports), "each specimen exactly once"

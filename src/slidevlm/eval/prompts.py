@@ -131,15 +131,7 @@ def read_labels(path: Path, prompts: Prompts) -> Labels:
     Raises:
         DataError: unreadable, two classes for one specimen, or a class that has no prompt.
     """
-    if path.suffix.lower() in (".csv", ".tsv"):
-        found = _table(path)
-    else:
-        found = []
-        for key, value in _read_mapping(path, "a mapping of specimens to classes").items():
-            nested = isinstance(value, dict)
-            for specimen, label in value.items() if nested else [(key, value)]:
-                found.append((_name(key) if nested else "", _name(specimen), _name(label)))
-    classes = _collect(found, path)
+    classes = read_classes(path)
     strange = {c: s for s, c in classes.items() if c not in prompts.classes}
     if strange:
         shown = ", ".join(f"{c!r} (of {strange[c]!r})" for c in sorted(strange)[:10])
@@ -148,6 +140,23 @@ def read_labels(path: Path, prompts: Prompts) -> Labels:
             f"{', '.join(prompts.classes)}; add a prompt or leave these specimens out"
         )
     return Labels(path.stem, classes)
+
+
+def read_classes(path: Path) -> dict[str, str]:
+    """The class of each specimen from a label file in one of the forms of `read_labels`.
+
+    Raises:
+        DataError: none of these forms, or two classes for one specimen.
+    """
+    if path.suffix.lower() in (".csv", ".tsv"):
+        found = _table(path)
+    else:
+        found = []
+        for key, value in _read_mapping(path, "a mapping of specimens to classes").items():
+            nested = isinstance(value, dict)
+            for specimen, label in value.items() if nested else [(key, value)]:
+                found.append((_name(key) if nested else "", _name(specimen), _name(label)))
+    return _collect(found, path)
 
 
 def _collect(found: list[tuple[str, str, str]], path: Path) -> dict[str, str]:

@@ -104,11 +104,16 @@ def train(
 
 
 def _groups(loader: DataLoader[Batch], size: int) -> Iterator[list[Batch]]:
-    """Consecutive micro-batches; the sampler yields a multiple of `size` of them."""
+    """Consecutive micro-batches; the sampler yields a multiple of `size` of them.
+
+    Empty ones, whose specimens were all bad, count but are left out.
+    """
     group: list[Batch] = []
-    for batch in loader:
-        group.append(batch)
-        if len(group) == size:
+    count = 0
+    for count, batch in enumerate(loader, 1):
+        if len(batch):
+            group.append(batch)
+        if count % size == 0:
             yield group
             group = []
-    assert not group, "the sampler must yield whole groups"
+    assert count % size == 0, "the sampler must yield whole groups"

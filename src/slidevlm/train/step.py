@@ -78,7 +78,12 @@ class Terms:
 
 
 class Step:
-    """Computes gradients of the global objective and moves the weights."""
+    """Computes gradients of the global objective and moves the weights.
+
+    With `ragged`, ranks may have unequal numbers of specimens, or none: the gradient is that of
+    all there are, and where there are none at all the weights stay. Otherwise all must have the
+    same number, and need not tell each other.
+    """
 
     def __init__(
         self,
@@ -87,6 +92,8 @@ class Step:
         objective: Objective,
         precision: Precision,
         clip_norm: float | None,
+        *,
+        ragged: bool = False,
     ) -> None:
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self.precision = precision
@@ -94,11 +101,15 @@ class Step:
         self.clip_norm = math.inf if clip_norm is None else clip_norm
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.with_logits = objective.caption_weight > 0 and model.decoder is not None
+        self.ragged = ragged
+        self._gather = dist.gather_rows if ragged else dist.gather
         self.skipped = 0
         self._skipped_in_a_row = 0
 
     def __call__(self, batches: Sequence[Batch], rate: float) -> Terms:
         """One optimizer step on this rank's micro-batches."""
+        if self.ragged and not any(dist.gather_objects(len(batches))):
+            return self._nothing()
         self.optimizer.zero_grad(set_to_none=True)
         terms = self.gradients(batches)
         return self._move(terms, rate, batches)
@@ -117,6 +128,13 @@ class Step:
             terms = self._backward(batches, outputs, again)
         dist.sum_gradients(self.parameters)
         return terms
+
+    def _nothing(self) -> Terms:
+        """A step of which no rank has any specimen left: skipped, without touching the weights."""
+        self._skip([])
+        lost = torch.tensor(math.nan)
+        scale = self.model.log_scale.detach().exp()
+        return Terms(lost, lost, lost, scale, torch.zeros(()), skipped=True)
 
     def _forward(self, batch: Batch, *, with_logits: bool) -> Output:
         with self.precision.autocast():
@@ -141,9 +159,12 @@ class Step:
         before the next one's.
         """
         contrastive, image_gradients, text_gradients = self._contrastive(batches, embedded)
-        count = torch.stack([b.token_mask[:, 1:].sum() for b in batches]).sum()
+        count = self.model.log_scale.new_zeros((), dtype=torch.int64)
+        for batch in batches:
+            count = count + batch.token_mask[:, 1:].sum()
         count = dist.sum_(count).clamp_min(1)
         caption = torch.zeros((), device=count.device)
+        self.scaler.scale(caption)  # makes it ready, also where this rank has no specimen
         for batch, image_gradient, text_gradient in zip(
             batches, image_gradients, text_gradients, strict=True
         ):
@@ -160,7 +181,7 @@ class Step:
                 caption = caption + mine.detach()
             self.scaler.scale(surrogate).backward()
             del output, surrogate
-        caption = dist.sum_(caption)
+        caption = dist.sum_(caption.float())  # of one type, also where this rank had none
         weights = self.objective
         return Terms(
             loss=weights.contrastive_weight * contrastive + weights.caption_weight * caption,
@@ -181,11 +202,14 @@ class Step:
         """
         sizes = [len(b) for b in batches]
         if self.objective.contrastive_weight == 0:
-            nothing = embedded[0].logit_scale.detach().new_zeros(())
+            nothing = self.model.log_scale.detach().new_zeros(())
             return nothing, [nothing] * len(sizes), [nothing] * len(sizes)
-        image = _gathered([_present(o.image_embedding) for o in embedded])
-        text = _gathered([_present(o.text_embedding) for o in embedded])
-        ids = torch.cat(dist.gather(torch.cat([b.report_ids for b in batches])))
+        images = self._of_all([_present(o.image_embedding) for o in embedded])
+        texts = self._of_all([_present(o.text_embedding) for o in embedded])
+        none = self.model.log_scale.new_zeros(0, dtype=torch.int64)
+        ids = torch.cat(self._gather(torch.cat([none, *(b.report_ids for b in batches)])))
+        # [N, E] each, as leaves to differentiate by.
+        image, text = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
         masked = ids if self.objective.mask_duplicates else None
         loss = self.objective.contrastive(
             image, text, self.model.log_scale.exp(), self.model.bias, masked
@@ -197,13 +221,19 @@ class Step:
         scale = self.scaler.scale(loss.new_tensor(weight / dist.world_size()))
         for parameter, gradient in zip(temperature, gradients[2:], strict=True):
             parameter.grad = gradient * scale
-        first = dist.rank() * sum(sizes)
+        first = sum(len(part) for part in images[: dist.rank()])
         mine = slice(first, first + sum(sizes))
         return (
             loss.detach(),
             (weight * gradients[0][mine]).split(sizes),
             (weight * gradients[1][mine]).split(sizes),
         )
+
+    def _of_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Embeddings of all micro-batches of every rank, [n, E] each, without graph."""
+        if not parts:  # a rank without specimens cannot know E
+            return self._gather(torch.zeros((0, 0), device=self.model.log_scale.device))
+        return self._gather(torch.cat([part.detach() for part in parts]))
 
     def _move(self, terms: Terms, rate: float, batches: Sequence[Batch]) -> Terms:
         self.scaler.unscale_(self.optimizer)
@@ -216,27 +246,22 @@ class Step:
             self.model.clamp_scale()
             self._skipped_in_a_row = 0
         else:
-            self.skipped += 1
-            self._skipped_in_a_row += 1
-            self._give_up_when_hopeless(batches)
+            self._skip(batches)
         self.scaler.update()
         return replace(terms, gradient_norm=norm, skipped=not finite)
 
-    def _give_up_when_hopeless(self, batches: Sequence[Batch]) -> None:
+    def _skip(self, batches: Sequence[Batch]) -> None:
+        """Count a skipped step, and give up when that is hopeless."""
+        self.skipped += 1
+        self._skipped_in_a_row += 1
         if self._skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
             return
-        specimens = ", ".join(s for b in batches for s in b.specimen_ids)
+        specimens = ", ".join(s for b in batches for s in b.specimen_ids) or "none"
         raise TrainingError(
-            f"loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row; the last "
-            f"step's specimens: {specimens}. Look at their features, or lower --lr, or use "
-            "--precision fp32 or --grad-clip-norm 1"
+            f"loss or gradient was not finite, or no specimen usable, in {MAX_SKIPPED_IN_A_ROW} "
+            f"steps in a row; the last step's specimens: {specimens}. Look at their features, or "
+            "lower --lr, or use --precision fp32 or --grad-clip-norm 1"
         )
-
-
-def _gathered(parts: Sequence[Tensor]) -> Tensor:
-    """Embeddings of all micro-batches of all ranks, [N, E], as a leaf to differentiate by."""
-    mine = torch.cat([p.detach() for p in parts])
-    return torch.cat(dist.gather(mine)).requires_grad_()
 
 
 def _present(tensor: Tensor | None) -> Tensor:

@@ -92,7 +92,8 @@ class RunWatcher:
         self._step_seconds += line.step_seconds
         step = line.progress.step
         if line.terms.skipped:
-            log.warning("step %d skipped: its loss or gradient was not finite", step)
+            reason = "its loss or gradient was not finite" if line.samples else "no usable specimen"
+            log.warning("step %d skipped: %s", step, reason)
         if step % self.rhythm.log_every_n_steps == 0 or step == self._total:
             self._line(line)
         elif self._bar.visible and time.perf_counter() - self._shown > _BAR_SECONDS:

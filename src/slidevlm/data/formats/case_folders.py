@@ -16,33 +16,20 @@ pixels, as the format names no unit. Files are mapped, not loaded, so only sampl
 from __future__ import annotations
 
 import json
-import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from slidevlm.data.cases import Bag, Case, make_bag, unique_cases
+from slidevlm.data.cases import Bag, Case, Facts, keys_of_slides, make_bag, unique_cases
 from slidevlm.data.formats import FOLDERS
+from slidevlm.data.formats.torch_files import TileParts, load, tile_parts
 from slidevlm.data.reports import read_utf8
-from slidevlm.errors import DataError
+from slidevlm.data.slide_table import SlideRow
+from slidevlm.errors import ConfigError, DataError
 
-_COMPONENT = 0
 _INDEX = "feature_information.txt"
-
-
-@dataclass(frozen=True)
-class _Tiles:
-    """The parts of a file, still on disk: P of them, of S rows each."""
-
-    location: str
-    features: list[Tensor]  # P of [S, D]
-    positions: np.ndarray | None  # [P, 2]
-    slides: np.ndarray  # [P] int64
 
 
 @FOLDERS.register("case_folders")
@@ -51,12 +38,18 @@ class CaseFolders:
 
     description = f"data_*/{_INDEX} with data_*/extracted_features/*.pth"
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, slide_table: Sequence[SlideRow] | None = None) -> None:
+        if slide_table is not None:
+            raise ConfigError(
+                f"--slide-table: {root} is of the form {self.description}, which names its "
+                "specimens itself; leave the table out"
+            )
         self.path = root
         self.cases = unique_cases(
             [entry for index in _indices(root) for entry in _entries(index)], root
         )
-        self._last: _Tiles | None = None
+        self._last: TileParts | None = None
+        self._last_location = ""
 
     @staticmethod
     def recognises(root: Path) -> bool:
@@ -72,13 +65,13 @@ class CaseFolders:
 
     def length(self, case: Case) -> int:
         """Number of rows after flattening."""
-        return sum(len(feature) for feature in self._tiles(case).features)
+        return len(self._tiles(case).row_slides())
 
     def width(self) -> int:
         """Width D of the features, from the first case that has any."""
         for case in self.cases:
             if self.has_features(case) and (features := self._tiles(case).features):
-                return int(features[0].shape[1])
+                return features[0].shape[1]
         raise DataError(
             f"{self.path}: no .pth file named in {_INDEX} exists or holds tiles; looked for "
             f"{self.cases[0].location}"
@@ -87,35 +80,39 @@ class CaseFolders:
     def read(self, case: Case, rows: np.ndarray | None) -> Bag:
         """See `CaseStore.read`."""
         tiles = self._tiles(case)
-        sizes = np.array([len(feature) for feature in tiles.features], np.int64)
-        owner = np.repeat(np.arange(len(sizes)), sizes)  # [N] the part of each row
-        positions = None if tiles.positions is None else tiles.positions[owner]
-        slides = tiles.slides[owner]
-        if rows is None:
-            features = torch.cat(tiles.features) if tiles.features else torch.empty(0, 0)
-        else:
-            within = torch.from_numpy(rows - (np.cumsum(sizes) - sizes)[owner[rows]])
-            parts, starts = np.unique(owner[rows], return_index=True)
-            features = torch.cat(
-                [
-                    tiles.features[part][chosen]
-                    for part, chosen in zip(
-                        parts, torch.tensor_split(within, torch.from_numpy(starts[1:])), strict=True
-                    )
-                ]
-            )
-        if features.dtype == torch.float64:
-            features = features.float()
-        return make_bag(features, positions, slides, None if positions is None else "px", rows)
+        features = tiles.rows().read(rows)
+        positions = tiles.row_positions()
+        unit = None if positions is None else "px"
+        return make_bag(features, positions, tiles.row_slides(), unit, rows)
+
+    def facts(self, case: Case) -> Facts:
+        """See `Described.facts`."""
+        tiles = self._tiles(case)
+        return Facts(
+            format="case folders",
+            dtype=tiles.rows().dtype,
+            unit=None if tiles.positions is None else "px",
+            source=Path(case.location).name,
+        )
+
+    def files(self, case: Case) -> tuple[Path, ...]:
+        """See `Described.files`."""
+        return (Path(case.location),)
+
+    def tile_keys(self, case: Case) -> np.ndarray | None:
+        """See `Keyed.tile_keys`: whole numbers, where a specimen has several slides."""
+        slides = self._tiles(case).row_slides()
+        return keys_of_slides(slides) if slides.any() else None
 
     def text(self, case: Case) -> str | None:
         """None: reports come by --text-data-file."""
         return None
 
-    def _tiles(self, case: Case) -> _Tiles:
+    def _tiles(self, case: Case) -> TileParts:
         """The specimen's file; the last one is kept, as its length is asked before its rows."""
-        if self._last is None or self._last.location != case.location:
+        if self._last is None or self._last_location != case.location:
             self._last = _load(Path(case.location), case)
+            self._last_location = case.location
         return self._last
 
 
@@ -154,53 +151,11 @@ def _entries(index: Path) -> Iterator[tuple[str, str, str]]:
         yield patient, specimen, str(index.parent / "extracted_features" / file)
 
 
-def _load(path: Path, case: Case) -> _Tiles:
+def _load(path: Path, case: Case) -> TileParts:
     """Map a .pth file and list its tiles; DataError when it has another form."""
+    owner = f"{path} of specimen {case.specimen!r}"
     if not path.is_file():
         raise DataError(
-            f"no feature file {path} of specimen {case.specimen!r}; restore it or remove the "
-            "specimen from the split"
+            f"no feature file {owner}; restore it or remove the specimen from the split"
         )
-    try:
-        # Files older than torch 1.6 are no zip archives and cannot be mapped.
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except Exception as error:  # torch raises whatever the damage leads its unpickler to
-        raise DataError(
-            f"{path} of specimen {case.specimen!r} cannot be read ({error}); it must hold plain "
-            "tensors, dictionaries and tuples, saved by torch.save"
-        ) from error
-    if not isinstance(content, dict) or not isinstance(content.get(_COMPONENT), dict):
-        held = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise DataError(
-            f"{path} of specimen {case.specimen!r} has no component {_COMPONENT} (a dictionary of "
-            f"tiles); it holds {held}"
-        )
-    features, positions, slides = [], [], []
-    for key, tile in content[_COMPONENT].items():
-        try:
-            feature = tile["feature"]
-            features.append(feature.reshape(-1, feature.shape[-1]))
-            slides.append(int(key[1]))
-            if "position" in tile:
-                positions.append([float(value) for value in tile["position"]][:2])
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise DataError(
-                f"{path} of specimen {case.specimen!r}, tile {key!r}: not of the form (specimen, "
-                f"slide, section, tile): {{'feature': tensor, 'position': tensor}} ({error!r})"
-            ) from error
-    if len({feature.shape[1] for feature in features}) > 1:
-        raise DataError(f"{path} of specimen {case.specimen!r} has tiles of different widths")
-    if positions and (len(positions) != len(features) or min(map(len, positions)) < 2):
-        raise DataError(
-            f"{path} of specimen {case.specimen!r}: {len(positions)} of {len(features)} tiles have "
-            "a position, or some have less than two numbers; give x and y for all or none"
-        )
-    _, order = np.unique(np.array(slides, np.int64), return_inverse=True)
-    return _Tiles(
-        str(path),
-        features,
-        np.array(positions, np.float64) if positions else None,
-        order.astype(np.int64),
-    )
+    return tile_parts(load(path, owner), owner)

@@ -21,6 +21,8 @@ class TextConfig:
     heads: int = 8
     context_length: int = 128  # tokens of a report at most, BOS and EOS included
     vocab_size: int = 4096  # at most: a tokenizer trained on few reports has fewer
+    tokenizer: str = "train"  # on the training reports; or a folder with a tokenizer.json, whose
+    # vocabulary then is the size
     dropout: float = 0.1
     prior_rank: int = 0  # width of the fixed table of token vectors; 0: none
 

@@ -1,0 +1,79 @@
+"""Damage that HDF5 itself would follow for ever."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from slidevlm.data.formats.hdf5 import Hdf5File
+from slidevlm.data.formats.rows import damage
+from slidevlm.errors import DataError
+
+pytestmark = pytest.mark.timeout(60)  # HDF5 would not come back
+
+
+@pytest.fixture(params=["earliest", "latest"])
+def version(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def written(path: Path, version: str, user_block: int = 0) -> bytearray:
+    """A file with text in an attribute of a dataset, of the root, and in a dataset."""
+    with h5py.File(path, "w", libver=version, userblock_size=user_block) as file:
+        file["features"] = np.ones((2, 3), "f4")
+        file["features"].attrs["encoder"] = "uni"
+        file.attrs["unit"] = "um"
+        names = np.array(["one", "two", "three"], object)
+        file.create_dataset("names", data=names, dtype=h5py.string_dtype())
+    return bytearray(path.read_bytes())
+
+
+@pytest.mark.parametrize("user_block", [0, 1024])
+def test_sound_files_pass(tmp_path, version, user_block):
+    written(tmp_path / "a.h5", version, user_block)
+    file = Hdf5File(tmp_path / "a.h5")
+    assert sorted(file.names()) == ["features", "names"]
+    assert file.attribute("/features", "encoder") == "uni"
+    assert file.attribute("/", "unit") == "um"
+    assert file.values(file.dataset("/names")).tolist() == [b"one", b"two", b"three"]
+    file.close()
+
+
+@pytest.mark.parametrize("where", ["attribute", "root", "dataset"])
+def test_free_space_of_no_size(tmp_path, version, where):
+    content = written(tmp_path / "a.h5", version)
+    begin = content.index(b"GCOL")
+    at, texts = begin + 16, []
+    while (index := struct.unpack_from("<H", content, at)[0]) != 0:
+        (size,) = struct.unpack_from("<Q", content, at + 8)
+        texts.append(index)
+        at += 16 + (size + 7) // 8 * 8
+    assert len(texts) == 5
+    struct.pack_into("<Q", content, at + 8, 0)
+    (tmp_path / "a.h5").write_bytes(content)
+    file = Hdf5File(tmp_path / "a.h5")
+    with pytest.raises(DataError, match=r"a\.h5: .*free space of the heap"):
+        if where == "dataset":
+            with damage(file.path, "/names"):
+                file.values(file.dataset("/names"))
+        else:
+            file.attribute("/" if where == "root" else "/features",
+                           "unit" if where == "root" else "encoder")  # fmt: skip
+    file.close()
+
+
+def test_free_space_of_names_that_follows_itself(tmp_path):
+    content = written(tmp_path / "a.h5", "earliest")
+    begin = content.index(b"HEAP")
+    free, data = struct.unpack_from("<QQ", content, begin + 16)
+    struct.pack_into("<Q", content, data + free, free)
+    (tmp_path / "a.h5").write_bytes(content)
+    file = Hdf5File(tmp_path / "a.h5")
+    with pytest.raises(DataError, match=r"a\.h5: the names in / .*free space of the heap of names"):
+        file.names()
+    with pytest.raises(DataError):
+        file.dataset("/features")

@@ -1,0 +1,197 @@
+"""Steps of two processes that have unequal numbers of specimens, or none.
+
+This file is also the program of the two processes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from slidevlm import dist
+from slidevlm.batch import Bags, Batch
+from slidevlm.errors import DataError, TrainingError
+from slidevlm.losses import caption_loss_sum, contrastive_loss
+from slidevlm.models import CoCa, create_model
+from slidevlm.precision import resolve
+from slidevlm.train.optim import adamw
+from slidevlm.train.step import MAX_SKIPPED_IN_A_ROW, Objective, Step, softmax_term
+
+CPU = torch.device("cpu")
+# Sizes of the micro-batches of rank 0 and of rank 1; weights of the two losses.
+CASES = [
+    (((4,), (2,)), (1.0, 2.0)),
+    (((4,), ()), (1.0, 2.0)),
+    (((), (5,)), (1.0, 2.0)),
+    (((2, 1), (3,)), (1.0, 2.0)),
+    (((2, 2), (1, 1)), (1.0, 2.0)),
+    (((1,), (1, 2)), (1.0, 0.0)),
+    (((), (2, 2)), (0.0, 2.0)),
+]
+
+
+def tiny() -> CoCa:
+    torch.manual_seed(0)
+    model = create_model("coca_tiny", tile_width=6, vocab_size=20).double()
+    with torch.no_grad():  # a new model's residual branches are 0 and would hide mistakes
+        for name, parameter in model.named_parameters():
+            if name != "log_scale":
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def batch_of(numbers: range) -> Batch:
+    """Specimens that their number decides: bags and reports of different lengths."""
+    draws = [torch.Generator().manual_seed(number) for number in numbers]
+    bags = [
+        torch.randn(1 + n % 4, 6, generator=g, dtype=torch.float64)
+        for n, g in zip(numbers, draws, strict=True)
+    ]
+    places = [1e4 * torch.rand(len(b), 2, generator=g) for b, g in zip(bags, draws, strict=True)]
+    lengths = torch.tensor([3 + n % 3 for n in numbers])
+    tokens = torch.stack([torch.randint(3, 20, (6,), generator=g) for g in draws])
+    mask = torch.arange(6) < lengths[:, None]
+    names = tuple(f"s{n}" for n in numbers)
+    return Batch(
+        Bags(torch.cat(bags), tuple(len(b) for b in bags), torch.cat(places), None, "um"),
+        tokens * mask,
+        mask,
+        torch.tensor([min(n, 4) for n in numbers]),
+        names,
+        names,
+    )  # fmt: skip
+
+
+def step_for(model: CoCa, weights: tuple[float, float]) -> Step:
+    objective = Objective(softmax_term, *weights, mask_duplicates=True)
+    optimizer = adamw(model, lr=1e-2, betas=(0.9, 0.98), eps=1e-8, decay=0.1)
+    return Step(model, optimizer, objective, resolve("fp32", CPU), None, ragged=True)
+
+
+def work(folder: Path) -> None:
+    dist.start("gloo", CPU)
+    torch.set_num_threads(1)
+    rank, results = dist.rank(), {}
+    for case, (sizes, weights) in enumerate(CASES):
+        first = sum(sizes[0]) if rank else 0
+        mine = []
+        for size in sizes[rank]:
+            mine.append(batch_of(range(first, first + size)))
+            first += size
+        model = tiny()
+        terms = step_for(model, weights).gradients(mine)
+        results[case] = {n: p.grad for n, p in model.named_parameters()}
+        results[case]["loss"] = terms.loss
+    results["nothing"] = nothing()
+    results["rows"] = dist.gather_rows(torch.full((rank * 2, 3), float(rank)))
+    results["none"] = [tuple(t.shape) for t in dist.gather_rows(torch.zeros(0, 0))]
+    results["made"] = dist.from_main(lambda: f"made by {rank}")
+    try:
+        dist.from_main(refuse)
+    except DataError as error:
+        results["refused"] = str(error)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.stop()
+
+
+def refuse() -> str:
+    assert dist.is_main(), "the others do not try"
+    raise DataError("cannot be made")
+
+
+def nothing() -> dict[str, bool]:
+    model = tiny()
+    step = step_for(model, (1.0, 2.0))
+    step([batch_of(range(3))], 1e-3)  # the optimizer has momentum, which must not move anything
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    terms = step([], 1e-3)
+    found = {
+        "skipped": terms.skipped and step.skipped == 1,
+        "unmoved": all(torch.equal(p, before[n]) for n, p in model.named_parameters()),
+        "gives_up": False,
+    }
+    try:
+        for _ in range(MAX_SKIPPED_IN_A_ROW):
+            step([], 1e-3)
+    except TrainingError:
+        found["gives_up"] = step.skipped == MAX_SKIPPED_IN_A_ROW
+    return found
+
+
+def reference(count: int, weights: tuple[float, float]) -> dict[str, Tensor | None]:
+    """The objective as it is written down, on all specimens together, by plain autograd."""
+    model, batch = tiny(), batch_of(range(count))
+    out = model(batch.bags, batch.tokens, batch.token_mask)
+    contrastive = contrastive_loss(
+        out.image_embedding, out.text_embedding, out.logit_scale, batch.report_ids
+    )
+    caption = caption_loss_sum(out.logits, batch.tokens, batch.token_mask)
+    loss = weights[0] * contrastive + weights[1] * caption / batch.token_mask[:, 1:].sum()
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env={**os.environ, **place, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=str)
+def test_unequal_ranks_have_the_gradient_of_all_specimens(results: list[dict], case: int) -> None:
+    sizes, weights = CASES[case]
+    expected = reference(sum(map(sum, sizes)), weights)
+    for rank in (0, 1):
+        for name, value in expected.items():
+            found = results[rank][case][name]
+            # A weight of 0 leaves no gradient in one, and a sum of zeros in the other.
+            if value is None or found is None:
+                assert (value is None or not value.any()) and (found is None or not found.any())
+                continue
+            torch.testing.assert_close(
+                found.double(), value.double(), atol=1e-6, rtol=1e-4, msg=name
+            )
+
+
+def test_a_step_without_any_specimen_moves_nothing(results: list[dict]) -> None:
+    for rank in (0, 1):
+        assert results[rank]["nothing"] == {"skipped": True, "unmoved": True, "gives_up": True}
+
+
+def test_rows_and_what_the_first_makes(results: list[dict]) -> None:
+    for rank in (0, 1):
+        rows = results[rank]["rows"]
+        assert [tuple(r.shape) for r in rows] == [(0, 3), (2, 3)] and (rows[1] == 1).all()
+        assert results[rank]["none"] == [(0, 0), (0, 0)]
+        assert results[rank]["made"] == "made by 0"
+        assert results[rank]["refused"] == "cannot be made"
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
