@@ -77,3 +77,16 @@ def test_free_space_of_names_that_follows_itself(tmp_path):
         file.names()
     with pytest.raises(DataError):
         file.dataset("/features")
+
+
+def test_attributes_that_are_neither_number_nor_text(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.attrs["list"] = np.array([np.arange(3), np.arange(2)], h5py.vlen_dtype("i4"))
+        file.attrs["place"] = file.ref
+        file.attrs["yes"] = True
+        file.attrs["both"] = [1.5, 2.5]
+    file = Hdf5File(tmp_path / "a.h5")
+    assert file.attribute("/", "yes") is True and file.attribute("/", "both") == [1.5, 2.5]
+    for name in ("list", "place"):
+        with pytest.raises(DataError, match=rf"a\.h5: attribute {name} of / is neither number"):
+            file.attribute("/", name)

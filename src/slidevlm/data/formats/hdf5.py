@@ -36,6 +36,7 @@ from slidevlm.errors import DataError
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _LINKS_FOLLOWED = 16
+_PLAIN_TYPES = (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM)
 _METADATA_BYTES = (2**18, 2**19, 2**20)  # smallest, first and largest size of HDF5's cache
 
 
@@ -254,6 +255,10 @@ class Hdf5File:
                 return None
             assert self._handle is not None
             kept = h5py.h5a.open(holder.id, name.encode())
+            if kept.get_type().get_class() not in _PLAIN_TYPES:
+                raise DataError(
+                    f"{self.path}: attribute {name} of {path} is neither number nor text"
+                )
             descriptor, base = self._handle.raw.fileno(), self._handle.user_block
             check_attribute(descriptor, base, _header(holder), kept, name)
             value = holder.attrs[name]
