@@ -113,7 +113,7 @@ def test_check_uses_the_tokenizer_and_width_of_a_checkpoint(cohort, tmp_path, ca
     )
     training = ckpt.TrainState(
         progress=ckpt.Progress(), optimizer={}, scaler={}, random=[], order={}, skipped=0,
-        config="", metrics={},
+        threads=1, config="", metrics={},
     )  # fmt: skip
     ckpt.save(tmp_path / "a.pt", state, training)
     output = ["--output", str(tmp_path / "report")]
@@ -123,7 +123,8 @@ def test_check_uses_the_tokenizer_and_width_of_a_checkpoint(cohort, tmp_path, ca
     assert "the model was trained on positions in px, this data has um" in shown
     checked = json.loads((tmp_path / "report" / "check.json").read_text())
     store = Hdf5Cases(cohort.hdf5, "demo", "report")
-    longest = max(len(store.text(case).encode()) for case in store.cases) + 2
+    # BOS, EOS, and the space that the first word is read with.
+    longest = max(len(store.text(case).encode()) for case in store.cases) + 3
     assert checked["histograms"][1]["edges"][-1] == longest + 1
 
 

@@ -231,7 +231,7 @@ def test_the_command_line():
     config, _ = parse_config([*words, "probability=1"])
     assert config.data.aug_transforms == ("random_flip", "feature_noise")
     assert config.data.aug_cfg["noise_std"] == 0.01 and "--aug-cfg" not in problems_of(config)
-    with pytest.raises(ConfigError, match="probability is given twice"):
+    with pytest.raises(ConfigError, match="'probability' is given twice"):
         parse_config(["--aug-cfg", "transform_type=random_flip", "probability=1", "probability=0"])
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from slidevlm.batch import Bags
-from slidevlm.models import CoCa, build_model, create_model, zoo
+from slidevlm.errors import ConfigError
+from slidevlm.models import CoCa, build_model, create_model, from_dict, zoo
 from slidevlm.models.slide.base import FourierPositions, moments
 
 LENGTHS = (7, 1, 30, 3)
@@ -108,6 +109,33 @@ def test_the_gist_reaches_the_logits_without_the_slide_tokens() -> None:
         model.gist.weight.zero_()
         logits = model(bags_for((4, 9)), tokens, tokens > 0).logits
     torch.testing.assert_close(logits[0], logits[1])
+
+
+def test_words_of_the_slides_embedding_are_more_likely() -> None:
+    tiny = zoo.load("coca_tiny")
+    decoder = dataclasses.replace(tiny.decoder, words=3.0)
+    model = build_model(dataclasses.replace(tiny, tile_width=12, decoder=decoder), 50).eval()
+    table = torch.zeros(50, 8)
+    model.prior.set_table(table)
+    tokens = torch.tensor([[1, 5, 6, 2]] * 4)
+    with torch.no_grad():
+        output = model(bags_for(), tokens, tokens > 0)
+        # Token 7 says just what the first slide's embedding says, as far as the prior can.
+        table[7] = output.image_embedding[0] @ model.prior.project.weight
+        model.prior.set_table(table)
+        told = model(bags_for(), tokens, tokens > 0)
+    gain = told.logits - output.logits
+    expected = 3 * output.image_embedding @ model.prior.project.weight @ table[7]  # [B]
+    torch.testing.assert_close(gain[:, :, 7], expected[:, None].expand(4, 3), atol=1e-5, rtol=1e-4)
+    assert expected[0] > 0.01 and gain[:, :, :7].abs().max() < 1e-5
+
+
+def test_words_without_a_prior_are_refused() -> None:
+    content = zoo.load("coca_tiny").to_dict()
+    content["decoder"]["words"] = 1.0
+    content["text"]["prior_rank"] = 0
+    with pytest.raises(ConfigError, match="decoder.words needs a text prior"):
+        from_dict(content, "mine.json")
 
 
 def test_clip_has_no_decoder() -> None:

@@ -21,8 +21,10 @@ NAMES = tuple(f"s{i}" for i in range(5))
 def model_for(seed: int = 0, spread: float = 0.3, *, gist: bool = False) -> CoCa:
     torch.manual_seed(seed)
     tiny = zoo.load("coca_tiny")
-    decoder = replace(tiny.decoder, gist=gist)
+    decoder = replace(tiny.decoder, gist=gist, words=1.0 if gist else 0.0)
     model = build_model(replace(tiny, tile_width=12, decoder=decoder), vocab_size=40).eval()
+    if gist:
+        model.prior.set_table(torch.randn(40, 8))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(spread * torch.randn_like(parameter))

@@ -57,9 +57,12 @@ class CoCa(nn.Module):
             self.gist: nn.Linear | None = None
             if config.decoder.gist:
                 self.gist = nn.Linear(config.embed_dim, width, bias=False)
+            self.words = nn.Parameter(torch.empty(())) if config.decoder.words else None
         self.log_scale = nn.Parameter(torch.empty(()))
         self.bias = None if init_bias is None else nn.Parameter(torch.empty(()))
         self._reset(init_log_scale, init_bias)
+        if config.decoder is not None and self.words is not None:
+            nn.init.constant_(self.words, config.decoder.words)
         if self.decoder is not None and config.decoder is not None and config.decoder.tied:
             self.decoder.tie(self.text.tokens)
 
@@ -104,8 +107,7 @@ class CoCa(nn.Module):
         logits = None
         if with_logits and self.decoder is not None:
             # The state at EOS predicts nothing.
-            told = self._told(hidden[:, :-1], image)
-            logits = self.decoder(told, self._view(slide))
+            logits = self._write(hidden[:, :-1], image, self._view(slide))
         return Output(
             image_embedding=image,
             text_embedding=self._embed_text(hidden, tokens, token_mask),
@@ -138,9 +140,9 @@ class CoCa(nn.Module):
     def step(self, tokens: Tensor, cache: CoCaCache) -> Tensor:
         """tokens [B, n] after those in the cache -> logits [B, V] of the next token."""
         assert self.decoder is not None, "a clip model has no decoder"
-        hidden = self._told(self.text(tokens, cache.encoder), cache.image)
-        logits: Tensor = self.decoder(hidden, cache.decoder.slide, cache.decoder.text)[:, -1]
-        return logits
+        hidden = self.text(tokens, cache.encoder)
+        seen = cache.decoder
+        return self._write(hidden, cache.image, seen.slide, seen.text)[:, -1]
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
@@ -157,9 +159,22 @@ class CoCa(nn.Module):
             embedding = self.prior(tokens, mask, embedding)
         return F.normalize(embedding.float(), dim=-1)
 
-    def _told(self, hidden: Tensor, image: Tensor) -> Tensor:
-        """Hidden states [B, L, width], with the slide's embedding [B, E] added where wanted."""
-        return hidden if self.gist is None else hidden + self.gist(image)[:, None]
+    def _write(
+        self,
+        hidden: Tensor,
+        image: Tensor,
+        view: list[tuple[Tensor, Tensor]],
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """hidden [B, L, width], image embedding [B, E], `_view`'s result -> logits [B, L, V]."""
+        assert self.decoder is not None
+        if self.gist is not None:
+            hidden = hidden + self.gist(image)[:, None]
+        logits: Tensor = self.decoder(hidden, view, caches)
+        if self.words is not None:
+            assert self.prior is not None, "the schema has made sure of a prior"
+            logits = logits + self.words * self.prior.words(image)[:, None]
+        return logits
 
     def _view(self, slide: Tensor) -> list[tuple[Tensor, Tensor]]:
         assert self.decoder is not None

@@ -75,6 +75,8 @@ def from_dict(content: Any, where: str) -> ModelConfig:
     if _type_of(text, f"{where}: text") != "scratch":
         raise ConfigError(f"{where}: {unknown('text type', str(top.text['type']), ['scratch'])}")
     decoder = top.decoder
+    if decoder and decoder.get("words") and not text.get("prior_rank"):
+        raise ConfigError(f"{where}: decoder.words needs a text prior; set text.prior_rank above 0")
     return ModelConfig(
         family=top.family,
         slide_type=slide_type,

@@ -22,6 +22,9 @@ class DecoderConfig:
     dropout: float = 0.1
     tied: bool = True  # the vocabulary projection is the token embedding
     gist: bool = False  # the slide's contrastive embedding is added to every token's state
+    # The text prior's `words` of that embedding are added to the logits, with a learned weight
+    # that starts at this value; 0: not at all. The cure for a few hundred reports.
+    words: float = 0.0
 
     def __post_init__(self) -> None:
         if self.layers < 1:

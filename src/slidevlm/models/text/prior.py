@@ -50,3 +50,10 @@ class TextPrior(nn.Module):
         # BOS and EOS are in no report's statistics: their vectors are 0.
         known = self.project(F.normalize(pooled, dim=-1))
         return known + self.gate * F.normalize(contextual, dim=-1)
+
+    def words(self, embedding: Tensor) -> Tensor:
+        """How far each token's vector points the way of an embedding: [B, E] -> [B, V].
+
+        What a slide's embedding says of the words of its report, before any decoder has learnt.
+        """
+        return embedding @ self.project(self.table).T
