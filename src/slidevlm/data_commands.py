@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slidevlm.app import new_tokenizer, open_cohort, start_of
+from slidevlm.app.cohorts import open_cohort
+from slidevlm.app.trained import new_tokenizer
+from slidevlm.app.weights import start_of
 from slidevlm.config import Config, validate_data
 from slidevlm.data import check as checking
 from slidevlm.data.cases import Case, CaseStore, open_store

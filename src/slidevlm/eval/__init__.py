@@ -22,4 +22,5 @@ def evaluate(predictions: Predictions, tasks: Sequence[Task]) -> TaskResult:
         assert not twice, f"two tasks report {sorted(twice)}"
         merged.metrics.update(result.metrics)
         merged.details.update(result.details)
+        merged.resampled.update(result.resampled)
     return merged

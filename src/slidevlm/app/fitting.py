@@ -1,0 +1,234 @@
+"""Training: everything the loop needs, chosen from the configuration."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from slidevlm import dist
+from slidevlm.app.cohorts import Data
+from slidevlm.app.datasets import bag_dataset
+from slidevlm.app.judging import Judge
+from slidevlm.app.trained import Trained
+from slidevlm.app.weights import Start
+from slidevlm.config import Config
+from slidevlm.data.augment import Augmentation
+from slidevlm.data.dataset import BagDataset, make_loader
+from slidevlm.data.sampling import TrainBatches
+from slidevlm.errors import CheckpointError, ConfigError
+from slidevlm.flags import to_yaml
+from slidevlm.precision import Precision
+from slidevlm.run import CHECKPOINTS, Run
+from slidevlm.train import checkpoint as ckpt
+from slidevlm.train import schedule
+from slidevlm.train.loop import Plan
+from slidevlm.train.loop import train as run_loop
+from slidevlm.train.optim import adamw, load_state
+from slidevlm.train.step import Objective, Step, sigmoid_term, softmax_term
+from slidevlm.train.watch import Rhythm, RunWatcher
+
+log = logging.getLogger("slidevlm")
+
+
+def fit(
+    config: Config,
+    data: Data,
+    trained: Trained,
+    precision: Precision,
+    start: Start,
+    run: Run,
+    folder: Path | None,
+    judge: Judge,
+) -> dict[str, float]:
+    assert data.train is not None, "validate has made sure of a training split"
+    optim, seed = config.optim, config.evaluation.seed
+    _check_losses(config, trained)
+    seed_everything(seed + 1 + dist.rank())
+    augmentation = _augmentation(config, trained)
+    dataset = bag_dataset(config, data.store, data.train, trained, augmentation, training=True)
+    batches = _train_batches(config, dataset)
+    pin = precision.device.type == "cuda"
+    loader = make_loader(dataset, batches, config.data.workers, pin_memory=pin, bad=judge.bad)
+    optimizer = adamw(
+        trained.model,
+        lr=_known(optim.lr),
+        betas=(_known(optim.beta1), _known(optim.beta2)),
+        eps=_known(optim.eps),
+        decay=optim.wd,
+    )
+    objective = Objective(
+        sigmoid_term if config.loss.siglip else softmax_term,
+        config.loss.coca_contrastive_loss_weight,
+        config.loss.coca_caption_loss_weight,
+        mask_duplicates=config.loss.false_negatives == "mask",
+    )
+    step = Step(
+        trained.model,
+        optimizer,
+        objective,
+        precision,
+        optim.grad_clip_norm,
+        ragged=config.data.skip_bad_specimens,
+    )
+    steps_an_epoch = len(batches) // optim.accum_freq
+    plan = Plan(optim.epochs, optim.accum_freq, _schedule(config, steps_an_epoch), precision.device)
+    order = {
+        "specimens": len(dataset),
+        "global_batch": config.data.batch_size * dist.world_size() * optim.accum_freq,
+        "seed": seed,
+        "similar_lengths": batches.lengths_id(),
+    }
+    progress = ckpt.Progress()
+    if start.training is not None:
+        progress = _go_on(start.training, step, order)
+
+    def state(
+        at: ckpt.Progress, metrics: dict[str, float]
+    ) -> tuple[ckpt.ModelState, ckpt.TrainState]:
+        return trained.state(), ckpt.TrainState(
+            progress=at,
+            optimizer=optimizer.state_dict(),
+            scaler=step.scaler.state_dict(),
+            random=dist.gather_objects(ckpt.random_state()),
+            order=order,
+            skipped=step.skipped,
+            config=to_yaml(config),
+            metrics=metrics,
+            threads=torch.get_num_threads(),
+        )
+
+    keeper = ckpt.Keeper(
+        None if folder is None else folder / CHECKPOINTS,
+        every_epochs=config.checkpoint.save_frequency,
+        epochs=optim.epochs,
+        most_recent=config.checkpoint.save_most_recent,
+        delete_previous=config.checkpoint.delete_previous_checkpoint,
+    )
+    rhythm = Rhythm(
+        epochs=optim.epochs,
+        steps_an_epoch=steps_an_epoch,
+        log_every_n_steps=config.logging.log_every_n_steps,
+        save_every_n_steps=config.checkpoint.save_every_n_steps,
+        val_frequency=config.evaluation.val_frequency,
+        caption_val_frequency=config.evaluation.caption_val_frequency,
+        eval_grace_period=config.evaluation.eval_grace_period,
+        captions=config.evaluation.save_captions,
+    )
+    watcher = RunWatcher(
+        run,
+        keeper,
+        state,
+        lambda epoch, write, at: judge.epoch(data.vals, epoch, write, at),
+        rhythm,
+        progress,
+        {} if start.training is None else start.training.metrics,
+    )
+    try:
+        run_loop(step, loader, batches, plan, watcher, progress)
+    finally:
+        watcher.close()
+    if step.skipped:
+        log.warning("%d steps were skipped: loss or gradient not finite", step.skipped)
+    return watcher.metrics
+
+
+def _augmentation(config: Config, trained: Trained) -> Augmentation:
+    """--aug-cfg; ConfigError where it would move positions that are not there."""
+    keys = {k: v for k, v in config.data.aug_cfg.items() if k != "transform_type"}
+    augmentation = Augmentation(config.data.aug_transforms, **keys)
+    if augmentation.moves and trained.unit is None:
+        raise ConfigError(
+            f"--aug-cfg {', '.join(augmentation.moves)} moves positions, and this data has none; "
+            "leave it out or add positions to the data"
+        )
+    return augmentation
+
+
+def _train_batches(config: Config, dataset: BagDataset) -> TrainBatches:
+    data, accum_freq, world_size = config.data, config.optim.accum_freq, dist.world_size()
+    # A step that is one batch of one process has nothing to balance, and needs no lengths.
+    parted = data.bucket == "balance" and world_size * accum_freq > 1
+    return TrainBatches(
+        len(dataset),
+        data.batch_size,
+        config.evaluation.seed,
+        rank=dist.rank(),
+        world_size=world_size,
+        accum_freq=accum_freq,
+        lengths=dist.from_main(dataset.lengths) if parted or data.bucket == "length" else None,
+        similar=data.bucket == "length",
+    )
+
+
+def _known(value: float | None) -> float:
+    assert value is not None, "with_adam_defaults has filled it"
+    return value
+
+
+def _check_losses(config: Config, trained: Trained) -> None:
+    if trained.model.decoder is None and config.loss.coca_contrastive_loss_weight == 0:
+        raise ConfigError(
+            "--coca-contrastive-loss-weight 0 leaves a clip model nothing to learn; "
+            "train a coca model or give a weight"
+        )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and random; data order and draws have seeds of their own."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _schedule(config: Config, steps_an_epoch: int) -> schedule.Schedule:
+    optim = config.optim
+    rate, total = _known(optim.lr), optim.epochs * steps_an_epoch
+    if optim.skip_scheduler or optim.lr_scheduler == "const":
+        return schedule.constant(rate, optim.warmup)
+    if optim.lr_scheduler == "cosine":
+        return schedule.cosine(rate, optim.warmup, total)
+    cooldown = (optim.epochs_cooldown or 0) * steps_an_epoch
+    return schedule.constant_cooldown(
+        rate, optim.warmup, total, cooldown, optim.lr_cooldown_power, optim.lr_cooldown_end
+    )
+
+
+def _go_on(saved: ckpt.TrainState, step: Step, order: dict[str, int]) -> ckpt.Progress:
+    """Restore optimizer, scaler and random state; refuse what would silently drift."""
+    was = {name: saved.order.get(name, 0) for name in order}
+    if was != order:
+        differs = ", ".join(f"{k} {was[k]} -> {order[k]}" for k in order if was[k] != order[k])
+        if saved.progress.batch:
+            raise CheckpointError(
+                "the checkpoint lies within an epoch, but the order of the data changed "
+                f"({differs}); "
+                "use the same data, --batch-size, --accum-freq, --seed and number of processes, or "
+                "a checkpoint from the end of an epoch"
+            )
+        log.warning("the order of the data differs from that of the checkpoint (%s)", differs)
+    load_state(step.optimizer, saved.optimizer)
+    step.scaler.load_state_dict(saved.scaler)
+    step.skipped = saved.skipped
+    if len(saved.random) == dist.world_size():
+        ckpt.set_random_state(saved.random[dist.rank()])
+    else:
+        log.warning(
+            "saved by %d processes, going on with %d: dropout is drawn anew",
+            len(saved.random),
+            dist.world_size(),
+        )
+    threads = torch.get_num_threads()
+    if threads != saved.threads and step.precision.device.type == "cpu":
+        log.warning(
+            "saved with %d threads, going on with %d: sums on a CPU depend on their number, so "
+            "the weights agree with those of an uninterrupted run only to rounding; for the same "
+            "bits set OMP_NUM_THREADS=%d",
+            saved.threads,
+            threads,
+            saved.threads,
+        )
+    return saved.progress

@@ -1,0 +1,76 @@
+"""The run folder: its name, its claim, and what becomes of it after an error."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slidevlm import dist
+from slidevlm.config import Config
+from slidevlm.errors import ConfigError, SlideVLMError
+from slidevlm.run import CHECKPOINTS, METRICS
+
+
+@contextmanager
+def claimed_folder(config: Config) -> Iterator[Path | None]:
+    """The run folder; gone again when a user's error ends the run before it did any work."""
+    is_new = config.logs is not None and config.checkpoint.resume is None
+    folder = _claim_folder(config)
+    try:
+        yield folder
+    except SlideVLMError:
+        if is_new and folder is not None and dist.is_main() and not _has_work(folder):
+            shutil.rmtree(folder)
+        raise
+
+
+def _has_work(folder: Path) -> bool:
+    metrics, saved = folder / METRICS, folder / CHECKPOINTS
+    return (metrics.exists() and metrics.stat().st_size > 0) or saved.exists()
+
+
+def config_name(config: Config, folder: Path | None) -> str:
+    """An evaluation in the folder of a training does not take the place of its settings."""
+    if config.evaluation.test and folder is not None and (folder / "config.yaml").exists():
+        return "evaluation.yaml"
+    return "config.yaml"
+
+
+def _claim_folder(config: Config) -> Path | None:
+    """The run folder, made by the first process; an existing run is an error on every rank."""
+    logs = config.logs
+    if logs is None:
+        return None
+    name = dist.broadcast_object(config.logging.name or default_name(config))
+    folder = logs / name
+    problem = None
+    if dist.is_main():
+        resumes = config.checkpoint.resume is not None
+        if folder.exists() and not resumes:
+            problem = f"run {name!r} exists in {logs}; choose another --name or --resume latest"
+        else:
+            try:
+                folder.mkdir(parents=True, exist_ok=resumes)
+            except OSError as error:
+                problem = f"--logs: cannot make {folder}: {error}"
+    problem = dist.broadcast_object(problem)
+    if problem is not None:
+        raise ConfigError(problem)
+    return folder
+
+
+def default_name(config: Config) -> str:
+    """`YYYY_MM_DD-HH_MM_SS-model_..-lr_..-b_..-j_..-p_..`."""
+    return "-".join(
+        [
+            time.strftime("%Y_%m_%d-%H_%M_%S"),
+            f"model_{Path(config.model.model).stem}",
+            f"lr_{config.optim.lr:g}",
+            f"b_{config.data.batch_size}",
+            f"j_{config.data.workers}",
+            f"p_{config.optim.precision}",
+        ]
+    )

@@ -1,0 +1,154 @@
+"""A run from its arguments to its last metrics."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from slidevlm import dist
+from slidevlm.app.cohorts import Data, open_data
+from slidevlm.app.datasets import bag_dataset
+from slidevlm.app.devices import choose_device, with_device
+from slidevlm.app.fitting import fit
+from slidevlm.app.folders import claimed_folder, config_name
+from slidevlm.app.judging import Judge
+from slidevlm.app.trained import Trained, model_for
+from slidevlm.app.weights import Start, start_of
+from slidevlm.config import Config, given_values, validate, with_adam_defaults, with_values
+from slidevlm.data.dataset import BadSpecimens, StopAtBad
+from slidevlm.errors import ConfigError
+from slidevlm.flags import read_yaml, to_yaml
+from slidevlm.precision import Precision
+from slidevlm.precision import resolve as resolve_precision
+from slidevlm.run import Run, configure_logging, environment
+
+log = logging.getLogger("slidevlm")
+
+
+def train(config: Config) -> dict[str, float]:
+    """Train (or, with --test, only evaluate) as the arguments say.
+
+    Returns:
+        The last metrics: those of the test split where one is given, else of validation.
+
+    Raises:
+        SlideVLMError: for everything a user can mend.
+    """
+    validate(config)
+    config = with_adam_defaults(config)
+    device = choose_device(config)
+    dist.start(config.distributed.dist_backend, device)
+    try:
+        configure_logging(debug=config.logging.debug, main=dist.is_main())
+        precision = resolve_precision(config.optim.precision, device)
+        with _debugging(config.logging.debug):
+            return _train(with_device(config, device), precision)
+    finally:
+        dist.stop()
+
+
+def evaluate_run(run: Path, overrides: Config | None = None) -> dict[str, float]:
+    """Evaluate a run's newest checkpoint on its splits, or as `overrides` says otherwise.
+
+    Writes into `<run>/evaluation-<time>` unless `overrides` names another place.
+
+    Returns:
+        Metrics by `<split>/<task>/<metric>`.
+    """
+    saved = run / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(f"{run} is not a run folder: it has no config.yaml")
+    values = read_yaml(saved)
+    given = {} if overrides is None else given_values(overrides)
+    # What belongs to training alone would be refused, or evaluate the training split unasked.
+    values = {k: v for k, v in values.items() if k not in ("train_split", "num_samples", "device")}
+    place = {"logs": str(run), "name": time.strftime("evaluation-%Y_%m_%d-%H_%M_%S")}
+    if "resume" not in given and "pretrained" not in given:
+        values["pretrained"] = str(run)
+    return train(with_values(Config(), {**values, **place, **given, "test": True}))
+
+
+@contextmanager
+def _debugging(enabled: bool) -> Iterator[None]:
+    with torch.autograd.set_detect_anomaly(enabled):
+        yield
+
+
+def _train(config: Config, precision: Precision) -> dict[str, float]:
+    with claimed_folder(config) as folder:
+        return _train_in(folder, config, precision)
+
+
+def _train_in(folder: Path | None, config: Config, precision: Precision) -> dict[str, float]:
+    start = start_of(config, folder)
+    data = open_data(config)
+    trained = model_for(config, data, start, precision.device)
+    new = folder is not None and dist.is_main()
+    with Run(folder if new else None, sorted(config.reports), _told_until(config, start)) as run:
+        run.write(config_name(config, folder), to_yaml(config))
+        run.write("tokenizer.json", trained.tokenizer.to_json())
+        run.write_json("model.json", trained.config.to_dict())
+        run.write_json("environment.json", environment())
+        for split in data.splits:
+            if split.missing:
+                run.write(f"missing_{split.name}.txt", "\n".join(split.missing) + "\n")
+        parameters = sum(p.numel() for p in trained.model.parameters())
+        log.info(
+            "model %s: %.1f million parameters, tile width %d, vocabulary %d, on %s",
+            config.model.model,
+            parameters / 1e6,
+            trained.config.tile_width,
+            trained.tokenizer.vocab_size,
+            precision.device,
+        )
+        if dist.is_main():
+            _tell_truncated(config, data, trained)
+        bad = BadSpecimens() if config.data.skip_bad_specimens else StopAtBad()
+        judge = Judge(config, data.store, trained, precision, run, bad)
+        if config.evaluation.test:
+            metrics = judge.final(data.splits, "evaluation")
+        else:
+            metrics = fit(config, data, trained, precision, start, run, folder, judge)
+            if data.test is not None:
+                metrics = judge.final([data.test], "test")
+        _list_bad(bad, run)
+    if folder is not None and dist.is_main():
+        log.info("run folder: %s", folder)
+    return metrics
+
+
+def _told_until(config: Config, start: Start) -> int | None:
+    """The step up to which an earlier process's lines still hold; None where all of them do."""
+    if config.evaluation.test or config.checkpoint.resume is None:
+        return None
+    return 0 if start.training is None else start.training.progress.step
+
+
+def _tell_truncated(config: Config, data: Data, trained: Trained) -> None:
+    for split in data.splits:
+        cut = bag_dataset(config, data.store, split, trained, training=False).truncated()
+        if cut:
+            log.warning(
+                "split %s: %d of %d reports are longer than the model's context of %d tokens and "
+                "are cut, after a sentence where that keeps half of it",
+                split.name,
+                cut,
+                len(split),
+                trained.config.text.context_length,
+            )
+
+
+def _list_bad(bad: BadSpecimens | StopAtBad, run: Run) -> None:
+    """Tell at the end what the processes have dropped."""
+    found: dict[str, str] = {}
+    for messages in dist.gather_objects(dict(bad.messages)):
+        found |= messages
+    if found:
+        lines = [f"{name}: {message}" for name, message in sorted(found.items())]
+        log.warning("%d bad specimens were dropped:\n%s", len(found), "\n".join(lines))
+        run.write("bad_specimens.txt", "\n".join(lines) + "\n")
