@@ -133,16 +133,25 @@ class CoCa(nn.Module):
         batch, like = len(bags), view[0][0]
         return image, CoCaCache(
             image,
+            self._words(image),
             self.text.new_caches(batch, capacity, like),
             DecoderCache(self.decoder.new_caches(batch, capacity, like), view),
         )
 
     def step(self, tokens: Tensor, cache: CoCaCache) -> Tensor:
-        """tokens [B, n] after those in the cache -> logits [B, V] of the next token."""
+        """tokens [R, n] after those in the cache -> logits [R, V] of the next token."""
         assert self.decoder is not None, "a clip model has no decoder"
         hidden = self.text(tokens, cache.encoder)
+        beams = len(tokens) // len(cache.image)
+        if self.gist is not None:
+            gist = self.gist(cache.image).repeat_interleave(beams, 0)
+            hidden = hidden + gist[:, None]
         seen = cache.decoder
-        return self._write(hidden, cache.image, seen.slide, seen.text)[:, -1]
+        states = self.decoder.states(hidden, seen.slide, seen.text)[:, -1]
+        logits: Tensor = self.decoder.vocabulary(states)
+        if cache.words is not None:
+            logits = logits + cache.words.repeat_interleave(beams, 0)
+        return logits
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
@@ -159,22 +168,21 @@ class CoCa(nn.Module):
             embedding = self.prior(tokens, mask, embedding)
         return F.normalize(embedding.float(), dim=-1)
 
-    def _write(
-        self,
-        hidden: Tensor,
-        image: Tensor,
-        view: list[tuple[Tensor, Tensor]],
-        caches: list[LayerCache] | None = None,
-    ) -> Tensor:
+    def _write(self, hidden: Tensor, image: Tensor, view: list[tuple[Tensor, Tensor]]) -> Tensor:
         """hidden [B, L, width], image embedding [B, E], `_view`'s result -> logits [B, L, V]."""
         assert self.decoder is not None
         if self.gist is not None:
             hidden = hidden + self.gist(image)[:, None]
-        logits: Tensor = self.decoder(hidden, view, caches)
-        if self.words is not None:
-            assert self.prior is not None, "the schema has made sure of a prior"
-            logits = logits + self.words * self.prior.words(image)[:, None]
-        return logits
+        logits: Tensor = self.decoder(hidden, view)
+        words = self._words(image)
+        return logits if words is None else logits + words[:, None]
+
+    def _words(self, image: Tensor) -> Tensor | None:
+        """What the slide's embedding [B, E] adds to every token's logits: [B, V], or nothing."""
+        if self.words is None:
+            return None
+        assert self.prior is not None, "the schema has made sure of a prior"
+        return self.words * self.prior.words(image)
 
     def _view(self, slide: Tensor) -> list[tuple[Tensor, Tensor]]:
         assert self.decoder is not None
@@ -183,15 +191,26 @@ class CoCa(nn.Module):
 
 @dataclass
 class CoCaCache:
-    """All that generation keeps between two tokens."""
+    """All that generation keeps between two tokens: of B slides, and of R sequences.
+
+    R is a multiple of B: the sequences of a slide stand together and share what is kept of it.
+    """
 
     image: Tensor  # [B, E]
+    words: Tensor | None  # [B, V], added to the logits
     encoder: list[LayerCache]
     decoder: DecoderCache
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these sequences of the batch."""
-        self.image = self.image[rows]
+    def keep(self, rows: Tensor, slides: Tensor | None = None) -> None:
+        """Keep only these sequences, and only these slides; None: all of them."""
+        if slides is not None:
+            self.image = self.image[slides]
+            self.words = None if self.words is None else self.words[slides]
         for cache in self.encoder:
             cache.keep(rows)
-        self.decoder.keep(rows)
+        self.decoder.keep(rows, slides)
+
+    def reorder(self, rows: Tensor, since: int) -> None:
+        """Sequence i becomes a copy of sequence `rows[i]`, which it equals before place `since`."""
+        for cache in (*self.encoder, *self.decoder.text):
+            cache.reorder(rows, since)
