@@ -34,6 +34,7 @@ from slidevlm.report.summary import summary
 from slidevlm.run import Bar, Run
 
 log = logging.getLogger("slidevlm")
+_EXAMPLES = 4  # of generated reports, shown beside the curves
 _TEXTS = 256  # prompts embedded at a time: ensembles of published prompts are thousands
 
 
@@ -74,7 +75,9 @@ class Judge:
         if write and results:
             self.run.write_json(f"captions_epoch_{epoch}.json", _captions(results))
             for name, (predictions, _) in results.items():
-                self.run.text(f"{name}/report", step, _example(predictions))
+                for number in range(min(_EXAMPLES, len(predictions))):
+                    text = _example(predictions, number)
+                    self.run.text(f"{name}/report_{number + 1}", step, text)
         return metrics
 
     def final(self, splits: Sequence[Split], name: str) -> dict[str, float]:
@@ -130,12 +133,15 @@ class Judge:
 
     def _writing(self) -> Writing:
         tokenizer, evaluation = self.trained.tokenizer, self.config.evaluation
+        beams = self.config.beam_search
         decoding = Decoding(
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
             max_tokens=evaluation.caption_val_max_seq_len,
-            top_k=evaluation.val_gen_top_k,
+            top_k=1 if beams else evaluation.val_gen_top_k,
+            beams=evaluation.val_gen_num_beams if beams else 1,
+            groups=evaluation.val_gen_num_beam_groups if beams else 1,
             seed=evaluation.seed,
         )
         return Writing(decoding, tokenizer.decode)
@@ -195,8 +201,9 @@ def _captions(results: dict[str, tuple[Predictions, TaskResult]]) -> list[dict[s
     ]
 
 
-def _example(predictions: Predictions) -> str:
-    generated = (predictions.generated or ("",))[0]
+def _example(predictions: Predictions, number: int) -> str:
+    assert predictions.generated is not None, "reports have been generated"
     return (
-        f"{predictions.specimen_ids[0]}\n\ngenerated: {generated}\n\ntrue: {predictions.reports[0]}"
+        f"{predictions.specimen_ids[number]}\n\ngenerated: {predictions.generated[number]}\n\n"
+        f"true: {predictions.reports[number]}"
     )

@@ -19,7 +19,14 @@ from slidevlm.app.folders import claimed_folder, config_name
 from slidevlm.app.judging import Judge
 from slidevlm.app.trained import Trained, model_for
 from slidevlm.app.weights import Start, start_of
-from slidevlm.config import Config, given_values, validate, with_adam_defaults, with_values
+from slidevlm.config import (
+    BEAM_ARGUMENTS,
+    Config,
+    given_values,
+    validate,
+    with_adam_defaults,
+    with_values,
+)
 from slidevlm.data.dataset import BadSpecimens, StopAtBad
 from slidevlm.errors import ConfigError
 from slidevlm.flags import read_yaml, to_yaml
@@ -67,6 +74,10 @@ def evaluate_run(run: Path, overrides: Config | None = None) -> dict[str, float]
     given = {} if overrides is None else given_values(overrides)
     # What belongs to training alone would be refused, or evaluate the training split unasked.
     values = {k: v for k, v in values.items() if k not in ("train_split", "num_samples", "device")}
+    # A way of generating that is given replaces the run's.
+    generating = BEAM_ARGUMENTS | {"val_gen_top_k"}
+    if given.keys() & generating:
+        values = {k: v for k, v in values.items() if k not in generating}
     place = {"logs": str(run), "name": time.strftime("evaluation-%Y_%m_%d-%H_%M_%S")}
     if "resume" not in given and "pretrained" not in given:
         values["pretrained"] = str(run)

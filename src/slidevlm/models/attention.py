@@ -103,8 +103,19 @@ class CrossAttention(nn.Module):
         return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """x [B, L, width]; key, value [B, H, N, d] -> [B, L, width]."""
-        return self._merge(F.scaled_dot_product_attention(self._queries(x), key, value))
+        """x [B, L, width]; key, value [B, H, N, d] -> [B, L, width].
+
+        x may also be n B sequences, n after each other for each context (the beams of a slide):
+        they are n L queries of one context, whose keys and values are not copied.
+        """
+        query, beams = self._queries(x), len(x) // len(key)
+        if beams == 1:
+            return self._merge(F.scaled_dot_product_attention(query, key, value))
+        batch, heads, length = len(key), self.heads, x.shape[1]
+        together = query.view(batch, beams, heads, length, -1).transpose(1, 2).flatten(2, 3)
+        attended = F.scaled_dot_product_attention(together, key, value)
+        apart = attended.view(batch, heads, beams, length, -1).transpose(1, 2).flatten(0, 1)
+        return self._merge(apart)
 
     def ragged(self, x: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
         """x [B, L, width]; key, value [H, T, d] of bags end to end -> [B, L, width]."""
@@ -128,8 +139,14 @@ class LayerCache:
         return self.key[:, :, :end], self.value[:, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only these sequences of the batch."""
+        """Keep only these sequences of the batch, in this order; one may be there twice."""
         self.key, self.value = self.key[rows], self.value[rows]
+
+    def reorder(self, rows: Tensor, since: int) -> None:
+        """Sequence i becomes a copy of sequence `rows[i]`, which it equals before place `since`."""
+        for stored in (self.key, self.value):
+            part = stored[:, :, since : self.length]
+            part.copy_(part.index_select(0, rows))
 
 
 class SelfAttention(nn.Module):

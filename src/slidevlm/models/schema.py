@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from slidevlm.errors import ConfigError
+from slidevlm.models.lora import LoRAConfig
 from slidevlm.models.slide import SLIDE_ENCODERS
 from slidevlm.models.text import DecoderConfig, TextConfig
 from slidevlm.registry import unknown
@@ -34,6 +35,7 @@ class ModelConfig:
     # (attentional); token 0, projected (cls); token 0 as it is (none). In the last two the decoder
     # reads the other tokens.
     pooling: str = "attentional"
+    lora: tuple[LoRAConfig, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The form of the JSON files; `from_dict` reads it back."""
@@ -47,6 +49,8 @@ class ModelConfig:
         }
         if self.decoder is not None:
             content["decoder"] = asdict(self.decoder)
+        if self.lora:
+            content["lora"] = [asdict(entry) for entry in self.lora]
         return content
 
 
@@ -59,6 +63,7 @@ class _File:
     embed_dim: int = 256
     tile_width: Any = "auto"
     pooling: str = "attentional"
+    lora: list[Any] = field(default_factory=list)
     description: str = field(default="")
 
 
@@ -95,6 +100,7 @@ def from_dict(content: Any, where: str) -> ModelConfig:
         embed_dim=top.embed_dim,
         tile_width=None if top.tile_width == "auto" else top.tile_width,
         pooling=top.pooling,
+        lora=tuple(build(LoRAConfig, entry, f"{where}: lora") for entry in top.lora),
     )
 
 
@@ -142,4 +148,4 @@ def _word(hint: Any) -> str:
         float: "a number",
         str: "text",
         bool: "true or false",
-    }.get(hint, "a mapping")
+    }.get(hint, "a list" if typing.get_origin(hint) is list else "a mapping")

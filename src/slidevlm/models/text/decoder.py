@@ -40,11 +40,12 @@ class DecoderCache:
     text: list[LayerCache]
     slide: list[tuple[Tensor, Tensor]]
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these sequences of the batch."""
+    def keep(self, rows: Tensor, slides: Tensor | None) -> None:
+        """Keep only these sequences, and only these slides; None: all of them."""
         for cache in self.text:
             cache.keep(rows)
-        self.slide = [(key[rows], value[rows]) for key, value in self.slide]
+        if slides is not None:
+            self.slide = [(key[slides], value[slides]) for key, value in self.slide]
 
 
 class _Layer(nn.Module):
@@ -96,7 +97,17 @@ class Decoder(nn.Module):
         caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
         """hidden [B, L, width] and `view`'s result -> logits [B, L, V]."""
+        logits: Tensor = self.vocabulary(self.states(hidden, slide, caches))
+        return logits
+
+    def states(
+        self,
+        hidden: Tensor,
+        slide: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """What the vocabulary projection reads: [B, L, width]."""
         x = hidden
         for i, layer in enumerate(self.layers):
             x = layer(x, slide[i], caches[i] if caches else None)
-        return self.vocabulary(self.norm(x))
+        return self.norm(x)
