@@ -353,11 +353,35 @@ class Evaluation:
     zsc_specimen_class_mapping: tuple[str, ...] | None = arg(
         None, "label files, {specimen: class}, one for each prompt file or all for one", file=True
     )
-    eval_metric_bootstraps: int = arg(1, "bootstrap samples for intervals", pending=True)
-    eval_metric_ci: float = arg(0.95, "coverage of the intervals", pending=True)
+    eval_metric_bootstraps: int = arg(
+        1,
+        "resamples of patients for percentile intervals of every metric; 0 and 1: no intervals",
+        minimum=0,
+    )
+    eval_metric_ci: float = arg(0.95, "coverage of the intervals", above=0, below=1)
+    bootstrap_unit: str = arg(
+        "patient",
+        "what is resampled: patients, each with all specimens (the same as specimens where every "
+        "patient has one), or specimens",
+        choices=("patient", "specimen"),
+        extra=True,
+    )
+    zsc_ensemble: str = arg(
+        "mean",
+        "of several prompts a class: mean compares with the normalised mean of their embeddings, "
+        "probabilities adds up their probabilities",
+        choices=("mean", "probabilities"),
+        extra=True,
+    )
     eval_grace_period: int = arg(0, "first epochs without evaluation", minimum=0)
     test: bool = arg(
         False, "no training: evaluate every split given, from --resume or --pretrained"
+    )
+    save_embeddings: bool = arg(
+        False,
+        "at the end, write slide embeddings as embeddings/<split>/<specimen>.h5 in TRIDENT's "
+        "layout of slide features, and slide and report embeddings of a split as .npz",
+        extra=True,
     )
     few_shot_examples: tuple[str, ...] | None = arg(None, "few-shot examples", pending=True)
     seed: int = arg(0, "seed of everything random", minimum=0)
