@@ -10,12 +10,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from slidevlm.errors import ConfigError
+from slidevlm.models.lora import LoRAConfig
 from slidevlm.models.slide import SLIDE_ENCODERS
 from slidevlm.models.text import DecoderConfig, TextConfig
 from slidevlm.registry import unknown
 
 T = TypeVar("T")
 FAMILIES = ("coca", "clip")
+POOLINGS = ("attentional", "cls", "none")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class ModelConfig:
     decoder: DecoderConfig | None
     embed_dim: int = 256
     tile_width: int | None = None  # None ("auto" in the file): taken from the data
+    # How the slide encoder's tokens become the slide's embedding: a learned query attends to all
+    # (attentional); token 0, projected (cls); token 0 as it is (none). In the last two the decoder
+    # reads the other tokens.
+    pooling: str = "attentional"
+    lora: tuple[LoRAConfig, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The form of the JSON files; `from_dict` reads it back."""
@@ -36,11 +43,14 @@ class ModelConfig:
             "family": self.family,
             "embed_dim": self.embed_dim,
             "tile_width": self.tile_width or "auto",
+            "pooling": self.pooling,
             "slide": {"type": self.slide_type, **asdict(self.slide)},
             "text": {"type": "scratch", **asdict(self.text)},
         }
         if self.decoder is not None:
             content["decoder"] = asdict(self.decoder)
+        if self.lora:
+            content["lora"] = [asdict(entry) for entry in self.lora]
         return content
 
 
@@ -52,6 +62,8 @@ class _File:
     decoder: Mapping[str, Any] | None = None
     embed_dim: int = 256
     tile_width: Any = "auto"
+    pooling: str = "attentional"
+    lora: list[Any] = field(default_factory=list)
     description: str = field(default="")
 
 
@@ -69,6 +81,8 @@ def from_dict(content: Any, where: str) -> ModelConfig:
         raise ConfigError(f"{where}: a {top.family} model {need} 'decoder'")
     if top.tile_width != "auto" and not (isinstance(top.tile_width, int) and top.tile_width > 0):
         raise ConfigError(f'{where}: tile_width must be a number above 0 or "auto"')
+    if top.pooling not in POOLINGS:
+        raise ConfigError(f"{where}: {unknown('pooling', top.pooling, POOLINGS)}")
     slide = dict(top.slide)
     slide_type = _type_of(slide, f"{where}: slide")
     text = dict(top.text)
@@ -85,6 +99,8 @@ def from_dict(content: Any, where: str) -> ModelConfig:
         decoder=None if decoder is None else build(DecoderConfig, decoder, f"{where}: decoder"),
         embed_dim=top.embed_dim,
         tile_width=None if top.tile_width == "auto" else top.tile_width,
+        pooling=top.pooling,
+        lora=tuple(build(LoRAConfig, entry, f"{where}: lora") for entry in top.lora),
     )
 
 
@@ -132,4 +148,4 @@ def _word(hint: Any) -> str:
         float: "a number",
         str: "text",
         bool: "true or false",
-    }.get(hint, "a mapping")
+    }.get(hint, "a list" if typing.get_origin(hint) is list else "a mapping")
