@@ -5,32 +5,31 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from slidevlm import dist
+from slidevlm.app.cohorts import Data
 from slidevlm.app.datasets import bag_dataset
+from slidevlm.app.outputs import Outcome, Outputs, about
+from slidevlm.app.suite import SUPPORT, EmbedText, Suite, taught_by
 from slidevlm.app.trained import Trained
 from slidevlm.batch import Predictions
 from slidevlm.config import Config
 from slidevlm.data.cases import CaseStore
 from slidevlm.data.dataset import BadSpecimens, StopAtBad, make_loader, pad
 from slidevlm.data.sampling import EvalBatches
-from slidevlm.data.splits import Split
-from slidevlm.errors import ConfigError
+from slidevlm.data.splits import Split, find
+from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval import Task, TaskResult, evaluate
 from slidevlm.eval.predict import Writing, predict
-from slidevlm.eval.prompts import read_labels, read_prompts
-from slidevlm.eval.tasks.captions import captions
-from slidevlm.eval.tasks.retrieval import retrieval
-from slidevlm.eval.tasks.zero_shot import ZeroShot, class_embeddings
+from slidevlm.eval.scores import scores
+from slidevlm.eval.stored import Stored
 from slidevlm.models.generate import Decoding
 from slidevlm.models.mode import evaluation_mode
 from slidevlm.precision import Precision
-from slidevlm.report.summary import summary
 from slidevlm.run import Bar, Run
 
 log = logging.getLogger("slidevlm")
@@ -52,12 +51,13 @@ class Judge:
     ) -> None:
         self.config, self.store, self.trained = config, store, trained
         self.precision, self.run, self.bad = precision, run, bad
-        self.zero_shot = [
-            (prompts, labels)
-            for prompt_file, label_file in config.prompt_pairs
-            for prompts in [read_prompts(Path(prompt_file))]
-            for labels in [read_labels(Path(label_file), prompts)]
-        ]
+        self.suite = Suite(config)
+        missing = find(self.suite.support_names, store).missing
+        if missing:
+            raise DataError(
+                f"--few-shot-examples: {len(missing)} specimens have no features in {store.path}, "
+                f"such as {missing[0]!r}; leave them out or add them to the data"
+            )
         if config.evaluation.save_captions and trained.model.decoder is None:
             raise ConfigError(
                 f"--save-captions: model {config.model.model} has no decoder to write reports with"
@@ -67,10 +67,13 @@ class Judge:
         self, splits: Sequence[Split], epoch: int, write: bool, step: int
     ) -> dict[str, float]:
         """Evaluate validation splits after an epoch."""
-        results = self._all(splits, write)
-        metrics = _flat(results)
+        results = self._all(splits, write) if splits else {}
+        found = scores(results, self.suite.bootstrap)
+        metrics = {s.name: s.value for s in found}
         if results:
-            self.run.log("evaluation", step, {"epoch": float(epoch), **metrics})
+            ends = {f"{s.name}/{end}": v for s in found for end, v in (("lo", s.lo), ("hi", s.hi))}
+            known = {name: value for name, value in ends.items() if value is not None}
+            self.run.log("evaluation", step, {"epoch": float(epoch), **metrics, **known})
             log.info("evaluation after epoch %d: %s", epoch, _headline(results))
         if write and results:
             self.run.write_json(f"captions_epoch_{epoch}.json", _captions(results))
@@ -80,36 +83,71 @@ class Judge:
                     self.run.text(f"{name}/report_{number + 1}", step, text)
         return metrics
 
-    def final(self, splits: Sequence[Split], name: str) -> dict[str, float]:
-        """Evaluate splits once, with files and a table to read."""
-        results = self._all(splits, self.config.evaluation.save_captions)
-        metrics = _flat(results)
-        details = {s: result.details for s, (_, result) in results.items()}
-        self.run.write_json(f"{name}.json", {"metrics": metrics, "details": details})
-        if self.config.evaluation.save_captions:
+    def final(self, data: Data, name: str, prefix: str = "") -> Outcome:
+        """Evaluate splits once, with files and a table to read.
+
+        Args:
+            data: its test split is evaluated, and with --test all its splits.
+            name: of the summary's files.
+            prefix: see `Outputs`.
+        """
+        config, texts = self.config, Remembered(self._embed_text)
+        splits = evaluated(config, data)
+        write = config.evaluation.save_captions
+        found = {split.name: self._predict(split, write) for split in splits}
+        references = self._references(data, found)
+        taught = taught_by(config, found | references)
+        tasks = self.suite.tasks(
+            texts, generated=write, support=references.get(SUPPORT), probe=taught
+        )
+        results = {s: (p, self._score(p, tasks)) for s, p in found.items()}
+        origin = about(config, self.trained.model, found)
+        stored = Stored(found, references, *texts.all(), origin)
+        if write:
             self.run.write_json(f"captions_{name}.json", _captions(results))
-        text = summary(self.config.model.model, {s: (p, r) for s, (p, r) in results.items()})
-        self.run.write(f"{name}.md", text)
+        outputs = Outputs(self.run, prefix, self.suite.bootstrap)
+        outcome = outputs.write(name, config.model.model, results, stored)
+        if config.evaluation.save_embeddings:
+            outputs.embeddings(stored)
         log.info("%s: %s", name, _headline(results))
-        return metrics
+        return outcome
 
     def _all(
         self, splits: Sequence[Split], write: bool
     ) -> dict[str, tuple[Predictions, TaskResult]]:
-        if not splits:
-            return {}
-        # The prompts are embedded once for all splits.
-        tasks: list[Task] = [retrieval]
-        for prompts, labels in self.zero_shot:
-            embeddings = class_embeddings(prompts, self._embed_text)
-            tasks.append(ZeroShot(embeddings, prompts.classes, labels))
-        if write:
-            tasks.append(captions)
-        return {split.name: self._one(split, write, tasks) for split in splits}
+        support = self._support()
+        tasks = self.suite.tasks(self._embed_text, generated=write, support=support)
+        found = {split.name: self._predict(split, write) for split in splits}
+        return {s: (p, self._score(p, tasks)) for s, p in found.items()}
 
-    def _one(
-        self, split: Split, write: bool, tasks: Sequence[Task]
-    ) -> tuple[Predictions, TaskResult]:
+    def _score(self, predictions: Predictions, tasks: Sequence[Task]) -> TaskResult:
+        # On one process: the others have the same predictions and would make the same numbers.
+        return dist.from_main(lambda: evaluate(predictions, tasks))
+
+    def _support(self) -> Predictions | None:
+        """Few-shot examples: any specimens of the data, with or without reports."""
+        names = self.suite.support_names
+        if not names:
+            return None
+        cases = find(names, self.store).cases
+        return self._predict(Split(SUPPORT, cases, ("",) * len(cases), (), ()), write=False)
+
+    def _references(self, data: Data, found: dict[str, Predictions]) -> dict[str, Predictions]:
+        """What tasks learn from, beside the splits that are evaluated."""
+        result: dict[str, Predictions] = {}
+        support = self._support()
+        if support is not None:
+            result[SUPPORT] = support
+        if self.config.evaluation.probe:
+            learnt = [data.train, *data.vals] if data.test is not None else [data.train]
+            result |= {
+                split.name: self._predict(split, write=False)
+                for split in learnt
+                if split is not None and split.name not in found
+            }
+        return result
+
+    def _predict(self, split: Split, write: bool) -> Predictions:
         dataset = bag_dataset(self.config, self.store, split, self.trained, training=False)
         batches = EvalBatches(
             len(dataset), self.config.data.batch_size, dist.rank(), dist.world_size()
@@ -118,7 +156,7 @@ class Judge:
         loader = make_loader(dataset, batches, workers, bad=self.bad)
         bar = Bar(f"evaluating {split.name}", len(dataset), shown=dist.is_main())
         try:
-            predictions = predict(
+            return predict(
                 self.trained.model,
                 loader,
                 dict(zip((c.specimen for c in split.cases), split.reports, strict=True)),
@@ -129,7 +167,6 @@ class Judge:
             )
         finally:
             bar.close()
-        return predictions, evaluate(predictions, tasks)
 
     def _writing(self) -> Writing:
         tokenizer, evaluation = self.trained.tokenizer, self.config.evaluation
@@ -164,12 +201,29 @@ def embed_text(trained: Trained, texts: Sequence[str], precision: Precision) -> 
     return np.concatenate(parts)
 
 
-def _flat(results: dict[str, tuple[Predictions, TaskResult]]) -> dict[str, float]:
-    return {
-        f"{split}/{name}": value
-        for split, (_, result) in results.items()
-        for name, value in result.metrics.items()
-    }
+def evaluated(config: Config, data: Data) -> list[Split]:
+    """The splits that the last evaluation is of; those that probes learn from are not judged."""
+    if not config.evaluation.test:
+        return [] if data.test is None else [data.test]
+    return [s for s in data.splits if not (config.evaluation.probe and s is data.train)]
+
+
+class Remembered:
+    """Embeds texts, each once, and keeps the embeddings."""
+
+    def __init__(self, embed: EmbedText) -> None:
+        self._embed, self._known = embed, dict[str, np.ndarray]()
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known |= zip(new, self._embed(new), strict=True)
+        return np.stack([self._known[text] for text in texts])
+
+    def all(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """Every text so far and its embedding [T, E]."""
+        rows = list(self._known.values())
+        return tuple(self._known), np.stack(rows) if rows else np.zeros((0, 0), np.float32)
 
 
 _HEADLINE = (
@@ -186,7 +240,7 @@ def _headline(results: dict[str, tuple[Predictions, TaskResult]]) -> str:
         f"{split} {name} {value:.3f}"
         for split, (_, result) in results.items()
         for name, value in result.metrics.items()
-        if name.endswith(_HEADLINE) and not math.isnan(value)
+        if name.endswith(_HEADLINE) and name.count("/") < 3 and not math.isnan(value)
     ]
     return "; ".join(parts)
 

@@ -18,7 +18,9 @@ class DecoderConfig:
 
     layers: int = 4
     heads: int = 8
-    slide_tokens: int = 32  # queries of the pooler that makes the decoder's view of the slide
+    # Queries of the pooler that makes the decoder's view of the slide; 0: it reads the slide
+    # encoder's tokens themselves.
+    slide_tokens: int = 32
     dropout: float = 0.1
     tied: bool = True  # the vocabulary projection is the token embedding
     gist: bool = False  # the slide's contrastive embedding is added to every token's state
@@ -49,9 +51,9 @@ class DecoderCache:
 class _Layer(nn.Module):
     """Cross-attention to the slide, then a causal transformer layer."""
 
-    def __init__(self, width: int, config: DecoderConfig) -> None:
+    def __init__(self, width: int, config: DecoderConfig, context_width: int) -> None:
         super().__init__()
-        self.key_values = KeyValues(width, width, config.heads)
+        self.key_values = KeyValues(width, context_width, config.heads)
         self.cross = CrossAttention(width, config.heads, config.dropout)
         self.causal = SelfAttentionLayer(width, config.heads, config.dropout, causal=True)
 
@@ -64,9 +66,13 @@ class _Layer(nn.Module):
 class Decoder(nn.Module):
     """Layers over the text encoder's hidden states; every layer also reads the slide."""
 
-    def __init__(self, config: DecoderConfig, width: int, vocab_size: int) -> None:
+    def __init__(
+        self, config: DecoderConfig, width: int, vocab_size: int, *, context_width: int
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Layer(width, config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            _Layer(width, config, context_width) for _ in range(config.layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.vocabulary = nn.Linear(width, vocab_size, bias=False)
 
@@ -80,7 +86,7 @@ class Decoder(nn.Module):
         self.vocabulary.weight = embedding.weight
 
     def view(self, slide_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Slide tokens [B, N, width] -> every layer's keys and values [B, H, N, d]."""
+        """Slide tokens [B, N, context width] -> every layer's keys and values [B, H, N, d]."""
         layers = cast("list[_Layer]", list(self.layers))
         return [layer.key_values(slide_tokens) for layer in layers]
 
