@@ -14,7 +14,7 @@ from slidevlm.errors import DataError
 from slidevlm.eval import Task
 from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.prompts import read_labels, read_prompts
-from slidevlm.eval.tasks.captions import captions
+from slidevlm.eval.tasks.captions import Captions
 from slidevlm.eval.tasks.few_shot import FewShot, read_few_shot, resolve_examples
 from slidevlm.eval.tasks.probe import fit_probes
 from slidevlm.eval.tasks.retrieval import Retrieval
@@ -126,5 +126,5 @@ class Suite:
                 for labels in self.labels
             ]
         if generated:
-            tasks.append(captions)
+            tasks.append(Captions(self.bootstrap))
         return tasks

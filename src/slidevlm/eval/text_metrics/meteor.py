@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,13 @@ _EXACT, _STEM, _SYNONYM, _PARAPHRASE = 1.0, 0.6, 0.8, 0.6
 _BEAM = 40
 
 # Frequent words that say little by themselves; METEOR's list is of frequent words too.
-FUNCTION_WORDS = frozenset(
+_FREQUENT = (
     "a about after all also an and are as at be been but by can could first for from had has have "
     "he her his if in into is it its last more new no not of on one or other out over said she so "
     "some than that the their there they this time to two up was we were what when which who will "
-    "with would you 's -lrb- -rrb-".split()
+    "with would you 's -lrb- -rrb-"
 )
+FUNCTION_WORDS = frozenset(_FREQUENT.split())
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ def read_data(folder: Path) -> MeteorData:
             words = archive.read("function/english.words").decode().split()
             synsets = archive.read("synonym/english.synsets").decode().splitlines()
             exceptions = archive.read("synonym/english.exceptions").decode().splitlines()
-        with gzip.open(table, "rt", encoding="utf-8") as file:
-            lines = file.read().splitlines()
+        with gzip.open(table, "rt", encoding="utf-8") as pairs:
+            lines = pairs.read().splitlines()
         synonyms = {w: frozenset(s.split()) for w, s in zip(synsets[::2], synsets[1::2])}  # noqa: B905
         for form, base in zip(exceptions[::2], exceptions[1::2]):  # noqa: B905
             if base in synonyms:
@@ -100,7 +102,7 @@ class Match:
 def statistics(
     generated: Sequence[Sequence[str]],
     references: Sequence[Sequence[str]],
-    data: MeteorData = MeteorData(),  # noqa: B008 (frozen)
+    data: MeteorData = MeteorData(),
 ) -> np.ndarray:
     """[N, 6]: weighted words of both texts, weighted matches of both, matches, chunks."""
     rows = [_one(c, r, data) for c, r in zip(generated, references, strict=True)]
@@ -141,38 +143,16 @@ def _weigh(words: Sequence[str], data: MeteorData) -> float:
     return _DELTA * (len(words) - function) + (1 - _DELTA) * function
 
 
-@dataclass(frozen=True)
-class _Path:
-    covered: int
-    chunks: int
-    distance: int
-    used: int  # words of the candidate, as bits
-    end: tuple[int, int]
-    matches: tuple[Match, ...]
-
-    def rank(self) -> tuple[int, int, int]:
-        return -self.covered, self.chunks, self.distance
-
-    def take(self, match: Match) -> _Path:
-        bits = ((1 << match.length) - 1) << match.start
-        start = match.start, match.other
-        return _Path(
-            self.covered + match.length + match.other_length,
-            self.chunks + (start != self.end),
-            self.distance + abs(match.start - match.other),
-            self.used | bits,
-            (match.start + match.length, match.other + match.other_length),
-            (*self.matches, match),
-        )
-
-    def fits(self, match: Match) -> bool:
-        return not self.used >> match.start & ((1 << match.length) - 1)
+# (-words covered, chunks, distance, words of the candidate used as bits, where a match must begin
+# to be of the same chunk: in the candidate, in the reference; matches). Smaller is better. The
+# matches are the last one and a link to those before; the number before them settles every tie.
+_Path = tuple[int, int, int, int, int, int, int, Any]
 
 
 def align(
     candidate: Sequence[str],
     reference: Sequence[str],
-    data: MeteorData = MeteorData(),  # noqa: B008 (frozen)
+    data: MeteorData = MeteorData(),
 ) -> tuple[Match, ...]:
     """The best alignment, in the order of the reference, along which it is searched."""
     possible: list[list[Match]] = [[] for _ in reference]
@@ -182,27 +162,47 @@ def align(
         for place in range(match.start, match.start + match.length):
             rivals[place] += 1
     waiting: list[list[_Path]] = [[] for _ in range(len(reference) + 1)]
-    waiting[0] = [_Path(0, 0, 0, 0, (-1, -1), ())]
-    busy = 0  # words up to here may be within a phrase that began earlier
+    waiting[0] = [(0, 0, 0, 0, -1, -1, 0, None)]
+    busy = number = 0  # words before `busy` may be within a phrase that began earlier
     for place, matches in enumerate(possible):
         # Of a pair without rivals nothing is gained by leaving it out.
         sure = len(matches) == 1 and rivals[matches[0].start] == 1 and place >= busy
         sure = sure and matches[0].length == matches[0].other_length == 1
         busy = max([busy, *(place + m.other_length for m in matches if m.other_length > 1)])
         for path in _best(waiting[place]):
+            covered, chunks, distance, used, start, other, _, link = path
             for match in matches:
-                if path.fits(match):
-                    waiting[place + match.other_length].append(path.take(match))
+                bits = ((1 << match.length) - 1) << match.start
+                if not used & bits:
+                    number += 1
+                    waiting[place + match.other_length].append(
+                        (
+                            covered - match.length - match.other_length,
+                            chunks + (start != match.start or other != place),
+                            distance + abs(match.start - place),
+                            used | bits,
+                            match.start + match.length,
+                            place + match.other_length,
+                            number,
+                            (match, link),
+                        )
+                    )
             if not sure:
                 waiting[place + 1].append(path)
-    return _best(waiting[-1])[0].matches
+    found, link = [], min(waiting[-1])[-1]
+    while link is not None:
+        match, link = link
+        found.append(match)
+    return tuple(reversed(found))
 
 
-def _best(paths: Sequence[_Path]) -> list[_Path]:
+def _best(paths: list[_Path]) -> list[_Path]:
     """The beam: of paths with one future the best alone."""
-    kept: dict[tuple[int, tuple[int, int]], _Path] = {}
-    for path in sorted(paths, key=_Path.rank):
-        kept.setdefault((path.used, path.end), path)
+    if len(paths) == 1:
+        return paths
+    kept: dict[tuple[int, int, int], _Path] = {}
+    for path in sorted(paths):
+        kept.setdefault(path[3:6], path)
         if len(kept) == _BEAM:
             break
     return list(kept.values())
@@ -219,7 +219,7 @@ def _possible(
         stems.setdefault(stem(word), []).append(j)
     found: list[list[Match]] = []
     for i, word in enumerate(candidate):
-        weights = {j: _EXACT for j in where.get(word, ())}
+        weights = dict.fromkeys(where.get(word, ()), _EXACT)
         for j in stems.get(stem(word), ()):
             weights.setdefault(j, _STEM)
         mine = data.synonyms.get(word)

@@ -67,8 +67,10 @@ _RULES = tuple(
 )
 _BEFORE_NOT = re.compile(rf"{_L}+?(?=[nN]'[tT](?!{_X}))")
 _DROPPED = frozenset(
-    ["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "---", "----", "...", ";"]
-    + ['"', "\u2018", "\u2019", "\u201c", "\u201d", "\u2013", "\u2014"]
+    (
+        *("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "---", "----", "...", ";"),
+        *('"', "\u2018", "\u2019", "\u201c", "\u201d", "\u2013", "\u2014"),
+    )
 )
 _BRACKETS = str.maketrans(
     {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
@@ -89,11 +91,12 @@ _REPLACED = {
     "\u20ac": ("$",),
 }
 # What a sentence often begins with: before these a letter's full stop ends a sentence.
-_STARTS = frozenset(
+_SENTENCE_WORDS = (
     "A About According Additionally After An As At But Earlier He Her Here However If In It Last "
     "Many More Mr. Ms. Now Once One Other Our She Since So Some Such That The Their Then There "
-    "These They This We When While What Yet You".split()
+    "These They This We When While What Yet You"
 )
+_STARTS = frozenset(_SENTENCE_WORDS.split())
 _STARTS |= {word.upper() for word in _STARTS}
 _TAG = re.compile(r"</?[A-Za-z]+/?>")
 
@@ -106,7 +109,7 @@ def tokenize(text: str) -> list[str]:
     """
     pieces = text.split()
     tokens: list[str] = []
-    for piece, after in zip(pieces, [*pieces[1:], ""], strict=True):
+    for piece, after in zip(pieces, [*pieces[1:], ""], strict=False):
         # Most pieces are plain words, to which no rule applies.
         if piece.isalpha() and (lower := piece.lower()) not in _REPLACED:
             tokens.append(lower)

@@ -64,9 +64,8 @@ _STEP_3 = (
     ("ness", ""),
     ("ful", ""),
 )
-_STEP_4 = tuple(
-    "ement ance ence able ible ment ant ent ism ate iti ous ive ize ion al er ic".split()
-)
+_SUFFIXES = "ement ance ence able ible ment ant ent ism ate iti ous ive ize ion al er ic"
+_STEP_4 = tuple(_SUFFIXES.split())
 
 
 @lru_cache(maxsize=100_000)
