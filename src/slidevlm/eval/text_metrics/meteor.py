@@ -5,7 +5,7 @@ synonyms of WordNet (0.8) and paraphrases (0.6) match too, and its list of funct
 then it is the whole of METEOR 1.5, and the score is called `meteor`. Without, function words are a
 list of our own and the score is called `meteor_exact_stem`.
 
-The alignment covers most words, in fewest chunks, with the least distance; beams of 40 search it.
+The alignment covers most words by weight, in fewest chunks, with the least distance; beams of 40 search it.
 """
 
 from __future__ import annotations
@@ -143,10 +143,10 @@ def _weigh(words: Sequence[str], data: MeteorData) -> float:
     return _DELTA * (len(words) - function) + (1 - _DELTA) * function
 
 
-# (-words covered, chunks, distance, words of the candidate used as bits, where a match must begin
+# (-weighted words covered, chunks, distance, words of the candidate used as bits, where a match must begin
 # to be of the same chunk: in the candidate, in the reference; matches). Smaller is better. The
 # matches are the last one and a link to those before; the number before them settles every tie.
-_Path = tuple[int, int, int, int, int, int, int, Any]
+_Path = tuple[float, int, int, int, int, int, int, Any]
 
 
 def align(
@@ -162,7 +162,7 @@ def align(
         for place in range(match.start, match.start + match.length):
             rivals[place] += 1
     waiting: list[list[_Path]] = [[] for _ in range(len(reference) + 1)]
-    waiting[0] = [(0, 0, 0, 0, -1, -1, 0, None)]
+    waiting[0] = [(0.0, 0, 0, 0, -1, -1, 0, None)]
     busy = number = 0  # words before `busy` may be within a phrase that began earlier
     for place, matches in enumerate(possible):
         # Of a pair without rivals nothing is gained by leaving it out.
@@ -177,7 +177,7 @@ def align(
                     number += 1
                     waiting[place + match.other_length].append(
                         (
-                            covered - match.length - match.other_length,
+                            covered - match.weight * (match.length + match.other_length),
                             chunks + (start != match.start or other != place),
                             distance + abs(match.start - place),
                             used | bits,
