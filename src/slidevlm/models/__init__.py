@@ -7,6 +7,7 @@ import math
 
 from slidevlm.models import zoo
 from slidevlm.models.coca import CoCa
+from slidevlm.models.lora import add_lora
 from slidevlm.models.schema import ModelConfig, from_dict
 
 __all__ = ["CoCa", "ModelConfig", "build_model", "create_model", "from_dict", "zoo"]
@@ -24,9 +25,10 @@ def build_model(config: ModelConfig, vocab_size: int, *, siglip: bool = False) -
         vocab_size: V, the tokenizer's.
         siglip: start the scale and the bias as the sigmoid loss wants them.
     """
-    if siglip:
-        return CoCa(config, vocab_size, SIGLIP_LOG_SCALE, SIGLIP_BIAS)
-    return CoCa(config, vocab_size, SOFTMAX_LOG_SCALE, None)
+    scale, bias = (SIGLIP_LOG_SCALE, SIGLIP_BIAS) if siglip else (SOFTMAX_LOG_SCALE, None)
+    model = CoCa(config, vocab_size, scale, bias)
+    add_lora(model, config.lora)
+    return model
 
 
 def create_model(name: str, *, tile_width: int, vocab_size: int, siglip: bool = False) -> CoCa:

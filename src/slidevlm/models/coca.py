@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,7 @@ class CoCa(nn.Module):
         init_bias: float | None = None,
     ) -> None:
         super().__init__()
+        self._resting: tuple[nn.Module, ...] = ()
         assert config.tile_width is not None, "the tile width must be known by now"
         width = config.text.width
         self.slide: nn.Module = SLIDE_ENCODERS[config.slide_type](config.slide, config.tile_width)
@@ -101,16 +103,15 @@ class CoCa(nn.Module):
             token_mask: [B, L], True on real tokens.
             with_logits: skip the decoder where its output is not wanted.
         """
-        slide = self.slide(bags)  # [B, N, slide width]
-        image = self._embed_slide(slide)  # [B, E]
-        hidden = self.text(tokens)  # [B, L, width]
+        slide, image = self.see(bags)
+        hidden, text = self.read(tokens, token_mask)
         logits = None
         if with_logits and self.decoder is not None:
             # The state at EOS predicts nothing.
             logits = self._write(hidden[:, :-1], image, self._view(slide))
         return Output(
             image_embedding=image,
-            text_embedding=self._embed_text(hidden, tokens, token_mask),
+            text_embedding=text,
             logits=logits,
             logit_scale=self.log_scale.exp(),
             logit_bias=self.bias,
@@ -118,18 +119,27 @@ class CoCa(nn.Module):
 
     def encode_image(self, bags: Bags) -> Tensor:
         """Bags -> [B, E], L2-normalised."""
-        return self._embed_slide(self.slide(bags))
+        return self.see(bags)[1]
 
     def encode_text(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """tokens, mask [B, L] -> [B, E], L2-normalised."""
-        return self._embed_text(self.text(tokens), tokens, token_mask)
+        return self.read(tokens, token_mask)[1]
+
+    def see(self, bags: Bags) -> tuple[Tensor, Tensor]:
+        """Bags -> the encoder's tokens [B, N, slide width], and the embedding [B, E]."""
+        slide = self.slide(bags)
+        return slide, self._embed_slide(slide)
+
+    def read(self, tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens, mask [B, L] -> hidden states [B, L, width], and the embedding [B, E]."""
+        hidden = self.text(tokens)
+        return hidden, self._embed_text(hidden, tokens, token_mask)
 
     def start(self, bags: Bags, capacity: int) -> tuple[Tensor, CoCaCache]:
         """Encode the slides for generation: embeddings [B, E] and an empty cache."""
         assert self.decoder is not None, "a clip model has no decoder"
-        slide = self.slide(bags)
+        slide, image = self.see(bags)
         view = self._view(slide)
-        image = self._embed_slide(slide)
         batch, like = len(bags), view[0][0]
         return image, CoCaCache(
             image,
@@ -143,6 +153,18 @@ class CoCa(nn.Module):
         hidden = self.text(tokens, cache.encoder)
         seen = cache.decoder
         return self._write(hidden, cache.image, seen.slide, seen.text)[:, -1]
+
+    def train(self, mode: bool = True) -> CoCa:
+        """Training mode for all but the modules that `rest` has named."""
+        super().train(mode)
+        for module in self._resting:
+            module.training = False
+        return self
+
+    def rest(self, modules: Iterable[nn.Module]) -> None:
+        """Keep these modules in evaluation mode from now on, not those below them."""
+        self._resting = (*self._resting, *modules)
+        self.train(self.training)
 
     @torch.no_grad()
     def clamp_scale(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from slidevlm.errors import ConfigError
+from slidevlm.models.lora import LoRAConfig
 from slidevlm.models.slide import SLIDE_ENCODERS
 from slidevlm.models.text import DecoderConfig, TextConfig
 from slidevlm.registry import unknown
@@ -29,6 +30,7 @@ class ModelConfig:
     decoder: DecoderConfig | None
     embed_dim: int = 256
     tile_width: int | None = None  # None ("auto" in the file): taken from the data
+    lora: tuple[LoRAConfig, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The form of the JSON files; `from_dict` reads it back."""
@@ -41,6 +43,8 @@ class ModelConfig:
         }
         if self.decoder is not None:
             content["decoder"] = asdict(self.decoder)
+        if self.lora:
+            content["lora"] = [asdict(entry) for entry in self.lora]
         return content
 
 
@@ -52,6 +56,7 @@ class _File:
     decoder: Mapping[str, Any] | None = None
     embed_dim: int = 256
     tile_width: Any = "auto"
+    lora: list[Any] = field(default_factory=list)
     description: str = field(default="")
 
 
@@ -85,6 +90,7 @@ def from_dict(content: Any, where: str) -> ModelConfig:
         decoder=None if decoder is None else build(DecoderConfig, decoder, f"{where}: decoder"),
         embed_dim=top.embed_dim,
         tile_width=None if top.tile_width == "auto" else top.tile_width,
+        lora=tuple(build(LoRAConfig, entry, f"{where}: lora") for entry in top.lora),
     )
 
 
@@ -132,4 +138,4 @@ def _word(hint: Any) -> str:
         float: "a number",
         str: "text",
         bool: "true or false",
-    }.get(hint, "a mapping")
+    }.get(hint, "a list" if typing.get_origin(hint) is list else "a mapping")
