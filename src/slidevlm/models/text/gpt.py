@@ -566,8 +566,9 @@ def load_decoder(
 
 
 def _load(module: nn.Module, weights: Mapping[str, Tensor], wanted: set[str], where: str) -> None:
-    state = module.state_dict()
-    for name in sorted(wanted):
+    """Copy `weights` into the tensors named `wanted`, also where LoRA has wrapped a layer."""
+    state = {name.replace(".base.", "."): t for name, t in module.state_dict().items()}
+    for name in sorted(n.replace(".base.", ".") for n in wanted if ".lora_" not in n):
         if name not in weights:
             raise CheckpointError(f"{where} lacks the weights of {name}")
         if weights[name].shape != state[name].shape:
