@@ -47,9 +47,6 @@ class LanguageModel(Resting):
         if config.decoder.tied:
             self.decoder.tie(self.text.embedding)
 
-    def start_from(self, mean: Tensor, deviation: Tensor, table: Tensor | None) -> None:
-        """Statistics of tiles say nothing to a model that reads none."""
-
     def forward(
         self, bags: Bags, tokens: Tensor, token_mask: Tensor, *, with_logits: bool = True
     ) -> Output:
