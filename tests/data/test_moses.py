@@ -25,7 +25,7 @@ TEXTS = [
 
 def biogpt_folder(folder: Path) -> Path:
     """Merges learnt by hand from some words, in fastBPE's form: a pair and its count a line."""
-    words = "invasive ductal carcinoma grade size lung margins the in well non small cell".split()
+    words = ("invasive", "ductal", "carcinoma", "grade", "size", "lung", "margins", "the", "small")
     merges: list[tuple[str, str]] = []
     vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
     letters = sorted({c for text in TEXTS[:3] for c in text if c.isalnum() or c in ".,;-&@'\"()+/"})

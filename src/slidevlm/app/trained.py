@@ -18,6 +18,7 @@ from slidevlm.data.statistics import tile_moments, token_table
 from slidevlm.data.tokenizer import Tokenizer
 from slidevlm.errors import CheckpointError, DataError
 from slidevlm.models import (
+    CoCa,
     Model,
     ModelConfig,
     build_model,
@@ -143,7 +144,7 @@ def _new_model(config: Config, data: Data, width: int, unit: str | None) -> Trai
     if dist.is_main():  # the others get them with the parameters
         seed, rank = config.evaluation.seed, model_config.text.prior_rank
         load_sources(model, model_config)
-        if model_config.family != "lm":
+        if isinstance(model, CoCa):
             moments = tile_moments(data.store, data.train.cases, seed)
             table = token_table(tokenizer, data.train.reports, rank, seed) if rank else None
             model.start_from(*moments, table)

@@ -5,6 +5,7 @@ It stands where a tokenizer of the library `tokenizers` stands, which cannot spl
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ class MosesBackend:
         """Merge neighbours, the most frequent pair first, until none is left that was learned."""
         pieces = [*word[:-1], word[-1] + END]
         while len(pieces) > 1:
-            pairs = list(zip(pieces, pieces[1:], strict=False))
+            pairs = list(itertools.pairwise(pieces))
             best = min(pairs, key=lambda pair: self._ranks.get(pair, len(self._ranks)))
             if best not in self._ranks:
                 break

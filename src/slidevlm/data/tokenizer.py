@@ -291,10 +291,10 @@ def _backend_of(file: Path) -> tuple[Backend, dict[str, str]]:
     merges = file.with_name("merges.txt")
     if any(piece.endswith(END) for piece in vocab):
         text = merges.read_text(encoding="utf-8")
+        unknown = _content(_settings(file).get("unk_token")) or "<unk>"
         special = {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}
-        return MosesBackend.from_files(vocab, text, _content(_settings(file).get("unk_token")) or "<unk>"), {
-            role: token for role, token in special.items() if token in vocab
-        }
+        named = {role: token for role, token in special.items() if token in vocab}
+        return MosesBackend.from_files(vocab, text, unknown), named
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(file), str(merges)))
     space = bool(_settings(file).get("add_prefix_space", False))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
@@ -358,9 +358,7 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _with_special_tokens(
-    backend: Backend, named: dict[str, str], file: Path
-) -> SpecialTokens:
+def _with_special_tokens(backend: Backend, named: dict[str, str], file: Path) -> SpecialTokens:
     """Make the three tokens special ones of `backend`, adding what is missing.
 
     They must differ: a report is read at EOS, generation begins with BOS and ends with EOS, and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from slidevlm import dist
 from slidevlm.batch import Batch, Predictions
 from slidevlm.errors import DataError
 from slidevlm.losses import caption_loss_sum
-from slidevlm.models import CoCa
+from slidevlm.models import Model
 from slidevlm.models.generate import Decoding, generate
 from slidevlm.models.mode import evaluation_mode
 from slidevlm.precision import Precision
@@ -43,12 +44,12 @@ class _Part:
     image: np.ndarray
     text: np.ndarray
     generated: list[str]
-    caption_sum: float
+    caption_sums: list[float]  # of each batch
     caption_tokens: int
 
 
 def predict(
-    model: CoCa,
+    model: Model,
     batches: Sequence[Batch] | torch.utils.data.DataLoader[Batch],
     reports: dict[str, str],
     precision: Precision,
@@ -83,13 +84,13 @@ def predict(
 
 
 def _share(
-    model: CoCa,
+    model: Model,
     batches: Sequence[Batch] | torch.utils.data.DataLoader[Batch],
     precision: Precision,
     writing: Writing | None,
     on_batch: Callable[[int], None],
 ) -> _Part:
-    part = _Part([], [], np.zeros(0, np.int64), np.zeros((0, 0)), np.zeros((0, 0)), [], 0.0, 0)
+    part = _Part([], [], np.zeros(0, np.int64), np.zeros((0, 0)), np.zeros((0, 0)), [], [], 0)
     ids: list[np.ndarray] = []
     images: list[Tensor] = []
     texts: list[Tensor] = []
@@ -99,12 +100,13 @@ def _share(
         batch = cpu_batch.to(precision.device)
         with precision.autocast():
             output = model(batch.bags, batch.tokens, batch.token_mask)
-        images.append(output.image_embedding)
-        texts.append(output.text_embedding)
+        if output.image_embedding is not None:  # a language model embeds nothing
+            images.append(output.image_embedding)
+            texts.append(output.text_embedding)
         ids.append(cpu_batch.report_ids.numpy())
         if output.logits is not None:
             total = caption_loss_sum(output.logits, batch.tokens, batch.token_mask)
-            part.caption_sum += total.item()
+            part.caption_sums.append(total.item())
             part.caption_tokens += int(cpu_batch.token_mask[:, 1:].sum())
         if writing is not None:
             with precision.autocast():
@@ -113,15 +115,16 @@ def _share(
         part.specimens += batch.specimen_ids
         part.patients += batch.patient_ids
         on_batch(len(part.specimens))
-    if images:
+    if ids:
         part.report_ids = np.concatenate(ids)
+    if images:
         part.image = torch.cat(images).float().cpu().numpy()
         part.text = torch.cat(texts).float().cpu().numpy()
     return part
 
 
 def _merge(
-    parts: list[_Part], reports: dict[str, str], model: CoCa, generated: bool
+    parts: list[_Part], reports: dict[str, str], model: Model, generated: bool
 ) -> Predictions:
     specimens = [s for p in parts for s in p.specimens]
     place = {specimen: i for i, specimen in enumerate(specimens)}
@@ -129,17 +132,22 @@ def _merge(
     order = [place[specimen] for specimen in reports]
     patients = [s for p in parts for s in p.patients]
     texts = [s for p in parts for s in p.generated]
-    image = np.concatenate([p.image for p in parts])[order]
-    text = np.concatenate([p.text for p in parts])[order]
     report_ids = np.concatenate([p.report_ids for p in parts])[order]
-    _warn_of_broken("slide", image, tuple(reports))
-    _warn_of_broken("report", text, tuple(reports))
     scale = float(model.log_scale.detach().exp())
     bias = None if model.bias is None else float(model.bias.detach())
-    losses = {"contrastive": split_contrastive_loss(image, text, report_ids, scale, bias)}
+    losses: dict[str, float] = {}
+    image: np.ndarray | None = None
+    text: np.ndarray | None = None
+    if all(len(p.image) for p in parts):
+        image = np.concatenate([p.image for p in parts])[order]
+        text = np.concatenate([p.text for p in parts])[order]
+        _warn_of_broken("slide", image, tuple(reports))
+        _warn_of_broken("report", text, tuple(reports))
+        losses["contrastive"] = split_contrastive_loss(image, text, report_ids, scale, bias)
     tokens = sum(p.caption_tokens for p in parts)
     if tokens:
-        losses["caption"] = sum(p.caption_sum for p in parts) / tokens
+        # Exactly the same in whatever order processes did the batches.
+        losses["caption"] = math.fsum(s for p in parts for s in p.caption_sums) / tokens
     return Predictions(
         specimen_ids=tuple(reports),
         patient_ids=tuple(patients[i] for i in order),

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slidevlm.batch import Bags, Output
+from slidevlm.errors import ConfigError
 from slidevlm.models.attention import AttentionPooler, LayerCache, initialise
 from slidevlm.models.mode import Resting
 from slidevlm.models.schema import ModelConfig
 from slidevlm.models.slide import SLIDE_ENCODERS
-from slidevlm.models.slide.base import FourierPositions, Standardise
+from slidevlm.models.slide.base import SlideEncoder, Standardise
 from slidevlm.models.text import (
     DECODERS,
     TEXT_ENCODERS,
@@ -22,7 +23,6 @@ from slidevlm.models.text import (
     ReportDecoder,
     TextPrior,
 )
-from slidevlm.models.text.gpt import GptLayer
 
 MAX_LOG_SCALE = math.log(100.0)
 
@@ -46,11 +46,20 @@ class CoCa(Resting):
     ) -> None:
         super().__init__()
         assert config.tile_width is not None, "the tile width must be known by now"
+        assert config.slide_type is not None, "a model without a slide encoder is a LanguageModel"
         width = config.text.width
-        self.slide: nn.Module = SLIDE_ENCODERS[config.slide_type](config.slide, config.tile_width)
-        slide_width = config.slide.width
-        self.slide_pooler = AttentionPooler(1, slide_width, slide_width, config.slide.heads)
-        self.slide_project = nn.Linear(slide_width, config.embed_dim, bias=False)
+        self.slide: SlideEncoder = SLIDE_ENCODERS[config.slide_type](
+            config.slide, config.tile_width
+        )
+        slide_width, heads = self.slide.width, self.slide.heads
+        self.slide_pooler: AttentionPooler | None = None
+        self.slide_project: nn.Linear | None = None
+        if config.pooling == "attentional":
+            self.slide_pooler = AttentionPooler(1, slide_width, slide_width, heads)
+        if config.pooling == "none":
+            _check_same_width(slide_width, config.embed_dim)
+        else:
+            self.slide_project = nn.Linear(slide_width, config.embed_dim, bias=False)
         self.text = TEXT_ENCODERS[config.text_type](config.text, vocab_size)
         self.text_project: nn.Linear | None = None
         if config.project_text:
@@ -60,14 +69,14 @@ class CoCa(Resting):
             self.prior = TextPrior(vocab_size, config.text.prior_rank, config.embed_dim)
         self.decoder: ReportDecoder | None = None
         if config.decoder is not None:
-            pooled = config.decoder.slide_tokens > 0
+            queries = config.decoder.slide_tokens
             self.decoder = DECODERS[config.decoder_type](
-                config.decoder, width, vocab_size, width if pooled else slide_width
+                config.decoder, width, vocab_size, width if queries else slide_width
             )
             self.report_pooler: AttentionPooler | None = None
-            if pooled:
+            if queries:
                 self.report_pooler = AttentionPooler(
-                    config.decoder.slide_tokens, width, slide_width, config.decoder.heads
+                    queries, width, slide_width, config.decoder.heads
                 )
             self.gist: nn.Linear | None = None
             if config.decoder.gist:
@@ -83,9 +92,6 @@ class CoCa(Resting):
 
     def _reset(self, init_log_scale: float, init_bias: float | None) -> None:
         initialise(self)
-        for module in self.modules():
-            if isinstance(module, (FourierPositions, TextPrior, GptLayer)):
-                module.reset()
         nn.init.constant_(self.log_scale, init_log_scale)
         if self.bias is not None and init_bias is not None:
             nn.init.constant_(self.bias, init_bias)
@@ -156,16 +162,25 @@ class CoCa(Resting):
         batch, like = len(bags), view[0][0]
         return image, CoCaCache(
             image,
+            self._words(image),
             self.text.new_caches(batch, capacity, like),
             DecoderCache(self.decoder.new_caches(batch, capacity, like), view),
         )
 
     def step(self, tokens: Tensor, cache: CoCaCache) -> Tensor:
-        """tokens [B, n] after those in the cache -> logits [B, V] of the next token."""
+        """tokens [R, n] after those in the cache -> logits [R, V] of the next token."""
         assert self.decoder is not None, "a clip model has no decoder"
         hidden = self.text(tokens, caches=cache.encoder)
+        beams = len(tokens) // len(cache.image)
+        if self.gist is not None:
+            gist = self.gist(cache.image).repeat_interleave(beams, 0)
+            hidden = hidden + gist[:, None]
         seen = cache.decoder
-        return self._write(hidden, cache.image, seen.slide, seen.text)[:, -1]
+        states = self.decoder.states(hidden, seen.slide, seen.text)[:, -1]
+        logits: Tensor = self.decoder.vocabulary(states)
+        if cache.words is not None:
+            logits = logits + cache.words.repeat_interleave(beams, 0)
+        return logits
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
@@ -173,8 +188,10 @@ class CoCa(Resting):
         self.log_scale.clamp_(0.0, MAX_LOG_SCALE)
 
     def _embed_slide(self, slide: Tensor) -> Tensor:
-        pooled = self.slide_pooler(slide)[:, 0]
-        return F.normalize(self.slide_project(pooled).float(), dim=-1)
+        pooled = slide[:, 0] if self.slide_pooler is None else self.slide_pooler(slide)[:, 0]
+        if self.slide_project is not None:
+            pooled = self.slide_project(pooled)
+        return F.normalize(pooled.float(), dim=-1)
 
     def _embed_text(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         embedding = self.text.pool(hidden, mask)
@@ -184,39 +201,59 @@ class CoCa(Resting):
             embedding = self.prior(tokens, mask, embedding)
         return F.normalize(embedding.float(), dim=-1)
 
-    def _write(
-        self,
-        hidden: Tensor,
-        image: Tensor,
-        view: list[tuple[Tensor, Tensor]],
-        caches: list[LayerCache] | None = None,
-    ) -> Tensor:
+    def _write(self, hidden: Tensor, image: Tensor, view: list[tuple[Tensor, Tensor]]) -> Tensor:
         """hidden [B, L, width], image embedding [B, E], `_view`'s result -> logits [B, L, V]."""
         assert self.decoder is not None
         if self.gist is not None:
             hidden = hidden + self.gist(image)[:, None]
-        logits: Tensor = self.decoder(hidden, view, caches)
-        if self.words is not None:
-            assert self.prior is not None, "the schema has made sure of a prior"
-            logits = logits + self.words * self.prior.words(image)[:, None]
-        return logits
+        logits: Tensor = self.decoder(hidden, view)
+        words = self._words(image)
+        return logits if words is None else logits + words[:, None]
+
+    def _words(self, image: Tensor) -> Tensor | None:
+        """What the slide's embedding [B, E] adds to every token's logits: [B, V], or nothing."""
+        if self.words is None:
+            return None
+        assert self.prior is not None, "the schema has made sure of a prior"
+        return self.words * self.prior.words(image)
 
     def _view(self, slide: Tensor) -> list[tuple[Tensor, Tensor]]:
         assert self.decoder is not None
+        if self.slide_pooler is None and slide.shape[1] > 1:
+            slide = slide[:, 1:]  # token 0 stands for the whole slide
         return self.decoder.view(slide if self.report_pooler is None else self.report_pooler(slide))
+
+
+def _check_same_width(slide_width: int, embed_dim: int) -> None:
+    if slide_width != embed_dim:
+        raise ConfigError(
+            f"pooling none takes token 0 of the slide encoder as the embedding, but its width is "
+            f"{slide_width} and embed_dim {embed_dim}; make them equal, or set pooling to cls"
+        )
 
 
 @dataclass
 class CoCaCache:
-    """All that generation keeps between two tokens."""
+    """All that generation keeps between two tokens: of B slides, and of R sequences.
+
+    R is a multiple of B: the sequences of a slide stand together and share what is kept of it.
+    """
 
     image: Tensor  # [B, E]
+    words: Tensor | None  # [B, V], added to the logits
     encoder: list[LayerCache]
     decoder: DecoderCache
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these sequences of the batch."""
-        self.image = self.image[rows]
+    def keep(self, rows: Tensor, slides: Tensor | None = None) -> None:
+        """Keep only these sequences, and only these slides; None: all of them."""
+        if slides is not None:
+            self.image = self.image[slides]
+            self.words = None if self.words is None else self.words[slides]
         for cache in self.encoder:
             cache.keep(rows)
-        self.decoder.keep(rows)
+        self.decoder.keep(rows, slides)
+
+    def reorder(self, rows: Tensor, since: int) -> None:
+        """Sequence i becomes a copy of sequence `rows[i]`, which it equals before place `since`."""
+        for cache in (*self.encoder, *self.decoder.text):
+            cache.reorder(rows, since)

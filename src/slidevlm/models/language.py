@@ -15,7 +15,6 @@ from slidevlm.models.attention import LayerCache, initialise
 from slidevlm.models.mode import Resting
 from slidevlm.models.schema import ModelConfig
 from slidevlm.models.text import DECODERS, TEXT_ENCODERS, DecoderCache
-from slidevlm.models.text.gpt import GptLayer
 
 
 class LanguageModel(Resting):
@@ -41,9 +40,6 @@ class LanguageModel(Resting):
         self.bias: None = None
         self.register_buffer("log_scale", torch.zeros(()), persistent=False)
         initialise(self)
-        for module in self.modules():
-            if isinstance(module, GptLayer):
-                module.reset()
         if config.decoder.tied:
             self.decoder.tie(self.text.embedding)
 
@@ -65,10 +61,12 @@ class LanguageModel(Resting):
         )
 
     def step(self, tokens: Tensor, cache: LanguageCache) -> Tensor:
-        """tokens [B, n] after those in the cache -> logits [B, V] of the next token."""
+        """tokens [R, n] after those in the cache -> logits [R, V] of the next token."""
         hidden = self.text(tokens, caches=cache.encoder)
-        logits: Tensor = self.decoder(hidden, (), cache.decoder.text)
-        return logits[:, -1]
+        logits: Tensor = self.decoder.vocabulary(
+            self.decoder.states(hidden, (), cache.decoder.text)[:, -1]
+        )
+        return logits
 
     def clamp_scale(self) -> None:
         """There is no scale to clamp."""
@@ -81,8 +79,13 @@ class LanguageCache:
     encoder: list[LayerCache]
     decoder: DecoderCache
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these sequences of the batch."""
+    def keep(self, rows: Tensor, slides: Tensor | None = None) -> None:
+        """Keep only these sequences."""
         for cache in self.encoder:
             cache.keep(rows)
-        self.decoder.keep(rows)
+        self.decoder.keep(rows, slides)
+
+    def reorder(self, rows: Tensor, since: int) -> None:
+        """Sequence i becomes a copy of sequence `rows[i]`, which it equals before place `since`."""
+        for cache in (*self.encoder, *self.decoder.text):
+            cache.reorder(rows, since)

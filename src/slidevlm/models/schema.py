@@ -18,6 +18,7 @@ from slidevlm.registry import Registry, unknown
 T = TypeVar("T")
 # coca: contrastive and captioning; clip: contrastive; lm: the report alone, without its slide
 FAMILIES = ("coca", "clip", "lm")
+POOLINGS = ("attentional", "cls", "none")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class ModelConfig:
     embed_dim: int = 256
     project_text: bool = True  # the text's embedding is projected to embed_dim
     tile_width: int | None = None  # None ("auto" in the file): taken from the data
+    # How the slide encoder's tokens become the slide's embedding: a learned query attends to all
+    # (attentional); token 0, projected (cls); token 0 as it is (none). In the last two the decoder
+    # reads the other tokens.
+    pooling: str = "attentional"
     lora: tuple[LoRAConfig, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,6 +48,7 @@ class ModelConfig:
             "embed_dim": self.embed_dim,
             "project_text": self.project_text,
             "tile_width": self.tile_width or "auto",
+            "pooling": self.pooling,
         }
         if self.slide_type is not None:
             content["slide"] = {"type": self.slide_type, **asdict(self.slide)}
@@ -65,6 +71,7 @@ class _File:
     embed_dim: int = 256
     project_text: bool = True
     tile_width: Any = "auto"
+    pooling: str = "attentional"
     lora: list[Any] = field(default_factory=list)
     description: str = field(default="")
 
@@ -84,6 +91,8 @@ def from_dict(content: Any, where: str) -> ModelConfig:
             raise ConfigError(f"{where}: a model of family {top.family} {need} {part!r}")
     if top.tile_width != "auto" and not (isinstance(top.tile_width, int) and top.tile_width > 0):
         raise ConfigError(f'{where}: tile_width must be a number above 0 or "auto"')
+    if top.pooling not in POOLINGS:
+        raise ConfigError(f"{where}: {unknown('pooling', top.pooling, POOLINGS)}")
     slide_type, slide = _part(SLIDE_ENCODERS, top.slide, f"{where}: slide")
     text_type, text = _part(TEXT_ENCODERS, top.text, f"{where}: text")
     decoder_type, decoder = _part(DECODERS, top.decoder, f"{where}: decoder", "scratch")
@@ -98,6 +107,7 @@ def from_dict(content: Any, where: str) -> ModelConfig:
         embed_dim=top.embed_dim,
         project_text=top.project_text,
         tile_width=None if top.tile_width == "auto" else top.tile_width,
+        pooling=top.pooling,
         lora=tuple(build(LoRAConfig, entry, f"{where}: lora") for entry in top.lora),
     )
     _check(config, where)

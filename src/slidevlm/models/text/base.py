@@ -15,16 +15,15 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import LayerCache
+from slidevlm.models.mode import Group, Recomputing
 from slidevlm.registry import Registry
-
-Groups = list[tuple[str, list[nn.Module | nn.Parameter]]]
 
 
 class PositionEmbedding(nn.Embedding):
     """Learned positions; a type of their own because weight decay spares them."""
 
 
-class TextTower(nn.Module):
+class TextTower(Recomputing):
     """Base class: tokens -> hidden states, and a report's embedding from them.
 
     A causal tower's output at a place does not depend on what stands to its right, so padding
@@ -58,7 +57,7 @@ class TextTower(nn.Module):
         """Empty caches, one a layer."""
 
     @abstractmethod
-    def groups(self) -> Groups:
+    def groups(self) -> list[Group]:
         """Name and parts of each group of weights, from input to output."""
 
     @property

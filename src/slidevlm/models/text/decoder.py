@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import CrossAttention, KeyValues, LayerCache, SelfAttentionLayer
+from slidevlm.models.mode import Group, Recomputing
 from slidevlm.registry import Registry
 
 
@@ -20,7 +21,8 @@ class DecoderConfig:
 
     layers: int = 4
     heads: int = 8
-    # Queries of the pooler that makes the decoder's view of the slide; 0: the slide's own tokens.
+    # Queries of the pooler that makes the decoder's view of the slide; 0: it reads the slide
+    # encoder's tokens themselves.
     slide_tokens: int = 32
     dropout: float = 0.1
     tied: bool = True  # the vocabulary projection is the token embedding
@@ -41,14 +43,15 @@ class DecoderCache:
     text: list[LayerCache]
     slide: list[tuple[Tensor, Tensor]]
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these sequences of the batch."""
+    def keep(self, rows: Tensor, slides: Tensor | None) -> None:
+        """Keep only these sequences, and only these slides; None: all of them."""
         for cache in self.text:
             cache.keep(rows)
-        self.slide = [(key[rows], value[rows]) for key, value in self.slide]
+        if slides is not None:
+            self.slide = [(key[slides], value[slides]) for key, value in self.slide]
 
 
-class ReportDecoder(nn.Module):
+class ReportDecoder(Recomputing):
     """Base class: layers over the text tower's hidden states.
 
     Built from its own `Config`, the text tower's width, the vocabulary's size, and the width of
@@ -68,6 +71,18 @@ class ReportDecoder(nn.Module):
         """Slide tokens [B, N, slide width] -> every layer's keys and values [B, H, N, d]."""
 
     @abstractmethod
+    def states(
+        self,
+        hidden: Tensor,
+        slide: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """What the vocabulary projection reads: [B, L, width]."""
+
+    @abstractmethod
+    def groups(self) -> list[Group]:
+        """Name and parts of each group of weights, from input to output."""
+
     def forward(
         self,
         hidden: Tensor,
@@ -75,6 +90,8 @@ class ReportDecoder(nn.Module):
         caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
         """hidden [B, L, width] and `view`'s result (empty: no slide) -> logits [B, L, V]."""
+        logits: Tensor = self.vocabulary(self.states(hidden, slide, caches))
+        return logits
 
     def tie(self, embedding: nn.Embedding) -> None:
         """Use the token embedding as vocabulary projection."""
@@ -129,7 +146,7 @@ class Decoder(ReportDecoder):
         projections = [layer.key_values for layer in cast("list[_Layer]", list(self.layers))]
         return [project(slide_tokens) for project in projections if project is not None]
 
-    def forward(
+    def states(
         self,
         hidden: Tensor,
         slide: Sequence[tuple[Tensor, Tensor]],
@@ -137,5 +154,12 @@ class Decoder(ReportDecoder):
     ) -> Tensor:
         x = hidden
         for i, layer in enumerate(self.layers):
-            x = layer(x, slide[i] if slide else None, caches[i] if caches else None)
-        return self.vocabulary(self.norm(x))
+            view = slide[i] if slide else None
+            x = self.run(layer, x, view, caches[i] if caches else None)
+        return self.norm(x)
+
+    def groups(self) -> list[Group]:
+        return [
+            *((f"layer_{i}", [layer]) for i, layer in enumerate(self.layers)),
+            ("vocabulary", [self.norm, self.vocabulary]),
+        ]

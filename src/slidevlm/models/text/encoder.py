@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import LayerCache, SelfAttentionLayer
-from slidevlm.models.text.base import TEXT_ENCODERS, Groups, PositionEmbedding, TextTower
+from slidevlm.models.mode import Group
+from slidevlm.models.text.base import TEXT_ENCODERS, PositionEmbedding, TextTower
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,6 @@ class TextConfig:
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ConfigError(f"text.width {self.width} does not divide by {self.heads} heads")
-
 
     @property
     def tokenizer_source(self) -> str:
@@ -71,7 +71,7 @@ class TextEncoder(TextTower):
         places = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.dropout(self.tokens(tokens) + self.positions(places))
         for i, layer in enumerate(self.layers):
-            x = layer(x, caches[i] if caches else None)
+            x = self.run(layer, x, caches[i] if caches else None)
         return x
 
     def new_caches(self, batch: int, capacity: int, like: Tensor) -> list[LayerCache]:
@@ -82,9 +82,9 @@ class TextEncoder(TextTower):
         last = mask.sum(1) - 1
         return self.norm(hidden[torch.arange(len(hidden), device=hidden.device), last])
 
-    def groups(self) -> Groups:
+    def groups(self) -> list[Group]:
         return [
             ("embeddings", [self.tokens, self.positions]),
-            *((f"layer {i}", [layer]) for i, layer in enumerate(self.layers)),
-            ("final norm", [self.norm]),
+            *((f"layer_{i}", [layer]) for i, layer in enumerate(self.layers)),
+            ("final_norm", [self.norm]),
         ]

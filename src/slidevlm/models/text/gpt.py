@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slidevlm.errors import CheckpointError, ConfigError
-from slidevlm.models.attention import LayerCache
+from slidevlm.models.attention import LayerCache, OwnStart
+from slidevlm.models.mode import Group
 from slidevlm.models.text.base import (
     TEXT_ENCODERS,
-    Groups,
     PositionEmbedding,
     QueryPool,
     TextTower,
@@ -79,7 +79,9 @@ class GptConfig:
                 "tokenizer; leave one of the two out"
             )
         if not (self.source or self.tokenizer):
-            raise ConfigError('text.tokenizer is missing: a folder, or "train", without text.source')
+            raise ConfigError(
+                'text.tokenizer is missing: a folder, or "train", without text.source'
+            )
 
     @property
     def tokenizer_source(self) -> str:
@@ -185,14 +187,18 @@ class GptAttention(nn.Module):
         return self._split(self.key(context)), self._split(self.value(context))
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
-        """x [B, L, width]; key, value [B, H, N, d] -> [B, L, width]."""
+        """x [B, L, width]; key, value [B, H, N, d] -> [B, L, width].
+
+        x may also be n B sequences, n after each other for each context (the beams of a slide).
+        """
+        query, beams = self._split(self.query(x)), len(x) // len(key)
+        if beams > 1:  # n L queries of one context, whose keys and values are not copied
+            query = query.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
         attended = F.scaled_dot_product_attention(
-            self._split(self.query(x)),
-            key,
-            value,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
+            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=causal
         )
+        if beams > 1:
+            attended = attended.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -200,7 +206,7 @@ class GptAttention(nn.Module):
         return x.view(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
 
 
-class GptLayer(nn.Module):
+class GptLayer(OwnStart):
     """Pre-norm layer: causal self-attention, cross-attention where there is any, feed-forward."""
 
     def __init__(
@@ -293,7 +299,7 @@ class GptTower(TextTower):
         places = places + self.family.position_offset
         x = self.dropout(self.scale * self.tokens(tokens) + self.positions(places))
         for i, layer in enumerate(self.layers):
-            x = layer(x, None, caches[i] if caches else None)
+            x = self.run(layer, x, None, caches[i] if caches else None)
         return self.norm(x)
 
     def new_caches(self, batch: int, capacity: int, like: Tensor) -> list[LayerCache]:
@@ -306,14 +312,14 @@ class GptTower(TextTower):
         last = mask.sum(1) - 1
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
-    def groups(self) -> Groups:
+    def groups(self) -> list[Group]:
         final: list[nn.Module | nn.Parameter] = [self.norm]
         if self.pooler is not None:
             final.append(self.pooler)
         return [
             ("embeddings", [self.tokens, self.positions]),
-            *((f"layer {i}", [layer]) for i, layer in enumerate(self.layers)),
-            ("final norm", final),
+            *((f"layer_{i}", [layer]) for i, layer in enumerate(self.layers)),
+            ("final_norm", final),
         ]
 
 
@@ -364,7 +370,7 @@ class GptDecoder(ReportDecoder):
         attentions = [layer.cross_attention for layer in layers]
         return [a.keys_values(slide_tokens) for a in attentions if a is not None]
 
-    def forward(
+    def states(
         self,
         hidden: Tensor,
         slide: Sequence[tuple[Tensor, Tensor]],
@@ -372,12 +378,17 @@ class GptDecoder(ReportDecoder):
     ) -> Tensor:
         x = hidden
         for i, layer in enumerate(self.layers):
-            x = layer(x, slide[i] if slide else None, caches[i] if caches else None)
+            x = self.run(layer, x, slide[i] if slide else None, caches[i] if caches else None)
         if self.norm is not None:
             x = self.norm(x)
-        if self.head_norm is not None:
-            x = self.head_norm(x)
-        return self.vocabulary(x)
+        return x if self.head_norm is None else self.head_norm(x)
+
+    def groups(self) -> list[Group]:
+        last: list[nn.Module | nn.Parameter | None] = [self.norm, self.head_norm, self.vocabulary]
+        return [
+            *((f"layer_{i}", [layer]) for i, layer in enumerate(self.layers)),
+            ("vocabulary", [part for part in last if part is not None]),
+        ]
 
 
 @DECODERS.register("biogpt")

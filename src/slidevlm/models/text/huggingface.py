@@ -11,12 +11,28 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import LayerCache
-from slidevlm.models.text.base import TEXT_ENCODERS, Groups, QueryPool, TextTower
+from slidevlm.models.mode import Group
+from slidevlm.models.text.base import TEXT_ENCODERS, QueryPool, TextTower
 
 # Models whose first token was trained to stand for the text.
 CLS_FAMILIES = frozenset(
-    "bert roberta xlm-roberta camembert distilbert electra mpnet deberta deberta-v2 albert "
-    "roformer longformer big_bird modernbert nomic_bert esm".split()
+    (
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "distilbert",
+        "electra",
+        "mpnet",
+        "deberta",
+        "deberta-v2",
+        "albert",
+        "roformer",
+        "longformer",
+        "big_bird",
+        "modernbert",
+        "nomic_bert",
+    )
 )
 _WIDTHS = ("hidden_size", "d_model", "dim", "n_embd", "hidden_dim")
 
@@ -106,6 +122,19 @@ class HuggingFaceTower(TextTower):
     def embedding(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
 
+    @property
+    def checkpointing(self) -> bool:
+        """Whether the published code recomputes its layers' activations."""
+        return bool(self.model.is_gradient_checkpointing)
+
+    @checkpointing.setter
+    def checkpointing(self, wanted: bool) -> None:
+        if wanted:
+            kind = {"use_reentrant": False}
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
+        else:
+            self.model.gradient_checkpointing_disable()
+
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, caches: list[LayerCache] | None = None
     ) -> Tensor:
@@ -119,7 +148,7 @@ class HuggingFaceTower(TextTower):
     def new_caches(self, batch: int, capacity: int, like: Tensor) -> list[LayerCache]:
         raise AssertionError("this tower is not causal; the schema admits no decoder on it")
 
-    def groups(self) -> Groups:
+    def groups(self) -> list[Group]:
         layers = _layers(self.model)
         inside = {id(p) for layer in layers for p in layer.parameters()}
         before: list[nn.Module | nn.Parameter] = []
@@ -132,9 +161,9 @@ class HuggingFaceTower(TextTower):
                 (after if passed else before).append(parameter)
         if self.pooler is not None:
             after.append(self.pooler)
-        groups: Groups = [("embeddings", before)]
-        groups += [(f"layer {i}", [layer]) for i, layer in enumerate(layers)]
-        return [*groups, ("final norm", after)] if after else groups
+        groups: list[Group] = [("embeddings", before)]
+        groups += [(f"layer_{i}", [layer]) for i, layer in enumerate(layers)]
+        return [*groups, ("final_norm", after)] if after else groups
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take a published model's tensors; rows of tokens that it lacks start at the mean."""
@@ -197,7 +226,5 @@ def published_state(config: HuggingFaceConfig, folder: str) -> dict[str, Tensor]
 
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The layers of the model: its longest list of modules that is not inside another."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        return []
-    return list(max(lists, key=len))
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len) if lists else []
