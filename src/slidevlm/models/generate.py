@@ -81,7 +81,7 @@ def draft(
         )
     with evaluation_mode(model):
         device = bags.features.device
-        _, cache = model.start(bags, 1 + len(prompt) + steps)
+        cache: Any = model.start(bags, 1 + len(prompt) + steps)[1]
         given = torch.tensor([[decoding.bos_id, *prompt]], device=device).repeat(len(bags), 1)
         logits = model.step(given, cache)
         if decoding.beams > 1:

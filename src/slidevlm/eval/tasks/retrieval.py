@@ -29,9 +29,10 @@ class Retrieval:
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
 
     def __call__(self, predictions: Predictions) -> TaskResult:
-        """Metrics `image_to_text/...` and `text_to_image/...`."""
+        """Metrics `image_to_text/...` and `text_to_image/...`; none of a language model."""
         image, text = predictions.image_embedding, predictions.text_embedding
-        assert image is not None and text is not None, "retrieval needs both embeddings"
+        if image is None or text is None:
+            return TaskResult({})
         both = ranks(image, text, predictions.report_ids)
         found = dict(zip(("image_to_text", "text_to_image"), both, strict=True))
 
@@ -43,10 +44,12 @@ class Retrieval:
             }
 
         values = {k: float(v[0]) for k, v in statistic(m.ones(len(predictions))).items()}
-        if not self.bootstrap:
-            return TaskResult(values)
-        units = self.bootstrap.units(predictions)
-        return TaskResult(values, resampled=self.bootstrap.values(units, statistic).values)
+        result = TaskResult(values)
+        result.columns.update({f"{way}/rank": places.tolist() for way, places in found.items()})
+        if self.bootstrap:
+            units = self.bootstrap.units(predictions)
+            result.resampled.update(self.bootstrap.values(units, statistic).values)
+        return result
 
 
 def rank_metrics(places: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
