@@ -104,6 +104,7 @@ class HuggingFaceTower(TextTower):
 
     def __init__(self, config: HuggingFaceConfig, vocab_size: int) -> None:
         super().__init__()
+        self._recomputing = False
         self.width, self.context_length = config.width, config.context_length
         self.model = _build(config)
         if vocab_size > self.embedding.num_embeddings:
@@ -123,12 +124,13 @@ class HuggingFaceTower(TextTower):
         return self.model.get_input_embeddings()
 
     @property
-    def checkpointing(self) -> bool:
+    def checkpointing(self) -> bool:  # type: ignore[override]
         """Whether the published code recomputes its layers' activations."""
-        return bool(self.model.is_gradient_checkpointing)
+        return self._recomputing
 
     @checkpointing.setter
     def checkpointing(self, wanted: bool) -> None:
+        self._recomputing = wanted
         if wanted:
             kind = {"use_reentrant": False}
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
