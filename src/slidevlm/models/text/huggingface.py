@@ -124,7 +124,7 @@ class HuggingFaceTower(TextTower):
         return self.model.get_input_embeddings()
 
     @property
-    def checkpointing(self) -> bool:  # type: ignore[override]
+    def checkpointing(self) -> bool:
         """Whether the published code recomputes its layers' activations."""
         return self._recomputing
 
