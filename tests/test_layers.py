@@ -55,6 +55,7 @@ EXTRAS = (
     "zarr",
     "numcodecs",
     "openpyxl",
+    "sksurv",
 )
 
 
