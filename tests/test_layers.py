@@ -54,6 +54,7 @@ EXTRAS = (
     "zarr",
     "numcodecs",
     "openpyxl",
+    "sksurv",
 )
 
 
