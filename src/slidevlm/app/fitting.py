@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from slidevlm.precision import Precision
 from slidevlm.run import CHECKPOINTS, Run
 from slidevlm.train import checkpoint as ckpt
 from slidevlm.train import schedule
+from slidevlm.train.interrupt import Interrupts
 from slidevlm.train.loop import Plan
 from slidevlm.train.loop import train as run_loop
 from slidevlm.train.optim import adamw, load_state
@@ -32,6 +34,14 @@ from slidevlm.train.step import Objective, Step, sigmoid_term, softmax_term
 from slidevlm.train.watch import Rhythm, RunWatcher
 
 log = logging.getLogger("slidevlm")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How training ended."""
+
+    metrics: dict[str, float]  # of the last evaluation
+    finished: bool  # False: a signal ended it before
 
 
 def fit(
@@ -43,7 +53,8 @@ def fit(
     run: Run,
     folder: Path | None,
     judge: Judge,
-) -> dict[str, float]:
+    interrupts: Interrupts,
+) -> Fitted:
     assert data.train is not None, "validate has made sure of a training split"
     optim, seed = config.optim, config.evaluation.seed
     objective = _objective(config, trained)
@@ -120,14 +131,29 @@ def fit(
         rhythm,
         progress,
         {} if start.training is None else start.training.metrics,
+        interrupts,
     )
     try:
-        run_loop(step, loader, batches, plan, watcher, progress)
+        end = run_loop(step, loader, batches, plan, watcher, progress)
     finally:
         watcher.close()
     if step.skipped:
         log.warning("%d steps were skipped: loss or gradient not finite", step.skipped)
-    return watcher.metrics
+    if watcher.stops:
+        _tell_how_to_go_on(folder, end)
+    return Fitted(watcher.metrics, finished=not watcher.stops)
+
+
+def _tell_how_to_go_on(folder: Path | None, end: ckpt.Progress) -> None:
+    if folder is None:
+        log.warning("ended after step %d; nothing was saved (--logs None)", end.step)
+    else:
+        log.warning(
+            "ended after step %d and saved; go on with the same command and --name %s --resume "
+            "latest",
+            end.step,
+            folder.name,
+        )
 
 
 def _augmentation(config: Config, trained: Trained) -> Augmentation:
