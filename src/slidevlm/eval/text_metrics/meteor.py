@@ -5,7 +5,8 @@ synonyms of WordNet (0.8) and paraphrases (0.6) match too, and its list of funct
 then it is the whole of METEOR 1.5, and the score is called `meteor`. Without, function words are a
 list of our own and the score is called `meteor_exact_stem`.
 
-The alignment covers most words by weight, in fewest chunks, with the least distance; beams of 40 search it.
+The alignment covers most words by weight, in fewest chunks, with the least distance; beams of 40
+search it.
 """
 
 from __future__ import annotations
@@ -143,9 +144,9 @@ def _weigh(words: Sequence[str], data: MeteorData) -> float:
     return _DELTA * (len(words) - function) + (1 - _DELTA) * function
 
 
-# (-weighted words covered, chunks, distance, words of the candidate used as bits, where a match must begin
-# to be of the same chunk: in the candidate, in the reference; matches). Smaller is better. The
-# matches are the last one and a link to those before; the number before them settles every tie.
+# (-weighted words covered, chunks, distance, words of the candidate used as bits, where a match
+# must begin to be of the same chunk: in the candidate, in the reference; matches). Smaller is better.
+# The matches are the last one and a link to those before; the number before them settles every tie.
 _Path = tuple[float, int, int, int, int, int, int, Any]
 
 
