@@ -145,7 +145,7 @@ def _weigh(words: Sequence[str], data: MeteorData) -> float:
 
 
 # (-weighted words covered, chunks, distance, words of the candidate used as bits, where a match
-# must begin to be of the same chunk: in the candidate, in the reference; matches). Smaller is better.
+# must begin to be of the same chunk: in candidate and reference; number; matches). Less is better.
 # The matches are the last one and a link to those before; the number before them settles every tie.
 _Path = tuple[float, int, int, int, int, int, int, Any]
 
