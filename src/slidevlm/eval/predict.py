@@ -99,7 +99,7 @@ def _share(
             continue
         batch = cpu_batch.to(precision.device)
         with precision.autocast():
-            output = model(batch.bags, batch.tokens, batch.token_mask)
+            output = model(batch.bags, batch.tokens, batch.token_mask, only_real=True)
         images.append(output.image_embedding)
         texts.append(output.text_embedding)
         ids.append(cpu_batch.report_ids.numpy())
