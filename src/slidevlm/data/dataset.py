@@ -12,11 +12,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from slidevlm.batch import Bags, Batch
 from slidevlm.data.augment import Augmentation
 from slidevlm.data.cases import Bag, Case, CaseStore
+from slidevlm.data.formats.rows import new_shared, shared_rows
 from slidevlm.data.reports import report_id
 from slidevlm.data.sampling import generator
 from slidevlm.data.tokenizer import TextTokenizer
@@ -146,7 +147,9 @@ class BagDataset(Dataset[Sample]):
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample | Failure]:
         """What torch's loader calls for a batch; errors come back as values."""
-        return [self._sample_or_failure(key) for key in keys]
+        # A batch of one bag leaves the worker as it was read; of several, as it was collated.
+        with shared_rows(enabled=len(keys) == 1 and _in_worker()):
+            return [self._sample_or_failure(key) for key in keys]
 
     def _sample_or_failure(self, key: Key) -> Sample | Failure:
         try:
@@ -217,8 +220,21 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
-    """torch.cat, which would copy a single bag too; it may be of 400 MB."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    """torch.cat, which would copy a single bag too; it may be of 400 MB.
+
+    A worker lays them into memory that the training process can map, which saves another copy.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if not _in_worker() or len({part.dtype for part in parts}) > 1:
+        return torch.cat(list(parts))
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    room = new_shared(math.prod(shape) * parts[0].element_size())
+    return torch.cat(list(parts), out=room.view(parts[0].dtype).view(shape))
+
+
+def _in_worker() -> bool:
+    return get_worker_info() is not None
 
 
 def _check_alike(samples: Sequence[Sample], what: str, values: Sequence[object]) -> None:
