@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slidevlm.models.linear import normalised_linear
+from slidevlm.models.linear import (
+    geglu_linear,
+    gelu_linear,
+    is_plain,
+    norm_linear,
+    normalised_linear,
+)
 from slidevlm.models.ragged import ragged_cross_attention
 
 # query, key and value [H, T, d] -> [H, T, d]
@@ -40,9 +46,9 @@ class GEGLU(nn.Module):
         self.outer = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = self.inner(x).chunk(2, dim=-1)
-        return self.dropout(self.outer(a * F.gelu(b)))
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """[..., width], normalised first -> [..., width]."""
+        return self.dropout(geglu_linear(norm_linear(x, norm, self.inner), self.outer))
 
 
 class FeedForward(nn.Module):
@@ -54,8 +60,9 @@ class FeedForward(nn.Module):
         self.outer = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.outer(F.gelu(self.inner(x))))
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """[..., width], normalised first -> [..., width]."""
+        return self.dropout(gelu_linear(norm_linear(x, norm, self.inner), self.outer))
 
 
 class KeyValues(nn.Module):
@@ -69,7 +76,7 @@ class KeyValues(nn.Module):
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """[..., N, C] -> key and value, each [..., H, N, d]."""
-        key, value = self.project(self.norm(context)).chunk(2, dim=-1)
+        key, value = norm_linear(context, self.norm, self.project).chunk(2, dim=-1)
         shape = (*key.shape[:-1], self.heads, -1)
         return key.reshape(shape).transpose(-2, -3), value.reshape(shape).transpose(-2, -3)
 
@@ -78,6 +85,8 @@ class KeyValues(nn.Module):
 
         No normalised copy of the features is kept, and keys and values are apart in memory.
         """
+        if not is_plain(self.project):
+            return self(features.to(self.norm.weight.dtype))
         key, value = normalised_linear(features, self.norm, self.project.weight.chunk(2))
         shape = (len(features), self.heads, -1)
         return key.view(shape).transpose(0, 1), value.view(shape).transpose(0, 1)
@@ -96,7 +105,11 @@ class CrossAttention(nn.Module):
 
     def _queries(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        return self.query(self.norm(x)).view(batch, length, self.heads, -1).transpose(1, 2)
+        return (
+            norm_linear(x, self.norm, self.query)
+            .view(batch, length, self.heads, -1)
+            .transpose(1, 2)
+        )
 
     def _merge(self, attended: Tensor) -> Tensor:
         """[B, H, L, d] -> [B, L, width]."""
@@ -166,7 +179,7 @@ class SelfAttention(nn.Module):
         With a cache, x are the tokens after those cached; more than one only when it is empty.
         """
         batch, length, width = x.shape
-        projected = self.project(self.norm(x)).view(batch, length, 3, self.heads, -1)
+        projected = norm_linear(x, self.norm, self.project).view(batch, length, 3, self.heads, -1)
         query, key, value = projected.permute(2, 0, 3, 1, 4)
         causal = self.causal and length > 1
         if cache is not None:
@@ -201,7 +214,7 @@ class SelfAttentionLayer(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         x = x + self.attention(x, cache)
-        return x + self.feed_forward(self.norm(x))
+        return x + self.feed_forward(x, self.norm)
 
 
 class TileAttention(nn.Module):
@@ -220,7 +233,7 @@ class TileAttention(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """x [T, width]; `attend` takes query, key, value [H, T, d] -> [T, width]."""
-        projected = self.project(self.norm(x)).view(len(x), 3, self.heads, -1)
+        projected = norm_linear(x, self.norm, self.project).view(len(x), 3, self.heads, -1)
         attended = attend(*projected.permute(1, 2, 0, 3))
         return self.dropout(self.out(attended.transpose(0, 1).reshape(len(x), -1)))
 
@@ -236,7 +249,7 @@ class TileLayer(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         x = x + self.attention(x, attend)
-        return x + self.feed_forward(self.norm(x))
+        return x + self.feed_forward(x, self.norm)
 
 
 class AttentionPooler(nn.Module):

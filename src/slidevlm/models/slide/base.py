@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.models.attention import OwnStart
-from slidevlm.models.linear import normalised_linear
+from slidevlm.models.linear import is_plain, normalised_linear
 from slidevlm.registry import Registry
 
 # Name of a part, and the modules and parameters it consists of.
@@ -107,6 +107,9 @@ class TileEmbedding(nn.Module):
         self.project = nn.Linear(tile_width, width)
 
     def forward(self, features: Tensor) -> Tensor:
+        if not is_plain(self.project):
+            embedded: Tensor = self.project(self.norm(features.to(self.norm.weight.dtype)))
+            return embedded
         weights, bias = (self.project.weight,), self.project.bias
         return normalised_linear(features, self.norm, weights, bias)[0]
 

@@ -98,7 +98,7 @@ class _Read(OwnStart):
     ) -> Tensor:
         attended = self.attention.ragged(latents, key, value, lengths)
         latents = latents + attended if self.residual else attended
-        return latents + self.feed_forward(self.norm(latents))
+        return latents + self.feed_forward(latents, self.norm)
 
 
 def _self_layer(config: PerceiverConfig) -> SelfAttentionLayer:
