@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +42,10 @@ from torch import Tensor, nn
 
 from slidevlm.batch import Bags, Batch
 from slidevlm.losses import caption_loss_sum, contrastive_loss
-from slidevlm.models import CoCa, ModelConfig, build_model
+from slidevlm.models import CoCa, ModelConfig
 from slidevlm.models.attention import GEGLU, FeedForward
 from slidevlm.models.slide.perceiver import Perceiver, PerceiverConfig
-from slidevlm.models.text import DecoderConfig, TextConfig
+from slidevlm.models.text import DecoderConfig, TextConfig, TextEncoder
 from slidevlm.train.optim import adamw
 
 TILE_WIDTH = 1024
@@ -163,14 +163,15 @@ def padded_loss(model: CoCa, batch: Batch) -> tuple[Tensor, Tensor]:
     slide = padded_tokens(model.slide, *pad(batch.bags))
     image = F.normalize(slide[:, 0], dim=-1)
     places = torch.arange(batch.tokens.shape[1])
-    hidden = model.text.tokens(batch.tokens) + model.text.positions(places)
-    for layer in model.text.layers:
+    tower, project = cast(TextEncoder, model.text), cast(nn.Linear, model.text_project)
+    hidden = tower.tokens(batch.tokens) + tower.positions(places)
+    for layer in tower.layers:
         hidden = plain_layer(layer, hidden)
-    text = F.normalize(model.text_project(model.text.pool(hidden, batch.token_mask)), dim=-1)
+    text = F.normalize(project(tower.pool(hidden, batch.token_mask)), dim=-1)
     x = hidden[:, :-1]
     for layer in model.decoder.layers:
         x = plain_layer(layer.causal, x + plain_read(layer, x, slide[:, 1:], None))
-    logits = model.decoder.vocabulary(model.decoder.norm(x))
+    logits = model.decoder.vocabulary(cast(nn.LayerNorm, model.decoder.norm)(x))
     labels = batch.tokens[:, 1:].masked_fill(~batch.token_mask[:, 1:], -100)
     caption = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     return caption + contrastive_loss(image, text, model.log_scale.exp(), None), image
@@ -201,7 +202,7 @@ def step_passes(
     cross_heads: int, batch: Batch
 ) -> tuple[nn.Module, dict[str, Callable[[], Tensor]]]:
     """The model, and a pass of each way that ends with an optimizer step; returns embeddings."""
-    model = build_model(step_config(cross_heads), VOCABULARY)
+    model = CoCa(step_config(cross_heads), VOCABULARY)
     away_from_the_start(model)
     # A rate of 0: the weights, and so the work, are the same in every pass.
     optimizer = adamw(model, lr=0.0, betas=(0.9, 0.999), eps=1e-8, decay=0.2)
@@ -346,7 +347,8 @@ def needed_flops(model: CoCa, batch: Batch) -> float:
     total = 2 * 2.0 * tiles * sum(project)
     total += 3 * encoder.blocks * (2 * bags * latents * each_block + among_latents)
     total += 3 * encoder.blocks * 4 * latents * tiles * width
-    text = [model.text.layers, model.decoder.layers, model.decoder.vocabulary]
+    tower = cast(TextEncoder, model.text)
+    text = [tower.layers, model.decoder.layers, model.decoder.vocabulary]
     layers: list[Any] = list(model.decoder.layers)
     views = sum(matrices(layer.key_values) for layer in layers)
     total += 6 * words * (sum(map(matrices, text)) - views) + 6 * bags * latents * views
@@ -359,7 +361,7 @@ def on_gpu(options: argparse.Namespace) -> None:
         raise SystemExit("benchmarks/models.py gpu: no CUDA device here")
     device, vocabulary, length = torch.device("cuda"), 42384, 256
     torch.manual_seed(0)
-    model = build_model(gpu_config(), vocabulary).to(device)
+    model = CoCa(gpu_config(), vocabulary).to(device)
     optimizer = adamw(model, lr=1e-5, betas=(0.9, 0.999), eps=1e-8, decay=0.2)
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     print("batch   tiles  s/step    tiles/s  tokens/s      MB    MFU")

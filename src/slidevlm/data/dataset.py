@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -325,9 +326,22 @@ class BagLoader(DataLoader[Any]):
             del loaded  # or the bags would stay in memory while the next ones are read
 
 
-def _one_thread(worker: int) -> None:
-    """Workers share the cores with the training process; their threads would only queue."""
+_GRACE_SECONDS = 30  # a worker lives on after SIGTERM, at most
+
+
+def _start_worker(worker: int) -> None:
+    """What a worker does first.
+
+    Workers share the cores with the training process; their threads would only queue. Signals
+    that end a job reach them too, but the process that trains still needs them: it saves after
+    the step in progress, and ends them itself.
+    """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS) and None)
 
 
 def make_loader(
@@ -348,7 +362,7 @@ def make_loader(
     if workers:
         parallel = {
             "num_workers": workers,
-            "worker_init_fn": _one_thread,
+            "worker_init_fn": _start_worker,
             "persistent_workers": True,
             "multiprocessing_context": start_method,
         }
