@@ -144,6 +144,26 @@ def test_optimizer_defaults_follow_the_model(model: str, betas_eps: tuple[float,
     assert (given.beta2, given.lr) == (0.5, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("words", "beams"),
+    [
+        ([], False),
+        (["--val-gen-top-k", "50"], False),
+        (["--val-gen-top-k", "0"], True),
+        (["--val-gen-num-beams", "9"], True),
+        (["--val-gen-num-beam-groups", "2"], True),
+        (["--val-gen-top-k", "0", "--val-gen-num-beams", "9"], True),
+    ],
+)
+def test_when_reports_are_searched_with_beams(words: list[str], beams: bool) -> None:
+    config = parsed(*words)
+    assert config.beam_search is beams
+    try:
+        validate(config)
+    except ConfigError as error:  # there is no data; the beams are no problem
+        assert "beam" not in str(error)
+
+
 PENDING = [a for a in arguments() if a.spec.pending]
 OTHER: dict[str, Any] = {"str": "other", "int": 7, "float": 0.5, "switch": True}
 
@@ -159,7 +179,16 @@ def test_what_has_no_effect_yet_is_refused(argument: Any) -> None:
     ("values", "message"),
     [
         ({"precision": "pure_bf16"}, "--precision pure_bf16 is not available yet"),
-        ({"val_gen_top_k": 0}, "--val-gen-top-k 0 is not available yet"),
+        ({"val_gen_top_k": -1}, "--val-gen-top-k must be at least 0"),
+        ({"val_gen_num_beams": 0}, "--val-gen-num-beams must be at least 1"),
+        ({"val_gen_num_beam_groups": 0}, "--val-gen-num-beam-groups must be at least 1"),
+        (
+            {"val_gen_top_k": 5, "val_gen_num_beams": 6},
+            "--val-gen-top-k 5 draws tokens, --val-gen-num-beams belongs to beam search",
+        ),
+        ({"val_gen_num_beams": 5}, "5 does not divide into --val-gen-num-beam-groups 3"),
+        ({"val_gen_num_beam_groups": 4}, "--val-gen-num-beams 6 does not divide into"),
+        ({"val_gen_top_k": 0, "val_gen_num_beams": 4}, "4 does not divide into"),
         ({"report_to": "wandb"}, "--report-to wandb is not available yet"),
         ({"report_to": "all,"}, "--report-to all, is not available yet"),
         ({"report_to": "tensorboard, all"}, "is not available yet"),

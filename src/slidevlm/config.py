@@ -334,13 +334,16 @@ class Evaluation:
     caption_val_max_seq_len: int = arg(100, "tokens generated at most", minimum=1)
     val_gen_top_k: int = arg(
         50,
-        "draw each token from the k most likely, seeded; 1 is greedy (0, beam search, is not "
-        "available yet)",
+        "draw each token from the k most likely, seeded; 1 is greedy, 0 diverse beam search; where "
+        "only beam arguments are given, it is beam search",
         minimum=0,
-        pending_values=(0,),
     )
-    val_gen_num_beams: int = arg(6, "beams", pending=True)
-    val_gen_num_beam_groups: int = arg(3, "groups of beams", pending=True)
+    val_gen_num_beams: int = arg(6, "beams of --save-captions", minimum=1)
+    val_gen_num_beam_groups: int = arg(
+        3,
+        "groups of these beams, which keep away from each other; 1 is plain beam search",
+        minimum=1,
+    )
     zsc_class_prompt_mapping: tuple[str, ...] | None = arg(
         None,
         "prompt files for zero-shot classification: {class: prompt}, {class: [prompts]} or "
@@ -350,11 +353,35 @@ class Evaluation:
     zsc_specimen_class_mapping: tuple[str, ...] | None = arg(
         None, "label files, {specimen: class}, one for each prompt file or all for one", file=True
     )
-    eval_metric_bootstraps: int = arg(1, "bootstrap samples for intervals", pending=True)
-    eval_metric_ci: float = arg(0.95, "coverage of the intervals", pending=True)
+    eval_metric_bootstraps: int = arg(
+        1,
+        "resamples of patients for percentile intervals of every metric; 0 and 1: no intervals",
+        minimum=0,
+    )
+    eval_metric_ci: float = arg(0.95, "coverage of the intervals", above=0, below=1)
+    bootstrap_unit: str = arg(
+        "patient",
+        "what is resampled: patients, each with all specimens (the same as specimens where every "
+        "patient has one), or specimens",
+        choices=("patient", "specimen"),
+        extra=True,
+    )
+    zsc_ensemble: str = arg(
+        "mean",
+        "of several prompts a class: mean compares with the normalised mean of their embeddings, "
+        "probabilities adds up their probabilities",
+        choices=("mean", "probabilities"),
+        extra=True,
+    )
     eval_grace_period: int = arg(0, "first epochs without evaluation", minimum=0)
     test: bool = arg(
         False, "no training: evaluate every split given, from --resume or --pretrained"
+    )
+    save_embeddings: bool = arg(
+        False,
+        "at the end, write slide embeddings as embeddings/<split>/<specimen>.h5 in TRIDENT's "
+        "layout of slide features, and slide and report embeddings of a split as .npz",
+        extra=True,
     )
     few_shot_examples: tuple[str, ...] | None = arg(None, "few-shot examples", pending=True)
     seed: int = arg(0, "seed of everything random", minimum=0)
@@ -385,6 +412,12 @@ class Config:
         return frozenset(r.strip() for r in self.logging.report_to.split(",")) - {""}
 
     @property
+    def beam_search(self) -> bool:
+        """Whether --save-captions searches with beams instead of drawing tokens."""
+        asked = bool(self.given & BEAM_ARGUMENTS) and "val_gen_top_k" not in self.given
+        return self.evaluation.val_gen_top_k == 0 or asked
+
+    @property
     def prompt_pairs(self) -> tuple[tuple[str, str], ...]:
         """(prompt file, label file) of every zero-shot task; `validate` has checked the counts."""
         prompts = self.evaluation.zsc_class_prompt_mapping or ()
@@ -404,6 +437,8 @@ GROUPS: dict[str, type] = {
     "distributed": Distributed,
     "evaluation": Evaluation,
 }
+
+BEAM_ARGUMENTS = frozenset(("val_gen_num_beams", "val_gen_num_beam_groups"))
 
 # (lr, beta1, beta2, eps), as the specification gives them for models with "vit" in their name.
 ADAM_VIT = (5e-4, 0.9, 0.98, 1e-6)
@@ -608,6 +643,22 @@ def _pairs(config: Config) -> Iterator[str]:
         )
 
 
+def _beams(config: Config) -> Iterator[str]:
+    evaluation = config.evaluation
+    beams, groups = evaluation.val_gen_num_beams, evaluation.val_gen_num_beam_groups
+    given = config.given & BEAM_ARGUMENTS
+    if given and not config.beam_search:
+        flags = " and ".join("--" + name.replace("_", "-") for name in sorted(given))
+        yield (
+            f"--val-gen-top-k {evaluation.val_gen_top_k} draws tokens, {flags} belongs to beam "
+            "search; give one of them, or --val-gen-top-k 0"
+        )
+    if config.beam_search and groups >= 1 and beams % groups:
+        yield (
+            f"--val-gen-num-beams {beams} does not divide into --val-gen-num-beam-groups {groups}"
+        )
+
+
 def _resuming(config: Config) -> Iterator[str]:
     if config.checkpoint.resume == "latest":
         if config.logs is None:
@@ -620,6 +671,7 @@ def _combinations(config: Config) -> Iterator[str]:
     yield from _sources(config)
     yield from _pairs(config)
     yield from _augmentation(config.data)
+    yield from _beams(config)
     data, optim, evaluation = config.data, config.optim, config.evaluation
     if data.hdf5_filename and not (data.hdf5_text_attribute or data.text_data_file):
         yield "no reports: give --hdf5_text_attribute or --text-data-file"

@@ -155,6 +155,8 @@ def test_evaluation_counts_each_once(n, size, ranks):
     assert sorted(i for b in batches for batch in b for i in batch) == list(range(n))
     assert [len(b) for b in batches] == [len(s) for s in samplers]
     assert all(len(batch) <= size for b in batches for batch in b)
+    alone = list(EvalBatches(n, size))
+    assert sorted(batch for b in batches for batch in b) == alone, "of one process"
 
 
 def test_generator_depends_on_its_parts():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from slidevlm.batch import Predictions
 from slidevlm.errors import ConfigError
 from slidevlm.eval import bootstrap as module
 from slidevlm.eval.bootstrap import Bootstrap
@@ -54,6 +55,15 @@ def test_interval_is_that_of_the_percentiles() -> None:
     with_gaps = np.concatenate([values, [np.nan] * 7])
     assert Bootstrap(108, 0.9).interval(with_gaps) == pytest.approx((5.0, 95.0))
     assert np.isnan(Bootstrap(2).interval(np.array([np.nan, np.nan]))).all()
+
+
+def test_the_unit_says_what_is_drawn() -> None:
+    none = np.zeros((2, 1), np.float32)
+    split = Predictions(("s", "t"), ("p", "p"), ("", ""), np.arange(2), none, none)
+    assert Bootstrap(2).units(split) == ("p", "p")
+    assert Bootstrap(2, unit="specimen").units(split) == ("s", "t")
+    with pytest.raises(ConfigError, match="a patient or a specimen, not 'slide'"):
+        Bootstrap(2, unit="slide")
 
 
 def test_one_resample_is_none() -> None:

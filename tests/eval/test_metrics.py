@@ -41,6 +41,18 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 50])
+def test_mean_and_median_of_resamples(n: int) -> None:
+    random = np.random.default_rng(n)
+    values = random.integers(1, 9, n)
+    counts = random.integers(0, 4, (n, 40))
+    for r in range(40):
+        drawn = np.repeat(values, counts[:, r])
+        expected = (drawn.mean(), np.median(drawn)) if len(drawn) else (math.nan, math.nan)
+        found = m.mean(values, counts)[r], m.median(values, counts)[r]
+        assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
 def matrices(seed: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
     """Random cases of 1 to 500 specimens, 1 to 15 classes, few of them present at times."""
     random = np.random.default_rng(seed)
@@ -221,4 +233,4 @@ def test_everything_is_a_plain_number() -> None:
         m.average_precision(truth == 1, guess / 1),
         m.auroc_ovr(truth, np.random.default_rng(0).random((3, 2))),
     ]
-    assert {type(v) for v in values} == {float}
+    assert all(np.ndim(v) == 0 and np.asarray(v).dtype == np.float64 for v in values)

@@ -124,7 +124,7 @@ def test_shared_prompt_files(shared: Path) -> None:
     assert all(len(texts) > 1 for texts in many.texts)
     assert not any("CLASSNAME" in t for texts in many.texts for t in texts)
     labels = read_labels(shared / "data/tcga/specimen_class.json", many)
-    assert len(labels.classes) == 846 and set(labels.classes.values()) == set(one.classes)
+    assert len(labels.classes) == 846 and labels.names == one.classes
 
 
 @pytest.mark.parametrize(
@@ -197,25 +197,27 @@ def test_bad_yaml_missing_file_and_wrong_bytes(tmp_path: Path) -> None:
 )
 def test_every_form_of_labels(tmp_path: Path, content: Any, name: str) -> None:
     labels = read_labels(write(tmp_path, content, name), AB)
-    assert labels == Labels("task", {"s1": "A", "s2": "B"})
+    assert labels == Labels("task", {"s1": ("A",), "s2": ("B",)})
 
 
 def test_classes_are_text(tmp_path: Path) -> None:
     numbers = Prompts(("0", "1"), (("a",), ("b",)))
-    assert read_labels(write(tmp_path, {"s": 1}), numbers).classes == {"s": "1"}
-    assert read_labels(write(tmp_path, "id,label\ns,1\n", "t.csv"), numbers).classes == {"s": "1"}
+    assert read_labels(write(tmp_path, {"s": 1}), numbers).classes == {"s": ("1",)}
+    assert read_labels(write(tmp_path, "id,label\ns,1\n", "t.csv"), numbers).classes == {
+        "s": ("1",)
+    }
 
 
 def test_patients_that_share_a_specimen_name_are_told_apart(tmp_path: Path) -> None:
     content = {"p1": {"s1": "A", "s2": "A"}, "p2": {"s1": "B"}}
     labels = read_labels(write(tmp_path, content), AB)
-    assert labels.classes == {"p1/s1": "A", "p2/s1": "B", "s2": "A"}
+    assert labels.classes == {"p1/s1": ("A",), "p2/s1": ("B",), "s2": ("A",)}
     # Specimens are called so too where the data shares the name, and plainly where it does not.
-    assert labels.of("p1/s1", "p1") == "A" and labels.of("p2/s1", "p2") == "B"
-    assert labels.of("s1", "p2") == "B"
-    assert labels.of("s2", "p9") == "A"
+    assert labels.of("p1/s1", "p1") == ("A",) and labels.of("p2/s1", "p2") == ("B",)
+    assert labels.of("s1", "p2") == ("B",)
+    assert labels.of("s2", "p9") == ("A",)
     mixed = read_labels(write(tmp_path, {"p1": {"s1": "A"}, "s1": "B"}), AB)
-    assert mixed.of("s1", "p1") == "A" and mixed.of("s1", "p2") == "B"
+    assert mixed.of("s1", "p1") == ("A",) and mixed.of("s1", "p2") == ("B",)
     assert labels.of("s1", "p3") is None and labels.of("s3", "p1") is None
 
 

@@ -48,9 +48,9 @@ def test_prompts_are_those_written(tmp_path_factory, mapping):
 def test_labels_are_those_written(tmp_path_factory, labels):
     two = Prompts(("a", "b"), (("x",), ("y",)))
     path = written(tmp_path_factory, labels)
-    assert read_labels(path, two).classes == labels
+    assert read_labels(path, two).classes == {s: (c,) for s, c in labels.items()}
     nested = written(tmp_path_factory, {"patient": labels})
-    assert read_labels(nested, two).classes == labels
+    assert read_labels(nested, two).classes == {s: (c,) for s, c in labels.items()}
     with pytest.raises(DataError, match=r"m\.json: classes without a prompt"):
         read_labels(path, Prompts(("c", "d"), (("x",), ("y",))))
 

@@ -1,12 +1,9 @@
-"""Ragged attention and layers against float64 references that pad and mask."""
+"""Attention layers against float64 references."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from torch import Tensor
 
 from slidevlm.models.attention import (
     AttentionPooler,
@@ -15,42 +12,9 @@ from slidevlm.models.attention import (
     SelfAttention,
     SelfAttentionLayer,
     initialise,
-    ragged_cross_attention,
 )
 
 LENGTHS = (5, 1, 17, 3)
-
-
-def padded_reference(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """One padded batch, an explicit mask, softmax written out."""
-    longest = max(lengths)
-    batch, heads, _, d = query.shape
-    keys = torch.zeros(batch, heads, longest, d, dtype=key.dtype)
-    values = torch.zeros_like(keys)
-    mask = torch.zeros(batch, 1, 1, longest, dtype=torch.bool)
-    start = 0
-    for b, length in enumerate(lengths):
-        keys[b, :, :length] = key[:, start : start + length]
-        values[b, :, :length] = value[:, start : start + length]
-        mask[b, ..., :length] = True
-        start += length
-    scores = (query @ keys.transpose(-1, -2) / math.sqrt(d)).masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1) @ values
-
-
-def test_ragged_equals_padded_and_masked_with_gradients() -> None:
-    torch.manual_seed(0)
-    query = torch.randn(4, 2, 3, 8, dtype=torch.float64, requires_grad=True)
-    key = torch.randn(2, sum(LENGTHS), 8, dtype=torch.float64, requires_grad=True)
-    value = torch.randn(2, sum(LENGTHS), 8, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(4, 2, 3, 8, dtype=torch.float64)
-    results = []
-    for attend in (ragged_cross_attention, padded_reference):
-        out = attend(query, key, value, LENGTHS)
-        grads = torch.autograd.grad((out * weights).sum(), (query, key, value))
-        results.append((out, *grads))
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-10)
 
 
 def test_cross_attention_ragged_equals_one_bag_at_a_time() -> None:

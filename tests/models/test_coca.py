@@ -266,3 +266,47 @@ def test_half_precision_features_are_read_as_they_are() -> None:
     same = Bags(bags.features.half().float(), bags.lengths, bags.positions, None, "um")
     with torch.no_grad():
         assert torch.equal(model.encode_image(half), model.encode_image(same))
+
+
+def pooled(pooling: str, slide_tokens: int, embed_dim: int = 32) -> CoCa:
+    content = zoo.load("coca_tiny").to_dict()
+    content |= {"pooling": pooling, "embed_dim": embed_dim, "tile_width": 12}
+    content["decoder"]["slide_tokens"] = slide_tokens
+    config = from_dict(content, "test")
+    assert from_dict(config.to_dict(), "test") == config
+    torch.manual_seed(0)
+    model = build_model(config, 50).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("slide_tokens", [0, 8])
+@pytest.mark.parametrize("pooling", ["attentional", "cls", "none"])
+def test_pooling_decides_which_tokens_are_embedded_and_which_are_read(
+    pooling: str, slide_tokens: int
+) -> None:
+    model, bags = pooled(pooling, slide_tokens), bags_for()
+    tokens = torch.randint(3, 50, (4, 9))
+    seen: list[torch.Tensor] = []
+    model.slide.register_forward_hook(lambda *a: seen.append(a[2]) or a[2].retain_grad())
+    for of_embedding in (True, False):
+        output = model(bags, tokens, torch.ones_like(tokens, dtype=torch.bool))
+        (output.image_embedding[:, 0] if of_embedding else output.logits).sum().backward()
+        used = seen[-1].grad.abs().sum((0, 2)) > 0  # [8], of the encoder's tokens
+        if pooling == "attentional":
+            assert used.all()
+        else:
+            assert used.tolist() == [of_embedding] + [not of_embedding] * 7
+    if pooling == "none":
+        torch.testing.assert_close(
+            output.image_embedding, nn.functional.normalize(seen[-1][:, 0], dim=-1)
+        )
+
+
+def test_pooling_that_cannot_work_is_refused() -> None:
+    with pytest.raises(ConfigError, match="width is 32 and embed_dim 16"):
+        pooled("none", 8, embed_dim=16)
+    with pytest.raises(ConfigError, match="unknown pooling 'max'"):
+        pooled("max", 8)

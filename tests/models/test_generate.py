@@ -11,7 +11,7 @@ from torch import Tensor
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models import CoCa, build_model, create_model, zoo
-from slidevlm.models.generate import Decoding, choose, generate
+from slidevlm.models.generate import Decoding, draft, generate
 
 BOS, EOS, PAD = 1, 2, 0
 LENGTHS = (7, 1, 30, 3, 12)
@@ -93,19 +93,6 @@ def test_draws_are_seeded() -> None:
     assert torch.equal(state, torch.get_rng_state()), "training's random numbers are untouched"
 
 
-def test_choose_draws_from_the_k_most_likely_with_their_probabilities() -> None:
-    logits = torch.tensor([[9.0, 9.0, 0.0, 1.0, 2.0, -1.0]])  # padding and BOS look best
-    decoding = Decoding(BOS, EOS, PAD, top_k=3)
-    draws = torch.arange(1000) / 1000
-    chosen = choose(logits.expand(1000, -1), draws, decoding)
-    expected = torch.tensor([2.0, 1.0, 0.0]).softmax(0)
-    for token, share in zip((4, 3, 2), expected, strict=True):
-        assert (chosen == token).float().mean().item() == pytest.approx(share.item(), abs=2e-3)
-    nearly_one = torch.tensor([1.0 - 2**-24])
-    assert choose(logits, nearly_one, decoding).item() in (2, 3, 4)
-    assert choose(logits, draws[:1], Decoding(BOS, EOS, PAD, top_k=1)).item() == 4
-
-
 def test_lengths_and_the_end_of_the_context() -> None:
     model = model_for()
     with torch.no_grad():
@@ -143,13 +130,99 @@ def test_autocast_works() -> None:
     assert len(rows) == 5
 
 
+def log_probability(model: CoCa, bags: Bags, row: list[int]) -> float:
+    """Of the tokens of one report, read by the whole model at once."""
+    tokens = torch.tensor([[BOS, *row, EOS]])
+    with torch.no_grad():
+        logits = model(bags, tokens, tokens >= 0).logits[0].double()
+    logits[:, [BOS, PAD]] = float("-inf")
+    return float(logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[: len(row)].sum())
+
+
+@pytest.mark.parametrize("how", ["plain", "bfloat16", "autocast", "compile"])
+@pytest.mark.parametrize("search", [{}, {"top_k": 5}, {"beams": 4, "groups": 2}])
+def test_scores_are_those_of_the_model(how: str, search: dict[str, int]) -> None:
+    exact, bags = model_for(2), bags_for((7,))
+    model, context = model_for(2), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast")
+    if how == "bfloat16":
+        model = model.bfloat16()
+        bags = Bags(bags.features.bfloat16(), bags.lengths)
+    if how == "compile":
+        model = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for each in (exact, model):
+            each.decoder.vocabulary.weight[EOS] *= 1.5
+    decoding = Decoding(BOS, EOS, PAD, max_tokens=40, length_penalty=0.5, **search)
+    with context:
+        found = draft(model, bags, ("s0",), decoding)[0][0]
+    assert found.tokens
+    row = [*found.tokens, *([EOS] if found.ended else [])]
+    expected = log_probability(exact, bags_for((7,)), row) / len(row) ** 0.5
+    rounding = 1e-4 if how in ("plain", "compile") else 0.15 * abs(expected)
+    assert found.score == pytest.approx(expected, abs=rounding)
+
+
+@pytest.mark.parametrize("search", [{"top_k": 5, "best": 3}, {"beams": 6, "groups": 3, "best": 4}])
+def test_several_reports_of_a_slide(search: dict[str, int]) -> None:
+    model, bags = model_for(4), bags_for()
+    with torch.no_grad():
+        model.decoder.vocabulary.weight[EOS] *= 1.5
+    decoding = Decoding(BOS, EOS, PAD, max_tokens=12, **search)
+    found = draft(model, bags, NAMES, decoding)
+    assert generate(model, bags, NAMES, decoding) == [list(d[0].tokens) for d in found]
+    start = 0
+    for name, length, drafts in zip(NAMES, LENGTHS, found, strict=True):
+        assert 1 < len(drafts) <= decoding.best
+        assert [d.score for d in drafts] == sorted((d.score for d in drafts), reverse=True)
+        assert len({d.tokens for d in drafts}) == len(drafts), "each text once"
+        bag = Bags(bags.features[start : start + length], (length,))
+        alone = draft(model, bag, (name,), decoding)[0]
+        assert [d.tokens for d in alone] == [d.tokens for d in drafts]
+        start += length
+    assert len({d.ended for drafts in found for d in drafts}) == 2, "some end, some are cut off"
+
+
+def test_the_first_of_several_draws_is_the_one_of_one() -> None:
+    model, bags = model_for(), bags_for()
+    one = Decoding(BOS, EOS, PAD, 10, top_k=5)
+    three = replace(one, best=3)
+    for single, several in zip(
+        draft(model, bags, NAMES, one), draft(model, bags, NAMES, three), strict=True
+    ):
+        assert single[0].tokens in [d.tokens for d in several]
+
+
+def test_the_slide_is_kept_once_for_all_its_beams() -> None:
+    """No copies of its keys and values: the decoder reads what the cache of one row a slide has."""
+    model = model_for()
+    with torch.no_grad():
+        model.decoder.vocabulary.weight[EOS] = -9 * torch.sign(model.decoder.norm.bias)
+    seen = []
+    cross = model.decoder.layers[0].cross
+    cross.register_forward_pre_hook(lambda _, args: seen.append((len(args[0]), len(args[1]))))
+    generate(model, bags_for(), NAMES, Decoding(BOS, EOS, PAD, 6, beams=6, groups=3))
+    assert seen == [(5, 5)] + [(30, 5)] * 5
+
+
+def test_finished_slides_leave_the_batch() -> None:
+    model, bags = model_for(4), bags_for()
+    with torch.no_grad():
+        model.decoder.vocabulary.weight[EOS] *= 2
+    seen: list[int] = []
+    model.text.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    for search in ({}, {"top_k": 9, "best": 2}, {"beams": 2}):
+        seen.clear()
+        generate(model, bags, NAMES, Decoding(BOS, EOS, PAD, 60, **search))
+        each = search.get("best", search.get("beams", 1))
+        sizes = sorted(set(seen[1:]), reverse=True)
+        assert len(sizes) > 1 and all(size % each == 0 for size in sizes), seen
+        assert seen[1:] == sorted(seen[1:], reverse=True)
+
+
 def test_what_cannot_be() -> None:
     clip = create_model("clip_stage_1", tile_width=12, vocab_size=40)
     with pytest.raises(ConfigError, match="no decoder"):
         generate(clip, bags_for(), NAMES, Decoding(BOS, EOS, PAD))
-    for wrong in ({"top_k": 0}, {"max_tokens": 0}, {"temperature": 0.0}):
-        with pytest.raises(ConfigError):
-            Decoding(BOS, EOS, PAD, **wrong)
 
 
 def test_cost_of_a_token_is_one_pass_over_itself() -> None:

@@ -39,6 +39,11 @@ def config_name(config: Config, folder: Path | None) -> str:
     return "config.yaml"
 
 
+def evaluation_prefix(config: Config, folder: Path | None) -> str:
+    """The same of its results: those of the training's own test split stay."""
+    return "evaluation_" if config_name(config, folder) == "evaluation.yaml" else ""
+
+
 def _claim_folder(config: Config) -> Path | None:
     """The run folder, made by the first process; an existing run is an error on every rank."""
     logs = config.logs

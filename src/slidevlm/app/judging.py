@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,8 @@ import torch
 
 from slidevlm import dist
 from slidevlm.app.datasets import bag_dataset
+from slidevlm.app.outputs import Outcome, Outputs, about
+from slidevlm.app.suite import EmbedText, Suite
 from slidevlm.app.trained import Trained
 from slidevlm.batch import Predictions
 from slidevlm.config import Config
@@ -23,17 +24,15 @@ from slidevlm.data.splits import Split
 from slidevlm.errors import ConfigError
 from slidevlm.eval import Task, TaskResult, evaluate
 from slidevlm.eval.predict import Writing, predict
-from slidevlm.eval.prompts import read_labels, read_prompts
-from slidevlm.eval.tasks.captions import captions
-from slidevlm.eval.tasks.retrieval import retrieval
-from slidevlm.eval.tasks.zero_shot import ZeroShot, class_embeddings
+from slidevlm.eval.scores import scores
+from slidevlm.eval.stored import Stored
 from slidevlm.models.generate import Decoding
 from slidevlm.models.mode import evaluation_mode
 from slidevlm.precision import Precision
-from slidevlm.report.summary import summary
 from slidevlm.run import Bar, Run
 
 log = logging.getLogger("slidevlm")
+_EXAMPLES = 4  # of generated reports, shown beside the curves
 _TEXTS = 256  # prompts embedded at a time: ensembles of published prompts are thousands
 
 
@@ -51,12 +50,7 @@ class Judge:
     ) -> None:
         self.config, self.store, self.trained = config, store, trained
         self.precision, self.run, self.bad = precision, run, bad
-        self.zero_shot = [
-            (prompts, labels)
-            for prompt_file, label_file in config.prompt_pairs
-            for prompts in [read_prompts(Path(prompt_file))]
-            for labels in [read_labels(Path(label_file), prompts)]
-        ]
+        self.suite = Suite(config)
         if config.evaluation.save_captions and trained.model.decoder is None:
             raise ConfigError(
                 f"--save-captions: model {config.model.model} has no decoder to write reports with"
@@ -67,41 +61,49 @@ class Judge:
     ) -> dict[str, float]:
         """Evaluate validation splits after an epoch."""
         results = self._all(splits, write)
-        metrics = _flat(results)
+        found = scores(results, self.suite.bootstrap)
+        metrics = {s.name: s.value for s in found}
         if results:
-            self.run.log("evaluation", step, {"epoch": float(epoch), **metrics})
+            ends = {f"{s.name}/{end}": v for s in found for end, v in (("lo", s.lo), ("hi", s.hi))}
+            known = {name: value for name, value in ends.items() if value is not None}
+            self.run.log("evaluation", step, {"epoch": float(epoch), **metrics, **known})
             log.info("evaluation after epoch %d: %s", epoch, _headline(results))
         if write and results:
             self.run.write_json(f"captions_epoch_{epoch}.json", _captions(results))
             for name, (predictions, _) in results.items():
-                self.run.text(f"{name}/report", step, _example(predictions))
+                for number in range(min(_EXAMPLES, len(predictions))):
+                    text = _example(predictions, number)
+                    self.run.text(f"{name}/report_{number + 1}", step, text)
         return metrics
 
-    def final(self, splits: Sequence[Split], name: str) -> dict[str, float]:
-        """Evaluate splits once, with files and a table to read."""
-        results = self._all(splits, self.config.evaluation.save_captions)
-        metrics = _flat(results)
-        details = {s: result.details for s, (_, result) in results.items()}
-        self.run.write_json(f"{name}.json", {"metrics": metrics, "details": details})
-        if self.config.evaluation.save_captions:
+    def final(self, splits: Sequence[Split], name: str, prefix: str = "") -> Outcome:
+        """Evaluate splits once, with files and a table to read.
+
+        Args:
+            splits: what is evaluated.
+            name: of the summary's files.
+            prefix: see `Outputs`.
+        """
+        config, texts = self.config, Remembered(self._embed_text)
+        results = self._all(splits, config.evaluation.save_captions, texts)
+        found = {split: predictions for split, (predictions, _) in results.items()}
+        origin = about(config, self.trained.model, found)
+        stored = Stored(found, {}, *texts.all(), origin)
+        if config.evaluation.save_captions:
             self.run.write_json(f"captions_{name}.json", _captions(results))
-        text = summary(self.config.model.model, {s: (p, r) for s, (p, r) in results.items()})
-        self.run.write(f"{name}.md", text)
+        outputs = Outputs(self.run, prefix, self.suite.bootstrap)
+        outcome = outputs.write(name, config.model.model, results, stored)
+        if config.evaluation.save_embeddings:
+            outputs.embeddings(stored)
         log.info("%s: %s", name, _headline(results))
-        return metrics
+        return outcome
 
     def _all(
-        self, splits: Sequence[Split], write: bool
+        self, splits: Sequence[Split], write: bool, embed_text: EmbedText | None = None
     ) -> dict[str, tuple[Predictions, TaskResult]]:
         if not splits:
             return {}
-        # The prompts are embedded once for all splits.
-        tasks: list[Task] = [retrieval]
-        for prompts, labels in self.zero_shot:
-            embeddings = class_embeddings(prompts, self._embed_text)
-            tasks.append(ZeroShot(embeddings, prompts.classes, labels))
-        if write:
-            tasks.append(captions)
+        tasks = self.suite.tasks(embed_text or self._embed_text, generated=write)
         return {split.name: self._one(split, write, tasks) for split in splits}
 
     def _one(
@@ -126,16 +128,20 @@ class Judge:
             )
         finally:
             bar.close()
-        return predictions, evaluate(predictions, tasks)
+        # On one process: the others have the same predictions and would make the same numbers.
+        return predictions, dist.from_main(lambda: evaluate(predictions, tasks))
 
     def _writing(self) -> Writing:
         tokenizer, evaluation = self.trained.tokenizer, self.config.evaluation
+        beams = self.config.beam_search
         decoding = Decoding(
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
             max_tokens=evaluation.caption_val_max_seq_len,
-            top_k=evaluation.val_gen_top_k,
+            top_k=1 if beams else evaluation.val_gen_top_k,
+            beams=evaluation.val_gen_num_beams if beams else 1,
+            groups=evaluation.val_gen_num_beam_groups if beams else 1,
             seed=evaluation.seed,
         )
         return Writing(decoding, tokenizer.decode)
@@ -158,12 +164,22 @@ def embed_text(trained: Trained, texts: Sequence[str], precision: Precision) -> 
     return np.concatenate(parts)
 
 
-def _flat(results: dict[str, tuple[Predictions, TaskResult]]) -> dict[str, float]:
-    return {
-        f"{split}/{name}": value
-        for split, (_, result) in results.items()
-        for name, value in result.metrics.items()
-    }
+class Remembered:
+    """Embeds texts, each once, and keeps the embeddings."""
+
+    def __init__(self, embed: EmbedText) -> None:
+        self._embed, self._known = embed, dict[str, np.ndarray]()
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known |= zip(new, self._embed(new), strict=True)
+        return np.stack([self._known[text] for text in texts])
+
+    def all(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """Every text so far and its embedding [T, E]."""
+        rows = list(self._known.values())
+        return tuple(self._known), np.stack(rows) if rows else np.zeros((0, 0), np.float32)
 
 
 _HEADLINE = (
@@ -195,8 +211,9 @@ def _captions(results: dict[str, tuple[Predictions, TaskResult]]) -> list[dict[s
     ]
 
 
-def _example(predictions: Predictions) -> str:
-    generated = (predictions.generated or ("",))[0]
+def _example(predictions: Predictions, number: int) -> str:
+    assert predictions.generated is not None, "reports have been generated"
     return (
-        f"{predictions.specimen_ids[0]}\n\ngenerated: {generated}\n\ntrue: {predictions.reports[0]}"
+        f"{predictions.specimen_ids[number]}\n\ngenerated: {predictions.generated[number]}\n\n"
+        f"true: {predictions.reports[number]}"
     )

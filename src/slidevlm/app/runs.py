@@ -15,11 +15,19 @@ from slidevlm.app.cohorts import Data, open_data
 from slidevlm.app.datasets import bag_dataset
 from slidevlm.app.devices import choose_device, with_device
 from slidevlm.app.fitting import fit
-from slidevlm.app.folders import claimed_folder, config_name
+from slidevlm.app.folders import claimed_folder, config_name, evaluation_prefix
 from slidevlm.app.judging import Judge
+from slidevlm.app.outputs import Outcome
 from slidevlm.app.trained import Trained, model_for
 from slidevlm.app.weights import Start, start_of
-from slidevlm.config import Config, given_values, validate, with_adam_defaults, with_values
+from slidevlm.config import (
+    BEAM_ARGUMENTS,
+    Config,
+    given_values,
+    validate,
+    with_adam_defaults,
+    with_values,
+)
 from slidevlm.data.dataset import BadSpecimens, StopAtBad
 from slidevlm.errors import ConfigError
 from slidevlm.flags import read_yaml, to_yaml
@@ -39,6 +47,11 @@ def train(config: Config) -> dict[str, float]:
     Raises:
         SlideVLMError: for everything a user can mend.
     """
+    return run_all(config).metrics
+
+
+def run_all(config: Config) -> Outcome:
+    """`train`, with everything that the last evaluation found."""
     validate(config)
     config = with_adam_defaults(config)
     device = choose_device(config)
@@ -53,24 +66,41 @@ def train(config: Config) -> dict[str, float]:
 
 
 def evaluate_run(run: Path, overrides: Config | None = None) -> dict[str, float]:
-    """Evaluate a run's newest checkpoint on its splits, or as `overrides` says otherwise.
+    """Evaluate a run's newest checkpoint, or a checkpoint file, on the run's splits.
 
-    Writes into `<run>/evaluation-<time>` unless `overrides` names another place.
+    `overrides` says what is otherwise. Writes into `<run>/evaluation-<time>` unless it names
+    another place.
 
     Returns:
         Metrics by `<split>/<task>/<metric>`.
     """
+    return evaluate_outcome(run, overrides).metrics
+
+
+def evaluate_outcome(run: Path, overrides: Config | None = None) -> Outcome:
+    """`evaluate_run`, with everything that was found."""
+    checkpoint = None
+    if run.is_file():
+        checkpoint, run = run, run.resolve().parent.parent
     saved = run / "config.yaml"
     if not saved.is_file():
-        raise ConfigError(f"{run} is not a run folder: it has no config.yaml")
+        what = "the folder above its own" if checkpoint is not None else "it"
+        raise ConfigError(
+            f"{checkpoint or run} is not of a run: {what} has no config.yaml; evaluate other "
+            "weights with `slidevlm train --test --pretrained FILE`"
+        )
     values = read_yaml(saved)
     given = {} if overrides is None else given_values(overrides)
     # What belongs to training alone would be refused, or evaluate the training split unasked.
     values = {k: v for k, v in values.items() if k not in ("train_split", "num_samples", "device")}
+    # A way of generating that is given replaces the run's.
+    generating = BEAM_ARGUMENTS | {"val_gen_top_k"}
+    if given.keys() & generating:
+        values = {k: v for k, v in values.items() if k not in generating}
     place = {"logs": str(run), "name": time.strftime("evaluation-%Y_%m_%d-%H_%M_%S")}
     if "resume" not in given and "pretrained" not in given:
-        values["pretrained"] = str(run)
-    return train(with_values(Config(), {**values, **place, **given, "test": True}))
+        values["pretrained"] = str(checkpoint or run)
+    return run_all(with_values(Config(), {**values, **place, **given, "test": True}))
 
 
 @contextmanager
@@ -79,14 +109,15 @@ def _debugging(enabled: bool) -> Iterator[None]:
         yield
 
 
-def _train(config: Config, precision: Precision) -> dict[str, float]:
+def _train(config: Config, precision: Precision) -> Outcome:
     with claimed_folder(config) as folder:
         return _train_in(folder, config, precision)
 
 
-def _train_in(folder: Path | None, config: Config, precision: Precision) -> dict[str, float]:
+def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outcome:
     start = start_of(config, folder)
     data = open_data(config)
+    prefix = evaluation_prefix(config, folder)  # before the run writes a config.yaml
     trained = model_for(config, data, start, precision.device)
     new = folder is not None and dist.is_main()
     with Run(folder if new else None, sorted(config.reports), _told_until(config, start)) as run:
@@ -111,15 +142,15 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> dict
         bad = BadSpecimens() if config.data.skip_bad_specimens else StopAtBad()
         judge = Judge(config, data.store, trained, precision, run, bad)
         if config.evaluation.test:
-            metrics = judge.final(data.splits, "evaluation")
+            outcome = judge.final(data.splits, "evaluation", prefix)
         else:
-            metrics = fit(config, data, trained, precision, start, run, folder, judge)
+            outcome = Outcome(fit(config, data, trained, precision, start, run, folder, judge))
             if data.test is not None:
-                metrics = judge.final([data.test], "test")
+                outcome = judge.final([data.test], "test")
         _list_bad(bad, run)
     if folder is not None and dist.is_main():
         log.info("run folder: %s", folder)
-    return metrics
+    return outcome
 
 
 def _told_until(config: Config, start: Start) -> int | None:

@@ -156,19 +156,20 @@ def balanced(lengths: np.ndarray, parts: int) -> np.ndarray:
 
 
 class EvalBatches(Sampler[list[int]]):
-    """Batches of indices in order; rank r gets r, r + W, ...: each index once, no padding.
+    """Batches of indices in order; rank r gets batches r, r + W, ...: each index once, no padding.
 
-    Ranks may differ by one batch, and a rank without specimens yields nothing.
+    The batches are the same for any number of ranks, so that rounding, which depends on a batch's
+    composition, is too. Ranks may differ by one batch, and one without specimens yields nothing.
     """
 
     def __init__(self, n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         assert 0 <= rank < world_size and batch_size > 0, (rank, world_size, batch_size)
-        self.indices = list(range(rank, n, world_size))
-        self.batch_size = batch_size
+        self.starts = range(rank * batch_size, n, world_size * batch_size)
+        self.n, self.batch_size = n, batch_size
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return len(self.starts)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            yield self.indices[start : start + self.batch_size]
+        for start in self.starts:
+            yield list(range(start, min(start + self.batch_size, self.n)))

@@ -23,4 +23,7 @@ def evaluate(predictions: Predictions, tasks: Sequence[Task]) -> TaskResult:
         merged.metrics.update(result.metrics)
         merged.details.update(result.details)
         merged.resampled.update(result.resampled)
+        merged.intervals.update(result.intervals)
+        merged.numbers.update(result.numbers)
+        merged.columns.update(result.columns)
     return merged

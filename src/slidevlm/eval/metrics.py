@@ -3,6 +3,10 @@
 Classes are numbers 0..C-1 throughout. Where a metric is not defined (no specimen, a score that is
 not a number, or for AUROC no class with both positives and negatives) the value is NaN, never a
 made-up number.
+
+Every metric takes resamples: `counts` [N, R] says how often each of R resamples drew each of N
+specimens, and the result is [R]. Sorting is done once, a resample costs sums alone, and ties are
+exact. Functions of a confusion matrix take [..., C, C] and return [...].
 """
 
 from __future__ import annotations
@@ -12,101 +16,199 @@ import numpy as np
 Array = np.ndarray
 
 
+def ones(n: int) -> Array:
+    """[N, 1] counts of the sample itself: each specimen once."""
+    return np.ones((n, 1), np.int32)
+
+
 def confusion_matrix(y_true: Array, y_pred: Array, classes: int) -> Array:
     """[C, C] counts; row: true class, column: predicted class."""
     flat = np.bincount(y_true * classes + y_pred, minlength=classes * classes)
     return flat.reshape(classes, classes)
 
 
-def accuracy(matrix: Array) -> float:
+def confusion_matrices(y_true: Array, y_pred: Array, classes: int, counts: Array) -> Array:
+    """[R, C, C]: the confusion matrix of each resample."""
+    cells = y_true * classes + y_pred
+    order = np.argsort(cells, kind="stable")
+    present, starts = np.unique(cells[order], return_index=True)
+    result = np.zeros((counts.shape[1], classes * classes), np.int64)
+    if len(present):
+        result[:, present] = np.add.reduceat(counts[order], starts, axis=0, dtype=np.int64).T
+    return result.reshape(-1, classes, classes)
+
+
+def accuracy(matrix: Array) -> Array:
     """Share of specimens on the diagonal of a confusion matrix."""
-    return _ratio(np.trace(matrix), matrix.sum())
+    return _ratio(np.trace(matrix, axis1=-2, axis2=-1), matrix.sum((-2, -1)))
 
 
-def balanced_accuracy(matrix: Array) -> float:
+def recalls(matrix: Array) -> Array:
+    """[..., C] share of each class that is predicted as such; NaN for a class that is absent."""
+    return _ratio(_diagonal(matrix), matrix.sum(-1))
+
+
+def precisions(matrix: Array) -> Array:
+    """[..., C] share of each class's predictions that are right; NaN where there are none."""
+    return _ratio(_diagonal(matrix), matrix.sum(-2))
+
+
+def balanced_accuracy(matrix: Array) -> Array:
     """Mean recall over the classes that occur."""
-    totals = matrix.sum(1)
-    there = totals > 0
-    return float(np.mean(np.diag(matrix)[there] / totals[there])) if there.any() else float("nan")
+    return mean_of_known(recalls(matrix))
 
 
 def f1_scores(matrix: Array) -> Array:
-    """[C] F1 of each class; 0 where a class is neither true nor predicted."""
-    denominator = matrix.sum(0) + matrix.sum(1)
-    return np.divide(
-        2 * np.diag(matrix), denominator, out=np.zeros(len(matrix)), where=denominator > 0
-    )
+    """[..., C] F1 of each class; 0 where a class is neither true nor predicted."""
+    seen = matrix.sum(-2) + matrix.sum(-1)
+    return np.where(seen > 0, 2 * _diagonal(matrix) / np.maximum(seen, 1), 0.0)
 
 
-def f1_macro(matrix: Array) -> float:
+def f1_macro(matrix: Array) -> Array:
     """Mean F1 over the classes that are true or predicted at least once."""
-    seen = matrix.sum(0) + matrix.sum(1) > 0
-    return float(f1_scores(matrix)[seen].mean()) if seen.any() else float("nan")
+    seen = matrix.sum(-2) + matrix.sum(-1) > 0
+    return mean_of_known(np.where(seen, f1_scores(matrix), np.nan))
 
 
-def f1_weighted(matrix: Array) -> float:
+def f1_weighted(matrix: Array) -> Array:
     """Mean F1 weighted by how often each class occurs."""
-    return _ratio(f1_scores(matrix) @ matrix.sum(1), matrix.sum())
+    return _ratio((f1_scores(matrix) * matrix.sum(-1)).sum(-1), matrix.sum((-2, -1)))
 
 
-def cohen_kappa(matrix: Array) -> float:
+def cohen_kappa(matrix: Array) -> Array:
     """Agreement beyond chance; NaN where chance agrees always (one class throughout)."""
-    n = matrix.sum()
-    if n == 0:
-        return float("nan")
-    expected = float(matrix.sum(0) @ matrix.sum(1)) / n**2
-    return _ratio(np.trace(matrix) / n - expected, 1 - expected)
+    n = matrix.sum((-2, -1))
+    chance = _ratio((matrix.sum(-2) * matrix.sum(-1)).sum(-1), n.astype(np.float64) ** 2)
+    return _ratio(accuracy(matrix) - chance, 1 - chance)
 
 
-def auroc(positive: Array, score: Array) -> float:
+def auroc(positive: Array, score: Array, counts: Array | None = None) -> Array:
     """Area under the ROC curve by ranks (Mann-Whitney), ties counted half.
 
     Args:
         positive: [N] bool.
         score: [N]; higher means more likely positive.
+        counts: [N, R] of resamples; without it the sample itself.
+
+    Returns:
+        [R], or without `counts` one number.
     """
-    p = int(positive.sum())
-    q = len(positive) - p
-    if p == 0 or q == 0 or np.isnan(score).any():
-        return float("nan")
-    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
-    ranks = np.cumsum(count) - (count - 1) / 2  # mean rank of each distinct score
-    return float((ranks[place][positive].sum() - p * (p + 1) / 2) / (p * q))
+    if counts is None:
+        return auroc(positive, score, ones(len(score)))[0]
+    if np.isnan(score).any():
+        return np.full(counts.shape[1], np.nan)
+    order = np.argsort(score, kind="stable")
+    drawn, ordered = counts[order], score[order]
+    below = np.cumsum(drawn, axis=0, dtype=np.int32)  # drawn up to each place
+    below = np.concatenate([np.zeros((1, below.shape[1]), np.int32), below])
+    starts, ends = _ties(ordered)
+    hits = np.flatnonzero(positive[order])
+    mine = drawn[hits].astype(np.int64)
+    p = mine.sum(0)
+    q = below[-1] - p
+    # Twice the sum of mean ranks of the positives; what they owe to each other is p * p.
+    twice = np.einsum("ir,ir->r", mine, (below[starts[hits]] + below[ends[hits]]).astype(np.int64))
+    return _ratio(twice - p * p, 2 * p * q)
 
 
-def auroc_ovr(y_true: Array, y_score: Array) -> float:
+def auroc_ovr(y_true: Array, y_score: Array, counts: Array | None = None) -> Array:
     """Mean one-versus-rest AUROC over the classes that have positives and negatives.
 
     Args:
         y_true: [N] class numbers.
         y_score: [N, C].
+        counts: [N, R] of resamples.
     """
-    values = [auroc(y_true == c, y_score[:, c]) for c in range(y_score.shape[1])]
-    known = [v for v in values if not np.isnan(v)]
-    return float(np.mean(known)) if known else float("nan")
+    per_class = [auroc(y_true == c, y_score[:, c], counts) for c in range(y_score.shape[1])]
+    return mean_of_known(np.stack(per_class, -1))
 
 
-def average_precision(positive: Array, score: Array) -> float:
+def auroc_ovo(y_true: Array, y_score: Array, counts: Array | None = None) -> Array:
+    """Mean one-versus-one AUROC over all pairs of classes that occur (Hand and Till, 2001).
+
+    Of a pair, each class in turn is the positive one and is ranked by its own score.
+    """
+    pairs = []
+    for a in range(y_score.shape[1]):
+        for b in range(y_score.shape[1]):
+            both = np.flatnonzero((y_true == a) | (y_true == b))
+            if a != b and len(both):
+                mine = None if counts is None else counts[both]
+                pairs.append(auroc(y_true[both] == a, y_score[both, a], mine))
+    if not pairs:
+        shape = () if counts is None else counts.shape[1:]
+        return np.full(shape, np.nan)
+    return mean_of_known(np.stack(pairs, -1))
+
+
+def average_precision(positive: Array, score: Array, counts: Array | None = None) -> Array:
     """Sum of precision times gain in recall over distinct thresholds; NaN without positives."""
-    p = int(positive.sum())
-    if p == 0 or np.isnan(score).any():
-        return float("nan")
+    if counts is None:
+        return average_precision(positive, score, ones(len(score)))[0]
+    if np.isnan(score).any() or not len(score):
+        return np.full(counts.shape[1], np.nan)
     order = np.argsort(-score, kind="stable")
-    hits, ordered = np.cumsum(positive[order]), score[order]
-    last = np.append(ordered[1:] != ordered[:-1], True)  # the last of each group of ties
-    hits, seen = hits[last], np.flatnonzero(last) + 1
-    return float(np.sum(np.diff(hits, prepend=0) / p * hits / seen))
+    ordered, drawn = score[order], counts[order]
+    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # of each group of ties
+    hits = np.cumsum(drawn * positive[order][:, None], axis=0)[last]
+    seen = np.cumsum(drawn, axis=0)[last]
+    gain = np.diff(hits, axis=0, prepend=0)
+    # Where nothing is drawn yet there are no hits either.
+    return _ratio((gain * hits / np.maximum(seen, 1)).sum(0), hits[-1])
 
 
-def binary(matrix: Array) -> dict[str, float]:
-    """Precision, recall and specificity of class 1 in a [2, 2] confusion matrix."""
-    (tn, fp), (fn, tp) = matrix.tolist()
+def mean(values: Array, counts: Array) -> Array:
+    """[N] values -> [R] their mean over each resample."""
+    return _ratio(values.astype(np.float64) @ counts, counts.sum(0))
+
+
+def median(values: Array, counts: Array) -> Array:
+    """[N] values -> [R] their median over each resample; of an even number, the middle of two."""
+    order = np.argsort(values, kind="stable")
+    ordered = np.append(values[order].astype(np.float64), np.nan)  # of an empty resample
+    upto = np.cumsum(counts[order], axis=0)
+    total = counts.sum(0)
+    low, high = (total - 1) // 2, total // 2
+    result: Array = (ordered[(upto <= low).sum(0)] + ordered[(upto <= high).sum(0)]) / 2
+    return np.where(total > 0, result, np.nan)
+
+
+def ranks_of_truth(y_true: Array, y_score: Array) -> Array:
+    """[N] place of the true class among all, from 1; a class of the same score stands before it."""
+    own = y_score[np.arange(len(y_true)), y_true]
+    return (y_score >= own[:, None]).sum(1)
+
+
+def binary(matrix: Array) -> dict[str, Array]:
+    """Precision, recall and specificity of class 1 in [..., 2, 2] confusion matrices."""
     return {
-        "precision": _ratio(tp, tp + fp),
-        "recall": _ratio(tp, tp + fn),
-        "specificity": _ratio(tn, tn + fp),
+        "precision": precisions(matrix)[..., 1],
+        "recall": recalls(matrix)[..., 1],
+        "specificity": recalls(matrix)[..., 0],
     }
 
 
-def _ratio(a: float, b: float) -> float:
-    return float(a / b) if b else float("nan")
+def _ties(ordered: Array) -> tuple[Array, Array]:
+    """Of each place in a sorted array, where its group of equal values starts and ends."""
+    if not len(ordered):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    sizes = np.diff(np.append(first, len(ordered)))
+    return np.repeat(first, sizes), np.repeat(first + sizes, sizes)
+
+
+def _diagonal(matrix: Array) -> Array:
+    return np.diagonal(matrix, axis1=-2, axis2=-1)
+
+
+def mean_of_known(values: Array) -> Array:
+    """Mean over the last axis without NaN; NaN where nothing else is there."""
+    known = ~np.isnan(values)
+    return _ratio(np.where(known, values, 0.0).sum(-1), known.sum(-1))
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    """a / b, NaN where b is 0."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    result: Array = np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b != 0)
+    return result[()]

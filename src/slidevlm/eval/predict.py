@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class _Part:
     image: np.ndarray
     text: np.ndarray
     generated: list[str]
-    caption_sum: float
+    caption_sums: list[float]  # of each batch
     caption_tokens: int
 
 
@@ -89,7 +90,7 @@ def _share(
     writing: Writing | None,
     on_batch: Callable[[int], None],
 ) -> _Part:
-    part = _Part([], [], np.zeros(0, np.int64), np.zeros((0, 0)), np.zeros((0, 0)), [], 0.0, 0)
+    part = _Part([], [], np.zeros(0, np.int64), np.zeros((0, 0)), np.zeros((0, 0)), [], [], 0)
     ids: list[np.ndarray] = []
     images: list[Tensor] = []
     texts: list[Tensor] = []
@@ -104,7 +105,7 @@ def _share(
         ids.append(cpu_batch.report_ids.numpy())
         if output.logits is not None:
             total = caption_loss_sum(output.logits, batch.tokens, batch.token_mask)
-            part.caption_sum += total.item()
+            part.caption_sums.append(total.item())
             part.caption_tokens += int(cpu_batch.token_mask[:, 1:].sum())
         if writing is not None:
             with precision.autocast():
@@ -139,7 +140,8 @@ def _merge(
     losses = {"contrastive": split_contrastive_loss(image, text, report_ids, scale, bias)}
     tokens = sum(p.caption_tokens for p in parts)
     if tokens:
-        losses["caption"] = sum(p.caption_sum for p in parts) / tokens
+        # Exactly the same in whatever order processes did the batches.
+        losses["caption"] = math.fsum(s for p in parts for s in p.caption_sums) / tokens
     return Predictions(
         specimen_ids=tuple(reports),
         patient_ids=tuple(patients[i] for i in order),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,27 @@ class Prompts:
 
     classes: tuple[str, ...]  # C
     texts: tuple[tuple[str, ...], ...]  # C tuples of at least one prompt
+    # The ensembles of a file that has several (MI-Zero's), each C tuples of prompts.
+    sets: tuple[tuple[tuple[str, ...], ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The class of each specimen."""
+    """The class of each specimen, or its classes."""
 
     name: str  # stem of the file
-    classes: Mapping[str, str]  # by specimen, or by "<patient>/<specimen>"
+    classes: Mapping[str, tuple[str, ...]]  # by specimen, or by "<patient>/<specimen>"
+    several: bool = False  # a multi-label task: any number of classes a specimen, perhaps none
 
-    def of(self, specimen: str, patient: str) -> str | None:
-        """The class of a specimen; None where the file does not name it."""
+    def of(self, specimen: str, patient: str) -> tuple[str, ...] | None:
+        """The classes of a specimen; None where the file does not name it."""
         # Either side may have had a reason to write the patient before the specimen.
         return self.classes.get(f"{patient}/{specimen}", self.classes.get(specimen))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All classes, sorted."""
+        return tuple(sorted({c for found in self.classes.values() for c in found}))
 
 
 def read_prompts(path: Path) -> Prompts:
@@ -44,15 +52,34 @@ def read_prompts(path: Path) -> Prompts:
 
     `classes` (CONCH: `classnames`) maps each class to its name or names, or lists classes that are
     their own names. In templates `CLASSNAME` (CONCH), `{}` or `{class}` stands for the name.
-    CONCH's files wrap this form as `{"0": ...}`; TITAN's are YAML, with other keys beside
-    `prompts: {class: [prompts]}`.
+    CONCH's files wrap this form as `{"0": ...}`, MI-Zero's are several of them, `{"0": ..., "1":
+    ...}`, whose prompts together are the ensemble. TITAN's are YAML, with other keys beside
+    `prompts: {class: [prompts]}`; MOSAIC's map each class to its prompts.
 
     Raises:
         DataError: anything else, an empty list, a template without a place for the name.
     """
     content = _read_mapping(path, "a mapping of classes to prompts")
-    if set(content) == {"0"} and isinstance(content["0"], dict):
-        content = content["0"]
+    numbered = [content.get(str(i)) for i in range(len(content))]
+    if all(isinstance(one, dict) for one in numbered):
+        return _join([_prompts(one, path) for one in numbered if one is not None], path)
+    return _prompts(content, path)
+
+
+def _join(sets: Sequence[Prompts], path: Path) -> Prompts:
+    """One ensemble of several, which must have the same classes."""
+    classes = sets[0].classes
+    if any(one.classes != classes for one in sets):
+        raise DataError(f"{path}: its numbered ensembles differ in their classes; make them alike")
+    if len(sets) == 1:
+        return sets[0]
+    columns = zip(*(one.texts for one in sets), strict=True)
+    texts = tuple(tuple(dict.fromkeys(t for part in c for t in part)) for c in columns)
+    return Prompts(classes, texts, tuple(one.texts for one in sets))
+
+
+def _prompts(content: Mapping[str, Any], path: Path) -> Prompts:
+    content = dict(content)
     if isinstance(content.get("prompts"), dict):
         templates = content.get("templates")
         content = content["prompts"]
@@ -122,59 +149,77 @@ def _texts(value: Any, path: Path, where: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def read_labels(path: Path, prompts: Prompts) -> Labels:
+def read_labels(path: Path, prompts: Prompts | None = None) -> Labels:
     """Read `{specimen: class}` or `{patient: {specimen: class}}`, JSON or YAML, or a CSV.
 
-    A specimen name that several patients share is told apart as "<patient>/<specimen>", as in
-    `data.cases.unique_cases`.
+    A list of classes in the place of a class makes it a multi-label task. A specimen name that
+    several patients share is told apart as "<patient>/<specimen>", as in `data.cases.unique_cases`.
+
+    Args:
+        path: the file.
+        prompts: of the classes that may occur; without them any may.
 
     Raises:
         DataError: unreadable, two classes for one specimen, or a class that has no prompt.
     """
-    classes = read_classes(path)
-    strange = {c: s for s, c in classes.items() if c not in prompts.classes}
-    if strange:
+    classes, several = _read_classes(path)
+    known = None if prompts is None else prompts.classes
+    strange = {
+        c: s for s, found in classes.items() for c in found if known is not None and c not in known
+    }
+    if strange and known is not None:
         shown = ", ".join(f"{c!r} (of {strange[c]!r})" for c in sorted(strange)[:10])
         raise DataError(
             f"{path}: classes without a prompt: {shown}; the prompts are for "
-            f"{', '.join(prompts.classes)}; add a prompt or leave these specimens out"
+            f"{', '.join(known)}; add a prompt or leave these specimens out"
         )
-    return Labels(path.stem, classes)
+    return Labels(path.stem, classes, several)
 
 
 def read_classes(path: Path) -> dict[str, str]:
     """The class of each specimen from a label file in one of the forms of `read_labels`.
 
     Raises:
-        DataError: none of these forms, or two classes for one specimen.
+        DataError: none of these forms, several classes for one specimen.
     """
+    classes, several = _read_classes(path)
+    if several:
+        raise DataError(f"{path}: has lists of classes; here every specimen must have one class")
+    return {name: found[0] for name, found in classes.items()}
+
+
+def _read_classes(path: Path) -> tuple[dict[str, tuple[str, ...]], bool]:
+    """Classes by specimen, and whether the file has lists of them."""
     if path.suffix.lower() in (".csv", ".tsv"):
-        found = _table(path)
-    else:
-        found = []
-        for key, value in _read_mapping(path, "a mapping of specimens to classes").items():
-            nested = isinstance(value, dict)
-            for specimen, label in value.items() if nested else [(key, value)]:
-                found.append((_name(key) if nested else "", _name(specimen), _name(label)))
-    return _collect(found, path)
+        return _collect(_table(path), path), False
+    found, several = [], False
+    for key, value in _read_mapping(path, "a mapping of specimens to classes").items():
+        nested = isinstance(value, dict)
+        for specimen, label in value.items() if nested else [(key, value)]:
+            several |= isinstance(label, list)
+            labels = label if isinstance(label, list) else [label]
+            names = tuple(dict.fromkeys(_name(one) for one in labels))
+            found.append((_name(key) if nested else "", _name(specimen), names))
+    return _collect(found, path), several
 
 
-def _collect(found: list[tuple[str, str, str]], path: Path) -> dict[str, str]:
-    """(patient or "", specimen, class) -> class by specimen."""
+def _collect(
+    found: list[tuple[str, str, tuple[str, ...]]], path: Path
+) -> dict[str, tuple[str, ...]]:
+    """(patient or "", specimen, classes) -> classes by specimen."""
     patients: dict[str, set[str]] = {}
     for patient, specimen, _ in found:
         patients.setdefault(specimen, set()).add(patient)
-    classes: dict[str, str] = {}
-    for patient, specimen, label in found:
+    classes: dict[str, tuple[str, ...]] = {}
+    for patient, specimen, labels in found:
         name = f"{patient}/{specimen}" if patient and len(patients[specimen]) > 1 else specimen
-        if classes.setdefault(name, label) != label:
-            raise DataError(
-                f"{path}: two classes for {name!r}: {classes[name]!r} and {label!r}; keep one"
-            )
+        if set(classes.setdefault(name, labels)) != set(labels):
+            one, other = (" and ".join(map(repr, part)) for part in (classes[name], labels))
+            raise DataError(f"{path}: two classes for {name!r}: {one} and {other}; keep one")
     return classes
 
 
-def _table(path: Path) -> list[tuple[str, str, str]]:
+def _table(path: Path) -> list[tuple[str, str, tuple[str, ...]]]:
     header, rows = read_table(read_utf8(path), path)
     names = [
         next((c for c in known if c in header), None) for known in (_ID_COLUMNS, _LABEL_COLUMNS)
@@ -186,7 +231,7 @@ def _table(path: Path) -> list[tuple[str, str, str]]:
         )
     if not rows:
         raise DataError(f"{path}: has a header but no rows; write a specimen and its class in each")
-    return [("", _name(row[names[0]]), _name(row[names[1]])) for row in rows]
+    return [("", _name(row[names[0]]), (_name(row[names[1]]),)) for row in rows]
 
 
 def _read_mapping(path: Path, what: str) -> dict[str, Any]:

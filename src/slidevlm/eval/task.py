@@ -17,11 +17,17 @@ class TaskResult:
 
     `resampled` has, for a metric that was bootstrapped, its R values on the resamples
     ([R] float64, NaN where it is not defined), from which intervals and paired tests are made.
+    `intervals` has those that come from elsewhere, such as the spread over episodes; `numbers`
+    how many specimens a metric rests on, where that is not the whole split. `columns` say
+    something of each of the N specimens, "" where there is nothing to say.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     resampled: dict[str, np.ndarray] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
 
 
 Task = Callable[[Predictions], TaskResult]

@@ -1,53 +1,41 @@
-"""Attention over ragged bags, and the transformer layers that everything is built of.
+"""The attention and transformer layers that everything is built of.
 
-Bags lie end to end in one tensor and are never padded: attention from L latents to a bag
-costs L times that bag's own length. Keys and values are laid out [H, T, d], so that a bag is
-a view of contiguous rows for every head. Dropout acts on what a branch adds, never on
-attention weights: that would forbid the fused kernels and need the whole matrix.
+Dropout acts on what a branch adds, never on attention weights: that would forbid the fused
+kernels and need the whole matrix. How bags of different lengths are attended to is known to
+`slidevlm.models.ragged` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slidevlm.models.linear import normalised_linear
+from slidevlm.models.ragged import ragged_cross_attention
 
-def ragged_cross_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]
-) -> Tensor:
-    """Each bag's own queries attend to that bag's rows only.
+# query, key and value [H, T, d] -> [H, T, d]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-    Args:
-        query: [B, H, L, d].
-        key: [H, T, d], all bags end to end.
-        value: [H, T, d].
-        lengths: rows of each bag; B numbers whose sum is T.
 
-    Returns:
-        [B, H, L, d]. No [L, T] matrix is kept; each bag goes through
-        `scaled_dot_product_attention` by itself, which on a CPU is faster than a padded
-        batch with a mask.
-    """
-    keys = key.split(list(lengths), dim=1)
-    values = value.split(list(lengths), dim=1)
-    outputs = [
-        F.scaled_dot_product_attention(q[None], k[None], v[None])
-        for q, k, v in zip(query, keys, values, strict=True)
-    ]
-    return torch.cat(outputs)
+class OwnStart(nn.Module):
+    """A part with first values of its own, which `initialise` asks it to set."""
+
+    def reset(self) -> None:
+        """Set them; what is not set here is as `initialise` sets it anywhere."""
+        raise NotImplementedError
 
 
 class GEGLU(nn.Module):
     """Gated feed-forward layer: `W_out(a * gelu(b))` with `a, b = W_in x` (Shazeer, 2020)."""
 
-    def __init__(self, width: int, multiple: float, dropout: float) -> None:
+    def __init__(self, width: int, multiple: float, dropout: float, hidden: int = 0) -> None:
         super().__init__()
         # Two thirds keep the parameters of an ungated layer of the same multiple.
-        hidden = int(width * multiple * 2 / 3 + 7) // 8 * 8
+        hidden = hidden or int(width * multiple * 2 / 3 + 7) // 8 * 8
         self.inner = nn.Linear(width, 2 * hidden)
         self.outer = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
@@ -55,6 +43,19 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.inner(x).chunk(2, dim=-1)
         return self.dropout(self.outer(a * F.gelu(b)))
+
+
+class FeedForward(nn.Module):
+    """Feed-forward layer without a gate: `W_out gelu(W_in x)`."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, hidden)
+        self.outer = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.outer(F.gelu(self.inner(x))))
 
 
 class KeyValues(nn.Module):
@@ -71,6 +72,15 @@ class KeyValues(nn.Module):
         key, value = self.project(self.norm(context)).chunk(2, dim=-1)
         shape = (*key.shape[:-1], self.heads, -1)
         return key.reshape(shape).transpose(-2, -3), value.reshape(shape).transpose(-2, -3)
+
+    def of_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` of tile features [T, C] of any float type, which need no gradient.
+
+        No normalised copy of the features is kept, and keys and values are apart in memory.
+        """
+        key, value = normalised_linear(features, self.norm, self.project.weight.chunk(2))
+        shape = (len(features), self.heads, -1)
+        return key.view(shape).transpose(0, 1), value.view(shape).transpose(0, 1)
 
 
 class CrossAttention(nn.Module):
@@ -93,8 +103,19 @@ class CrossAttention(nn.Module):
         return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """x [B, L, width]; key, value [B, H, N, d] -> [B, L, width]."""
-        return self._merge(F.scaled_dot_product_attention(self._queries(x), key, value))
+        """x [B, L, width]; key, value [B, H, N, d] -> [B, L, width].
+
+        x may also be n B sequences, n after each other for each context (the beams of a slide):
+        they are n L queries of one context, whose keys and values are not copied.
+        """
+        query, beams = self._queries(x), len(x) // len(key)
+        if beams == 1:
+            return self._merge(F.scaled_dot_product_attention(query, key, value))
+        batch, heads, length = len(key), self.heads, x.shape[1]
+        together = query.view(batch, beams, heads, length, -1).transpose(1, 2).flatten(2, 3)
+        attended = F.scaled_dot_product_attention(together, key, value)
+        apart = attended.view(batch, heads, beams, length, -1).transpose(1, 2).flatten(0, 1)
+        return self._merge(apart)
 
     def ragged(self, x: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
         """x [B, L, width]; key, value [H, T, d] of bags end to end -> [B, L, width]."""
@@ -118,8 +139,14 @@ class LayerCache:
         return self.key[:, :, :end], self.value[:, :, :end]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only these sequences of the batch."""
+        """Keep only these sequences of the batch, in this order; one may be there twice."""
         self.key, self.value = self.key[rows], self.value[rows]
+
+    def reorder(self, rows: Tensor, since: int) -> None:
+        """Sequence i becomes a copy of sequence `rows[i]`, which it equals before place `since`."""
+        for stored in (self.key, self.value):
+            part = stored[:, :, since : self.length]
+            part.copy_(part.index_select(0, rows))
 
 
 class SelfAttention(nn.Module):
@@ -155,18 +182,60 @@ class SelfAttention(nn.Module):
 
 
 class SelfAttentionLayer(nn.Module):
-    """Pre-norm transformer layer: self-attention, then a feed-forward layer."""
+    """Pre-norm transformer layer: self-attention, then a feed-forward layer (GEGLU by default)."""
 
     def __init__(
-        self, width: int, heads: int, dropout: float, *, causal: bool, multiple: float = 4.0
+        self,
+        width: int,
+        heads: int,
+        dropout: float,
+        *,
+        causal: bool,
+        multiple: float = 4.0,
+        feed_forward: GEGLU | FeedForward | None = None,
     ) -> None:
         super().__init__()
         self.attention = SelfAttention(width, heads, dropout, causal=causal)
         self.norm = nn.LayerNorm(width)
-        self.feed_forward = GEGLU(width, multiple, dropout)
+        self.feed_forward = feed_forward or GEGLU(width, multiple, dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         x = x + self.attention(x, cache)
+        return x + self.feed_forward(self.norm(x))
+
+
+class TileAttention(nn.Module):
+    """Residual branch in which the tiles of a bag attend to each other.
+
+    How they do is a function of the caller's: whole bags, windows, by distance, dilated.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """x [T, width]; `attend` takes query, key, value [H, T, d] -> [T, width]."""
+        projected = self.project(self.norm(x)).view(len(x), 3, self.heads, -1)
+        attended = attend(*projected.permute(1, 2, 0, 3))
+        return self.dropout(self.out(attended.transpose(0, 1).reshape(len(x), -1)))
+
+
+class TileLayer(nn.Module):
+    """Pre-norm transformer layer over tiles [T, width]."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = TileAttention(width, heads, dropout)
+        self.norm = nn.LayerNorm(width)
+        self.feed_forward = GEGLU(width, 4.0, dropout)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attention(x, attend)
         return x + self.feed_forward(self.norm(x))
 
 
@@ -184,32 +253,43 @@ class AttentionPooler(nn.Module):
         queries = self.queries.expand(len(context), -1, -1)
         return self.norm(self.attention(queries, *self.key_values(context)))
 
+    def ragged(self, context: Tensor, lengths: Sequence[int]) -> Tensor:
+        """context [T, C] of bags end to end -> [B, Q, width]."""
+        queries = self.queries.expand(len(lengths), -1, -1)
+        key, value = self.key_values(context)
+        return self.norm(self.attention.ragged(queries, key, value, lengths))
+
 
 def initialise(module: nn.Module) -> None:
     """Set every parameter below `module`, so that nothing depends on uninitialised memory.
 
-    Matrices: normal, standard deviation 1/sqrt(inputs), but 0 where a residual branch ends,
-    so that every layer starts as the identity at any depth; biases 0; norms 1 and 0; learned
-    queries, latents and embeddings: normal, 0.02.
+    Matrices and convolutions: normal, standard deviation 1/sqrt(inputs), but 0 where a residual
+    branch ends, so that every layer starts as the identity at any depth; biases 0; norms 1 and 0;
+    learned queries, latents and embeddings: normal, 0.02. An `OwnStart` then sets its own.
     """
     for child in module.modules():
-        if isinstance(child, nn.Linear):
-            nn.init.normal_(child.weight, std=child.in_features**-0.5)
+        if isinstance(child, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            nn.init.normal_(child.weight, std=child.weight[0].numel() ** -0.5)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
         elif isinstance(child, nn.LayerNorm):
             nn.init.ones_(child.weight)
             nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.BatchNorm1d):
+            child.reset_parameters()
         elif isinstance(child, nn.Embedding):
             nn.init.normal_(child.weight, std=0.02)
         else:
             for parameter in child.parameters(recurse=False):
                 nn.init.normal_(parameter, std=0.02)
     for child in module.modules():
-        if isinstance(child, GEGLU):
+        if isinstance(child, (GEGLU, FeedForward)):
             nn.init.zeros_(child.outer.weight)
-        elif isinstance(child, (CrossAttention, SelfAttention)):
+        elif isinstance(child, (CrossAttention, SelfAttention, TileAttention)):
             nn.init.zeros_(child.out.weight)
     for child in module.modules():
         if isinstance(child, AttentionPooler):  # no residual sum: at 0 nothing would pass
             nn.init.normal_(child.attention.out.weight, std=child.attention.out.in_features**-0.5)
+    for child in module.modules():
+        if isinstance(child, OwnStart):
+            child.reset()

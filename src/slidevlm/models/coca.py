@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slidevlm.batch import Bags, Output
+from slidevlm.errors import ConfigError
 from slidevlm.models.attention import AttentionPooler, LayerCache, initialise
 from slidevlm.models.schema import ModelConfig
 from slidevlm.models.slide import SLIDE_ENCODERS
-from slidevlm.models.slide.base import FourierPositions, Standardise
+from slidevlm.models.slide.base import SlideEncoder, Standardise
 from slidevlm.models.text import Decoder, DecoderCache, TextEncoder, TextPrior
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -41,10 +42,18 @@ class CoCa(nn.Module):
         self._resting: tuple[nn.Module, ...] = ()
         assert config.tile_width is not None, "the tile width must be known by now"
         width = config.text.width
-        self.slide: nn.Module = SLIDE_ENCODERS[config.slide_type](config.slide, config.tile_width)
-        slide_width = config.slide.width
-        self.slide_pooler = AttentionPooler(1, slide_width, slide_width, config.slide.heads)
-        self.slide_project = nn.Linear(slide_width, config.embed_dim, bias=False)
+        self.slide: SlideEncoder = SLIDE_ENCODERS[config.slide_type](
+            config.slide, config.tile_width
+        )
+        slide_width, heads = self.slide.width, self.slide.heads
+        self.slide_pooler: AttentionPooler | None = None
+        self.slide_project: nn.Linear | None = None
+        if config.pooling == "attentional":
+            self.slide_pooler = AttentionPooler(1, slide_width, slide_width, heads)
+        if config.pooling == "none":
+            _check_same_width(slide_width, config.embed_dim)
+        else:
+            self.slide_project = nn.Linear(slide_width, config.embed_dim, bias=False)
         self.text = TextEncoder(config.text, vocab_size)
         self.text_project = nn.Linear(width, config.embed_dim, bias=False)
         self.prior: TextPrior | None = None
@@ -52,10 +61,15 @@ class CoCa(nn.Module):
             self.prior = TextPrior(vocab_size, config.text.prior_rank, config.embed_dim)
         self.decoder: Decoder | None = None
         if config.decoder is not None:
-            self.decoder = Decoder(config.decoder, width, vocab_size)
-            self.report_pooler = AttentionPooler(
-                config.decoder.slide_tokens, width, slide_width, config.decoder.heads
+            queries = config.decoder.slide_tokens
+            self.decoder = Decoder(
+                config.decoder, width, vocab_size, context_width=width if queries else slide_width
             )
+            self.report_pooler: AttentionPooler | None = None
+            if queries:
+                self.report_pooler = AttentionPooler(
+                    queries, width, slide_width, config.decoder.heads
+                )
             self.gist: nn.Linear | None = None
             if config.decoder.gist:
                 self.gist = nn.Linear(config.embed_dim, width, bias=False)
@@ -70,9 +84,6 @@ class CoCa(nn.Module):
 
     def _reset(self, init_log_scale: float, init_bias: float | None) -> None:
         initialise(self)
-        for module in self.modules():
-            if isinstance(module, (FourierPositions, TextPrior)):
-                module.reset()
         nn.init.constant_(self.log_scale, init_log_scale)
         if self.bias is not None and init_bias is not None:
             nn.init.constant_(self.bias, init_bias)
@@ -143,16 +154,25 @@ class CoCa(nn.Module):
         batch, like = len(bags), view[0][0]
         return image, CoCaCache(
             image,
+            self._words(image),
             self.text.new_caches(batch, capacity, like),
             DecoderCache(self.decoder.new_caches(batch, capacity, like), view),
         )
 
     def step(self, tokens: Tensor, cache: CoCaCache) -> Tensor:
-        """tokens [B, n] after those in the cache -> logits [B, V] of the next token."""
+        """tokens [R, n] after those in the cache -> logits [R, V] of the next token."""
         assert self.decoder is not None, "a clip model has no decoder"
         hidden = self.text(tokens, cache.encoder)
+        beams = len(tokens) // len(cache.image)
+        if self.gist is not None:
+            gist = self.gist(cache.image).repeat_interleave(beams, 0)
+            hidden = hidden + gist[:, None]
         seen = cache.decoder
-        return self._write(hidden, cache.image, seen.slide, seen.text)[:, -1]
+        states = self.decoder.states(hidden, seen.slide, seen.text)[:, -1]
+        logits: Tensor = self.decoder.vocabulary(states)
+        if cache.words is not None:
+            logits = logits + cache.words.repeat_interleave(beams, 0)
+        return logits
 
     def train(self, mode: bool = True) -> CoCa:
         """Training mode for all but the modules that `rest` has named."""
@@ -172,8 +192,10 @@ class CoCa(nn.Module):
         self.log_scale.clamp_(0.0, MAX_LOG_SCALE)
 
     def _embed_slide(self, slide: Tensor) -> Tensor:
-        pooled = self.slide_pooler(slide)[:, 0]
-        return F.normalize(self.slide_project(pooled).float(), dim=-1)
+        pooled = slide[:, 0] if self.slide_pooler is None else self.slide_pooler(slide)[:, 0]
+        if self.slide_project is not None:
+            pooled = self.slide_project(pooled)
+        return F.normalize(pooled.float(), dim=-1)
 
     def _embed_text(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         embedding = self.text_project(self.text.pool(hidden, mask))
@@ -181,39 +203,59 @@ class CoCa(nn.Module):
             embedding = self.prior(tokens, mask, embedding)
         return F.normalize(embedding.float(), dim=-1)
 
-    def _write(
-        self,
-        hidden: Tensor,
-        image: Tensor,
-        view: list[tuple[Tensor, Tensor]],
-        caches: list[LayerCache] | None = None,
-    ) -> Tensor:
+    def _write(self, hidden: Tensor, image: Tensor, view: list[tuple[Tensor, Tensor]]) -> Tensor:
         """hidden [B, L, width], image embedding [B, E], `_view`'s result -> logits [B, L, V]."""
         assert self.decoder is not None
         if self.gist is not None:
             hidden = hidden + self.gist(image)[:, None]
-        logits: Tensor = self.decoder(hidden, view, caches)
-        if self.words is not None:
-            assert self.prior is not None, "the schema has made sure of a prior"
-            logits = logits + self.words * self.prior.words(image)[:, None]
-        return logits
+        logits: Tensor = self.decoder(hidden, view)
+        words = self._words(image)
+        return logits if words is None else logits + words[:, None]
+
+    def _words(self, image: Tensor) -> Tensor | None:
+        """What the slide's embedding [B, E] adds to every token's logits: [B, V], or nothing."""
+        if self.words is None:
+            return None
+        assert self.prior is not None, "the schema has made sure of a prior"
+        return self.words * self.prior.words(image)
 
     def _view(self, slide: Tensor) -> list[tuple[Tensor, Tensor]]:
         assert self.decoder is not None
-        return self.decoder.view(self.report_pooler(slide))
+        if self.slide_pooler is None and slide.shape[1] > 1:
+            slide = slide[:, 1:]  # token 0 stands for the whole slide
+        return self.decoder.view(slide if self.report_pooler is None else self.report_pooler(slide))
+
+
+def _check_same_width(slide_width: int, embed_dim: int) -> None:
+    if slide_width != embed_dim:
+        raise ConfigError(
+            f"pooling none takes token 0 of the slide encoder as the embedding, but its width is "
+            f"{slide_width} and embed_dim {embed_dim}; make them equal, or set pooling to cls"
+        )
 
 
 @dataclass
 class CoCaCache:
-    """All that generation keeps between two tokens."""
+    """All that generation keeps between two tokens: of B slides, and of R sequences.
+
+    R is a multiple of B: the sequences of a slide stand together and share what is kept of it.
+    """
 
     image: Tensor  # [B, E]
+    words: Tensor | None  # [B, V], added to the logits
     encoder: list[LayerCache]
     decoder: DecoderCache
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these sequences of the batch."""
-        self.image = self.image[rows]
+    def keep(self, rows: Tensor, slides: Tensor | None = None) -> None:
+        """Keep only these sequences, and only these slides; None: all of them."""
+        if slides is not None:
+            self.image = self.image[slides]
+            self.words = None if self.words is None else self.words[slides]
         for cache in self.encoder:
             cache.keep(rows)
-        self.decoder.keep(rows)
+        self.decoder.keep(rows, slides)
+
+    def reorder(self, rows: Tensor, since: int) -> None:
+        """Sequence i becomes a copy of sequence `rows[i]`, which it equals before place `since`."""
+        for cache in (*self.encoder, *self.decoder.text):
+            cache.reorder(rows, since)

@@ -2,46 +2,34 @@
 
 The slide is encoded once, each new token costs one pass over itself, finished reports leave
 the batch, and every specimen draws from a generator of its own, so its report is the same
-alone, in any batch and on any number of processes.
+alone, in any batch and on any number of processes. All sequences of a slide, beams or draws, read
+its keys and values where they lie.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
-from slidevlm.models.coca import CoCa
+from slidevlm.models.beams import search
+from slidevlm.models.coca import CoCa, CoCaCache
+from slidevlm.models.decoding import (
+    Decoding,
+    Draft,
+    choose,
+    draws_for,
+    log_probabilities,
+    ranked,
+)
 from slidevlm.models.mode import evaluation_mode
 
-
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are chosen."""
-
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    max_tokens: int = 100  # generated at most, EOS included
-    top_k: int = 1  # 1 is greedy; k draws among the k most likely
-    temperature: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, not {self.top_k}")
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, not {self.max_tokens}")
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature must be greater than 0, not {self.temperature}")
+__all__ = ["Decoding", "Draft", "choose", "draft", "generate"]
 
 
-@torch.no_grad()
 def generate(
     model: CoCa,
     bags: Bags,
@@ -49,7 +37,23 @@ def generate(
     decoding: Decoding,
     prompt: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Write one report a bag.
+    """Write one report a bag, the best one: see `draft`.
+
+    Returns:
+        B lists of the generated token ids, without BOS, prompt and EOS.
+    """
+    return [list(d[0].tokens) for d in draft(model, bags, specimen_ids, decoding, prompt)]
+
+
+@torch.no_grad()
+def draft(
+    model: CoCa,
+    bags: Bags,
+    specimen_ids: Sequence[str],
+    decoding: Decoding,
+    prompt: Sequence[int] = (),
+) -> list[list[Draft]]:
+    """Write the `decoding.best` best reports of each bag.
 
     Args:
         model: a model with a decoder; its training mode is restored, also after an error.
@@ -59,7 +63,10 @@ def generate(
         prompt: token ids that every report begins with, after BOS.
 
     Returns:
-        B lists of the generated token ids, without BOS, prompt and EOS.
+        B lists, the best draft first; fewer than asked for where no more different ones came up.
+
+    Raises:
+        ConfigError: the model has no decoder, or the prompt leaves no room in its context.
     """
     if model.decoder is None:
         raise ConfigError("this model has no decoder: a clip model cannot write reports")
@@ -71,66 +78,58 @@ def generate(
             f"{model.text.context_length}; shorten the prompt"
         )
     with evaluation_mode(model):
-        return _generate(model, bags, specimen_ids, decoding, list(prompt), steps)
+        device = bags.features.device
+        _, cache = model.start(bags, 1 + len(prompt) + steps)
+        given = torch.tensor([[decoding.bos_id, *prompt]], device=device).repeat(len(bags), 1)
+        logits = model.step(given, cache)
+        if decoding.beams > 1:
+            return search(model, cache, logits, given[:, 1:], decoding, steps)
+        draws = draws_for(specimen_ids, steps, decoding).to(device)
+        return _write(model, cache, logits, given[:, 1:], draws, decoding)
 
 
-def _generate(
+def _write(
     model: CoCa,
-    bags: Bags,
-    specimen_ids: Sequence[str],
+    cache: CoCaCache,
+    logits: Tensor,
+    prompt: Tensor,
+    draws: Tensor,
     decoding: Decoding,
-    prompt: list[int],
-    steps: int,
-) -> list[list[int]]:
-    device = bags.features.device
-    _, cache = model.start(bags, 1 + len(prompt) + steps)
-    tokens = torch.tensor([[decoding.bos_id, *prompt]], device=device).repeat(len(bags), 1)
-    draws = _draws(specimen_ids, steps, decoding).to(device)  # [B, steps]
-    alive = torch.arange(len(bags), device=device)
-    written = torch.full((len(bags), steps), decoding.eos_id, device=device)
+) -> list[list[Draft]]:
+    """Greedily or by drawing: logits [B, V] after the prompt [B, P], draws [B * best, steps]."""
+    slides, each, steps = len(logits), decoding.best, draws.shape[1]
+    device = logits.device
+    rows = torch.arange(slides * each, device=device)  # those that have not left the batch
+    if each > 1:
+        cache.keep(rows // each)
+    logits, prompt = logits[rows // each], prompt[rows // each]
+    seen = torch.cat([prompt, torch.full_like(draws, decoding.eos_id, dtype=torch.int64)], dim=1)
+    likely = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    length = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for step in range(steps):
-        chosen = choose(model.step(tokens, cache).float(), draws[alive, step], decoding)
-        written[alive, step] = chosen
-        going = (chosen != decoding.eos_id).nonzero()[:, 0]
-        if len(going) == 0:
+        place = prompt.shape[1] + step
+        logs = log_probabilities(logits, seen[rows, :place], step, decoding)
+        chosen = choose(logs, draws[rows, step], decoding)
+        # Of several draws of a slide, those that have ended wait for the others, and stay.
+        chosen = torch.where(ended[rows], decoding.eos_id, chosen)
+        seen[rows, place] = chosen
+        likely[rows] += torch.where(ended[rows], 0.0, logs.gather(1, chosen[:, None])[:, 0])
+        length[rows] += ~ended[rows]
+        ended[rows] |= chosen == decoding.eos_id
+        going = (~ended[rows]).view(-1, each).any(1).nonzero()[:, 0]
+        if step + 1 == steps or len(going) == 0:
             break
-        if len(going) < len(alive):
-            alive, chosen = alive[going], chosen[going]
-            cache.keep(going)
-        tokens = chosen[:, None]
-    return [_until(row, decoding.eos_id) for row in written.tolist()]
-
-
-def choose(logits: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
-    """Next tokens.
-
-    Args:
-        logits: [B, V] float32; BOS and padding are never chosen.
-        draws: [B] uniform numbers in [0, 1).
-        decoding: top_k 1 takes the most likely token, otherwise the draw decides among the k.
-
-    Returns:
-        [B] token ids.
-    """
-    logits = logits.clone()
-    logits[:, [decoding.bos_id, decoding.pad_id]] = float("-inf")
-    if decoding.top_k == 1:
-        return logits.argmax(-1)
-    values, candidates = logits.topk(min(decoding.top_k, logits.shape[1]), dim=-1)
-    cumulated = (values / decoding.temperature).softmax(-1).cumsum(-1)
-    # Rounding can leave the last sum below a draw near 1.
-    place = (cumulated <= draws[:, None]).sum(-1).clamp_max(candidates.shape[1] - 1)
-    return candidates.gather(1, place[:, None])[:, 0]
-
-
-def _draws(specimen_ids: Sequence[str], steps: int, decoding: Decoding) -> Tensor:
-    rows = []
-    for specimen in specimen_ids:
-        digest = hashlib.blake2b(f"{decoding.seed}/{specimen}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        rows.append(torch.rand(steps, generator=generator))
-    return torch.stack(rows)
-
-
-def _until(row: list[int], eos_id: int) -> list[int]:
-    return row[: row.index(eos_id)] if eos_id in row else row
+        if len(going) * each < len(rows):
+            kept = (going[:, None] * each + torch.arange(each, device=device)).flatten()
+            rows, chosen = rows[kept], chosen[kept]
+            cache.keep(kept, going)
+        logits = model.step(chosen[:, None], cache)
+    texts = seen[:, prompt.shape[1] :].tolist()
+    drafts = [
+        Draft(tuple(text[: n - end]), decoding.score(score, n), end)
+        for text, score, n, end in zip(
+            texts, likely.tolist(), length.tolist(), ended.tolist(), strict=True
+        )
+    ]
+    return [ranked(drafts[i : i + each]) for i in range(0, len(drafts), each)]

@@ -17,6 +17,7 @@ from slidevlm.registry import unknown
 
 T = TypeVar("T")
 FAMILIES = ("coca", "clip")
+POOLINGS = ("attentional", "cls", "none")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class ModelConfig:
     decoder: DecoderConfig | None
     embed_dim: int = 256
     tile_width: int | None = None  # None ("auto" in the file): taken from the data
+    # How the slide encoder's tokens become the slide's embedding: a learned query attends to all
+    # (attentional); token 0, projected (cls); token 0 as it is (none). In the last two the decoder
+    # reads the other tokens.
+    pooling: str = "attentional"
     lora: tuple[LoRAConfig, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -38,6 +43,7 @@ class ModelConfig:
             "family": self.family,
             "embed_dim": self.embed_dim,
             "tile_width": self.tile_width or "auto",
+            "pooling": self.pooling,
             "slide": {"type": self.slide_type, **asdict(self.slide)},
             "text": {"type": "scratch", **asdict(self.text)},
         }
@@ -56,6 +62,7 @@ class _File:
     decoder: Mapping[str, Any] | None = None
     embed_dim: int = 256
     tile_width: Any = "auto"
+    pooling: str = "attentional"
     lora: list[Any] = field(default_factory=list)
     description: str = field(default="")
 
@@ -74,6 +81,8 @@ def from_dict(content: Any, where: str) -> ModelConfig:
         raise ConfigError(f"{where}: a {top.family} model {need} 'decoder'")
     if top.tile_width != "auto" and not (isinstance(top.tile_width, int) and top.tile_width > 0):
         raise ConfigError(f'{where}: tile_width must be a number above 0 or "auto"')
+    if top.pooling not in POOLINGS:
+        raise ConfigError(f"{where}: {unknown('pooling', top.pooling, POOLINGS)}")
     slide = dict(top.slide)
     slide_type = _type_of(slide, f"{where}: slide")
     text = dict(top.text)
@@ -90,6 +99,7 @@ def from_dict(content: Any, where: str) -> ModelConfig:
         decoder=None if decoder is None else build(DecoderConfig, decoder, f"{where}: decoder"),
         embed_dim=top.embed_dim,
         tile_width=None if top.tile_width == "auto" else top.tile_width,
+        pooling=top.pooling,
         lora=tuple(build(LoRAConfig, entry, f"{where}: lora") for entry in top.lora),
     )
 

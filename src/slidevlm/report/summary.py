@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 from slidevlm.batch import Predictions
 from slidevlm.data.reports import normalise
+from slidevlm.eval.bootstrap import Bootstrap
+from slidevlm.eval.scores import interval
 from slidevlm.eval.task import TaskResult
 
 _EXAMPLES = 5
@@ -20,19 +22,32 @@ _ACTIVE = re.compile(
 )
 
 
-def summary(model: str, results: Mapping[str, tuple[Predictions, TaskResult]]) -> str:
+def summary(
+    model: str,
+    results: Mapping[str, tuple[Predictions, TaskResult]],
+    bootstrap: Bootstrap = Bootstrap(),  # noqa: B008 (frozen)
+) -> str:
     """Markdown of one evaluation.
 
     Args:
         model: its name.
         results: split name -> its predictions and metrics.
+        bootstrap: of the intervals.
     """
     parts = [f"# Results of {_plain(model)}", ""]
     for split, (predictions, result) in results.items():
         parts += [f"## {_plain(split)}: {len(predictions)} specimens", ""]
+        if bootstrap:
+            units = len(set(bootstrap.units(predictions)))
+            parts += [
+                f"Intervals of {100 * bootstrap.confidence:g} % from {bootstrap.resamples} "
+                f"resamples of {units} {bootstrap.unit}s.",
+                "",
+            ]
         parts += ["| metric | value |", "|---|---|"]
         parts += [
-            f"| {_plain(name)} | {_number(value)} |" for name, value in result.metrics.items()
+            f"| {_plain(name)} | {_number(value)}{_interval(result, name, bootstrap)} |"
+            for name, value in result.metrics.items()
         ]
         parts.append("")
         for name, details in result.details.items():
@@ -46,6 +61,11 @@ def _number(value: float) -> str:
     if math.isnan(value):
         return "not defined"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3f}"
+
+
+def _interval(result: TaskResult, name: str, bootstrap: Bootstrap) -> str:
+    lo, hi = interval(result, name, bootstrap)
+    return "" if lo is None or hi is None else f" ({_number(lo)} to {_number(hi)})"
 
 
 def _confusion(name: str, classes: list[str], matrix: list[list[int]]) -> list[str]:

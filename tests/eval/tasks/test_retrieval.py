@@ -10,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slidevlm.batch import Predictions
+from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.tasks import retrieval as module
-from slidevlm.eval.tasks.retrieval import ranks, retrieval
+from slidevlm.eval.tasks.retrieval import Retrieval
+from slidevlm.eval.tasks.retrieval import ranks as both_ranks
+
+
+def ranks(queries: np.ndarray, keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """One way; the other must be the same with the arguments exchanged."""
+    one, other = both_ranks(queries, keys, ids)
+    assert [a.tolist() for a in both_ranks(keys, queries, ids)] == [other.tolist(), one.tolist()]
+    return one
 
 
 def slow_ranks(queries: np.ndarray, keys: np.ndarray, ids: np.ndarray) -> list[int]:
@@ -43,6 +52,7 @@ def test_blocks_smaller_and_larger_than_the_split(
     n: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_ROWS", rows)
+    monkeypatch.setattr(module, "_COLUMNS", max(1, rows // 2))
     image, text = unit((n, 5), 1), unit((n, 5), 2)
     ids = np.random.default_rng(3).integers(0, max(1, 2 * n // 3), n)
     assert ranks(image, text, ids).tolist() == slow_ranks(image, text, ids)
@@ -103,7 +113,7 @@ def test_what_is_not_a_number_is_never_found() -> None:
 def test_metrics_both_ways() -> None:
     image, text = unit((40, 4), 5), unit((40, 4), 6)
     ids = np.arange(40) // 2
-    metrics = retrieval(predictions(image, text, ids)).metrics
+    metrics = Retrieval()(predictions(image, text, ids)).metrics
     assert len(metrics) == 12
     for name, queries, keys in (("image_to_text", image, text), ("text_to_image", text, image)):
         found = slow_ranks(queries, keys, ids)
@@ -118,5 +128,27 @@ def test_metrics_both_ways() -> None:
 def test_perfect_and_alone() -> None:
     vectors = unit((20, 8), 1)
     for n in (1, 2, 20):
-        metrics = retrieval(predictions(vectors[:n], vectors[:n], np.arange(n))).metrics
+        metrics = Retrieval()(predictions(vectors[:n], vectors[:n], np.arange(n))).metrics
         assert all(value == 1.0 for value in metrics.values())
+
+
+def test_resamples_are_of_queries() -> None:
+    image, text = unit((30, 4), 5), unit((30, 4), 6)
+    ids = np.arange(30) // 2
+    split = predictions(image, text, ids)
+    split.patient_ids = tuple(f"p{i // 3}" for i in range(30))
+    bootstrap = Bootstrap(40, seed=2)
+    found = Retrieval(bootstrap)(split)
+    counts = np.concatenate(list(bootstrap.blocks(split.patient_ids)))
+    places = slow_ranks(text, image, ids)
+    assert found.resampled.keys() == found.metrics.keys()
+    for r, row in enumerate(counts):
+        drawn = np.repeat(places, row)
+        values = {name: found.resampled[f"text_to_image/{name}"][r] for name in ("R@5", "MRR")}
+        assert values["R@5"] == pytest.approx(np.mean(drawn <= 5), abs=1e-12)
+        assert values["MRR"] == pytest.approx(np.mean(1 / drawn), abs=1e-12)
+        assert found.resampled["text_to_image/median_rank"][r] == np.median(drawn)
+        assert found.resampled["text_to_image/mean_rank"][r] == pytest.approx(
+            drawn.mean(), abs=1e-12
+        )
+    assert np.ptp(found.resampled["image_to_text/R@10"]) > 0.05

@@ -12,12 +12,38 @@ import pytest
 import sklearn.metrics as sk
 
 from slidevlm.batch import Predictions
+from slidevlm.eval.bootstrap import Bootstrap
+from slidevlm.eval.classification import log_odds
 from slidevlm.eval.prompts import Labels, Prompts
-from slidevlm.eval.tasks.zero_shot import ZeroShot, class_embeddings, log_odds
+from slidevlm.eval.tasks.zero_shot import ClassTexts, ZeroShot, centres, embed_prompts
 
 CLASSES = ("A", "B", "C", "D")
-FOR_ALL = {"accuracy", "balanced_accuracy", "f1_macro", "f1_weighted", "auroc_ovr", "cohen_kappa"}
+FOR_ALL = {
+    "accuracy",
+    "balanced_accuracy",
+    "f1_macro",
+    "f1_weighted",
+    "auroc_ovr",
+    "auroc_ovo",
+    "cohen_kappa",
+}
 FOR_TWO = {"precision", "recall", "specificity", "average_precision"}
+
+
+def labels_of(name: str, classes: dict[str, str]) -> Labels:
+    return Labels(name, {specimen: (c,) for specimen, c in classes.items()})
+
+
+def zero_shot(
+    embeddings: np.ndarray,
+    classes: Sequence[str],
+    labels: Labels,
+    bootstrap: Bootstrap = Bootstrap(),  # noqa: B008 (frozen)
+) -> ZeroShot:
+    """The task with one prompt a class."""
+    return ZeroShot(
+        ClassTexts(tuple(classes), tuple(e[None] for e in embeddings)), labels, bootstrap
+    )
 
 
 def unit(shape: tuple[int, int], seed: int) -> np.ndarray:
@@ -33,7 +59,7 @@ def predictions(image: np.ndarray, scale: float = 5.0) -> Predictions:
 
 def labels_for(classes: Sequence[str], n: int, seed: int = 0) -> Labels:
     drawn = np.random.default_rng(seed).integers(0, len(classes), n)
-    return Labels("task", {f"s{i}": classes[c] for i, c in enumerate(drawn)})
+    return labels_of("task", {f"s{i}": classes[c] for i, c in enumerate(drawn)})
 
 
 def probabilities(image: np.ndarray, embeddings: np.ndarray, scale: float) -> np.ndarray:
@@ -50,9 +76,9 @@ def probabilities(image: np.ndarray, embeddings: np.ndarray, scale: float) -> np
 def test_metrics_are_those_of_scikit_learn(classes: int, scale: float) -> None:
     image, embeddings = unit((80, 6), 1), unit((classes, 6), 2)
     labels = labels_for(CLASSES[:classes], 80)
-    metrics = ZeroShot(embeddings, CLASSES[:classes], labels)(predictions(image, scale)).metrics
+    metrics = zero_shot(embeddings, CLASSES[:classes], labels)(predictions(image, scale)).metrics
     p = probabilities(image, embeddings, scale)
-    truth = np.array([CLASSES.index(labels.classes[f"s{i}"]) for i in range(80)])
+    truth = np.array([CLASSES.index(labels.classes[f"s{i}"][0]) for i in range(80)])
     guess = p.argmax(1)
     expected = {
         "accuracy": sk.accuracy_score(truth, guess),
@@ -60,6 +86,7 @@ def test_metrics_are_those_of_scikit_learn(classes: int, scale: float) -> None:
         "f1_macro": sk.f1_score(truth, guess, average="macro"),
         "f1_weighted": sk.f1_score(truth, guess, average="weighted"),
         "auroc_ovr": sk.roc_auc_score(truth, p if classes > 2 else p[:, 1], multi_class="ovr"),
+        "auroc_ovo": sk.roc_auc_score(truth, p if classes > 2 else p[:, 1], multi_class="ovo"),
         "cohen_kappa": sk.cohen_kappa_score(truth, guess),
     }
     if classes == 2:
@@ -69,29 +96,41 @@ def test_metrics_are_those_of_scikit_learn(classes: int, scale: float) -> None:
             "specificity": sk.recall_score(truth, guess, pos_label=0),
             "average_precision": sk.average_precision_score(truth, p[:, 1]),
         }
+    if classes == 4:
+        expected["top_3_accuracy"] = sk.top_k_accuracy_score(truth, p, k=3)
     expected = {f"zero_shot/task/{name}": value for name, value in expected.items()}
     assert metrics == pytest.approx(expected, abs=1e-12)
 
 
 def test_which_metrics_there_are() -> None:
     for classes, names in ((2, FOR_ALL | FOR_TWO), (3, FOR_ALL)):
-        task = ZeroShot(unit((classes, 6), 2), CLASSES[:classes], labels_for(CLASSES[:classes], 9))
+        task = zero_shot(unit((classes, 6), 2), CLASSES[:classes], labels_for(CLASSES[:classes], 9))
         found = task(predictions(unit((9, 6), 1))).metrics
         assert set(found) == {f"zero_shot/task/{name}" for name in names}
 
 
 def test_details() -> None:
     image = np.eye(3, dtype=np.float32)[[0, 0, 1, 2]]
-    labels = Labels("organ", {"s0": "A", "s1": "B", "s2": "B"})
-    result = ZeroShot(np.eye(3, dtype=np.float32), CLASSES[:3], labels)(predictions(image))
-    assert result.details == {
-        "zero_shot/organ": {
-            "classes": ["A", "B", "C"],
-            "confusion_matrix": [[1, 0, 0], [1, 1, 0], [0, 0, 0]],
-            "specimens": 3,
-            "without_label": 1,
-        }
+    labels = labels_of("organ", {"s0": "A", "s1": "B", "s2": "B"})
+    result = zero_shot(np.eye(3, dtype=np.float32), CLASSES[:3], labels)(predictions(image))
+    details = result.details["zero_shot/organ"]
+    per_class = details.pop("per_class")
+    assert details == {
+        "classes": ["A", "B", "C"],
+        "confusion_matrix": [[1, 0, 0], [1, 1, 0], [0, 0, 0]],
+        "specimens": 3,
+        "without_label": 1,
     }
+    b = {
+        "specimens": 2,
+        "predicted": 1,
+        "precision": 1.0,
+        "recall": 0.5,
+        "f1": 2 / 3,
+        "auroc": 0.75,
+    }
+    assert per_class["B"] == pytest.approx(b, abs=1e-12)
+    assert per_class["C"]["specimens"] == 0 and math.isnan(per_class["C"]["recall"])
     assert result.metrics["zero_shot/organ/accuracy"] == 2 / 3
     assert result.metrics["zero_shot/organ/balanced_accuracy"] == 3 / 4
 
@@ -102,12 +141,12 @@ def test_the_order_of_classes_changes_nothing(names: tuple[str, ...]) -> None:
     image, embeddings = unit((60, 5), 3), unit((3, 5), 4)
     rename = dict(zip("ABC", names, strict=True))
     known = labels_for("ABC", 60)
-    plain = ZeroShot(embeddings, tuple("ABC"), known)(predictions(image))
+    plain = zero_shot(embeddings, tuple("ABC"), known)(predictions(image))
     order = np.argsort(names)
-    renamed = ZeroShot(
+    renamed = zero_shot(
         embeddings[order],
         tuple(np.array(names)[order].tolist()),
-        Labels("task", {s: rename[c] for s, c in known.classes.items()}),
+        labels_of("task", {s: rename[c] for s, (c,) in known.classes.items()}),
     )(predictions(image))
     assert renamed.metrics == pytest.approx(plain.metrics, abs=1e-12)
     before = np.array(plain.details["zero_shot/task"]["confusion_matrix"])
@@ -117,8 +156,8 @@ def test_the_order_of_classes_changes_nothing(names: tuple[str, ...]) -> None:
 
 def test_of_two_classes_the_second_is_positive() -> None:
     image = np.eye(2, dtype=np.float32)[[0, 0, 0, 1, 1]]
-    labels = Labels("t", dict(zip(("s0", "s1", "s2", "s3", "s4"), "AABBB", strict=True)))
-    metrics = ZeroShot(np.eye(2, dtype=np.float32), ("A", "B"), labels)(predictions(image)).metrics
+    labels = labels_of("t", dict(zip(("s0", "s1", "s2", "s3", "s4"), "AABBB", strict=True)))
+    metrics = zero_shot(np.eye(2, dtype=np.float32), ("A", "B"), labels)(predictions(image)).metrics
     assert metrics["zero_shot/t/precision"] == 1.0
     assert metrics["zero_shot/t/recall"] == 2 / 3
     assert metrics["zero_shot/t/specificity"] == 1.0
@@ -128,10 +167,10 @@ def test_the_temperature_reaches_the_probabilities() -> None:
     """With three classes, what others score changes who comes first at another temperature."""
     embeddings = np.eye(3, dtype=np.float32)
     image = np.array([[0.5, 0.49, -0.9], [0.5, 0.3, 0.3]], dtype=np.float32)
-    labels = Labels("t", {"s0": "A", "s1": "B"})
+    labels = labels_of("t", {"s0": "A", "s1": "B"})
 
     def auroc(scale: float) -> float:
-        task = ZeroShot(embeddings, CLASSES[:3], labels)
+        task = zero_shot(embeddings, CLASSES[:3], labels)
         return task(predictions(image, scale)).metrics["zero_shot/t/auroc_ovr"]
 
     for scale in (0.5, 100.0):
@@ -147,8 +186,8 @@ def test_scores_that_round_to_certainty_keep_their_order() -> None:
     image = np.stack([np.sqrt(1 - cosine**2), cosine], 1).astype(np.float32)
     embeddings = np.array([[-1, 0], [0, 1]], dtype=np.float32)
     assert len(set(probabilities(image, embeddings, 100.0)[:, 1])) == 1
-    labels = Labels("t", dict(zip(("s0", "s1", "s2", "s3"), "BBAA", strict=True)))
-    metrics = ZeroShot(embeddings, ("A", "B"), labels)(predictions(image, 100.0)).metrics
+    labels = labels_of("t", dict(zip(("s0", "s1", "s2", "s3"), "BBAA", strict=True)))
+    metrics = zero_shot(embeddings, ("A", "B"), labels)(predictions(image, 100.0)).metrics
     gap = image @ (embeddings[1] - embeddings[0])
     expected = sk.roc_auc_score([1, 1, 0, 0], gap)
     assert metrics["zero_shot/t/auroc_ovr"] == expected
@@ -167,8 +206,8 @@ def test_log_odds_of_the_softmax(classes: int) -> None:
 def test_specimens_without_a_label_are_left_out() -> None:
     image, embeddings = unit((30, 6), 1), unit((3, 6), 2)
     some = labels_for(CLASSES[:3], 20)
-    with_others = ZeroShot(embeddings, CLASSES[:3], some)(predictions(image))
-    alone = ZeroShot(embeddings, CLASSES[:3], some)(predictions(image[:20]))
+    with_others = zero_shot(embeddings, CLASSES[:3], some)(predictions(image))
+    alone = zero_shot(embeddings, CLASSES[:3], some)(predictions(image[:20]))
     assert with_others.metrics == pytest.approx(alone.metrics, abs=1e-12)
     assert with_others.details["zero_shot/task"]["without_label"] == 10
     assert alone.details["zero_shot/task"]["without_label"] == 0
@@ -176,21 +215,21 @@ def test_specimens_without_a_label_are_left_out() -> None:
 
 def test_labels_under_patient_and_specimen() -> None:
     image = np.eye(2, dtype=np.float32)
-    labels = Labels("t", {"p0/s0": "A", "s1": "B", "p7/s1": "A"})
-    result = ZeroShot(np.eye(2, dtype=np.float32), ("A", "B"), labels)(predictions(image))
+    labels = labels_of("t", {"p0/s0": "A", "s1": "B", "p7/s1": "A"})
+    result = zero_shot(np.eye(2, dtype=np.float32), ("A", "B"), labels)(predictions(image))
     assert result.details["zero_shot/t"]["confusion_matrix"] == [[1, 0], [0, 1]]
 
 
 def test_no_labelled_specimen(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
     monkeypatch.setattr(logging.getLogger("slidevlm"), "propagate", True)
-    task = ZeroShot(unit((2, 6), 2), ("A", "B"), Labels("organ", {"other": "A"}))
+    task = zero_shot(unit((2, 6), 2), ("A", "B"), labels_of("organ", {"other": "A"}))
     result = task(predictions(unit((3, 6), 1)))
     assert result.metrics == {} and result.details == {}
     assert "zero_shot/organ: no specimen of this split has a label" in caplog.text
 
 
 def test_one_specimen_and_one_class() -> None:
-    metrics = ZeroShot(unit((2, 6), 2), ("A", "B"), Labels("t", {"s0": "A"}))(
+    metrics = zero_shot(unit((2, 6), 2), ("A", "B"), labels_of("t", {"s0": "A"}))(
         predictions(unit((1, 6), 1))
     ).metrics
     assert math.isnan(metrics["zero_shot/t/auroc_ovr"])
@@ -202,12 +241,12 @@ def test_slides_that_are_not_numbers_give_no_metric(caplog, monkeypatch) -> None
     monkeypatch.setattr(logging.getLogger("slidevlm"), "propagate", True)
     image = unit((5, 6), 1)
     image[2] = np.nan
-    task = ZeroShot(unit((2, 6), 2), ("A", "B"), labels_for("AB", 5))
+    task = zero_shot(unit((2, 6), 2), ("A", "B"), labels_for("AB", 5))
     result = task(predictions(image))
-    assert len(result.metrics) == 10 and all(math.isnan(v) for v in result.metrics.values())
+    assert len(result.metrics) == 11 and all(math.isnan(v) for v in result.metrics.values())
     assert result.details == {}
     assert "1 slide embeddings are not finite" in caplog.text
-    unlabelled = ZeroShot(unit((2, 6), 2), ("A", "B"), Labels("t", {"s0": "A", "s1": "B"}))
+    unlabelled = zero_shot(unit((2, 6), 2), ("A", "B"), labels_of("t", {"s0": "A", "s1": "B"}))
     assert unlabelled(predictions(image)).metrics["zero_shot/t/accuracy"] in (0.0, 0.5, 1.0)
 
 
@@ -223,7 +262,7 @@ def test_prompts_are_averaged_and_normalised() -> None:
         return np.array([texts[t] for t in wanted], dtype=np.float32)
 
     prompts = Prompts(("A", "B", "C"), (("x", "y"), ("z",), ("x", "x", "z")))
-    found = class_embeddings(prompts, embed)
+    found = centres(embed_prompts(prompts, embed).rows)
     expected = []
     for row in ([0.5, 0.3, 0.4], [0, 0, 1], [2 / 3, 0, 1 / 3]):
         expected.append(np.array(row) / math.sqrt(sum(v * v for v in row)))
@@ -237,8 +276,10 @@ def test_the_mean_of_normalised_prompts_is_not_the_normalised_sum_of_raw_ones() 
     """Long prompts must not outweigh short ones: what comes in has length 1 already."""
     raw = np.array([[10.0, 0.0], [0.0, 1.0]])
     normalised = (raw / np.linalg.norm(raw, axis=1, keepdims=True)).astype(np.float32)
-    found = class_embeddings(
-        Prompts(("A", "B"), (("long", "short"), ("long",))),
-        lambda texts: normalised[[("long", "short").index(t) for t in texts]],
+    found = centres(
+        embed_prompts(
+            Prompts(("A", "B"), (("long", "short"), ("long",))),
+            lambda texts: normalised[[("long", "short").index(t) for t in texts]],
+        ).rows
     )
     np.testing.assert_allclose(found, [[math.sqrt(0.5)] * 2, [1, 0]], atol=1e-6)

@@ -4,30 +4,81 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from slidevlm.batch import Bags
+from slidevlm.errors import DataError
+from slidevlm.models.attention import OwnStart
 from slidevlm.registry import Registry
+
+# Name of a part, and the modules and parameters it consists of.
+Group = tuple[str, list[nn.Module | nn.Parameter]]
 
 
 class SlideEncoder(nn.Module):
-    """Base class. `width` is the width of the tokens that `forward` returns."""
+    """Base class. `width` is the width of the tokens that `forward` returns, `heads` the number
+    of heads with which a pooler should read them.
+
+    With `checkpointing`, what a block computes is not kept for the backward pass but computed
+    again in it, its dropout replayed: less memory, more time, the same gradients.
+    """
 
     Config: ClassVar[type[Any]]
     width: int
+    heads: int
+    checkpointing: bool = False
 
     @abstractmethod
     def forward(self, bags: Bags) -> Tensor:
-        """Bags -> tokens [B, N, width]."""
+        """Bags -> tokens [B, N, width].
+
+        Raises:
+            DataError: an encoder that needs positions, and bags without.
+        """
+
+    @abstractmethod
+    def groups(self) -> list[Group]:
+        """Parts from input to output, for locking; each parameter is in exactly one of them."""
+
+    def run(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """`block(*inputs)`, computed again in the backward pass if `checkpointing`."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+def needed_positions(bags: Bags, encoder: str) -> Tensor:
+    """[T, 2] of the bags; several slides of a specimen lie side by side, never on each other.
+
+    Raises:
+        DataError: there are none.
+    """
+    if bags.positions is None:
+        raise DataError(
+            f"the slide encoder {encoder!r} needs the positions of tiles, and these features come "
+            "without; add them to the files, or choose a model whose encoder needs none "
+            "(perceiver, abmil, pooler, mean)"
+        )
+    positions = bags.positions.float()
+    if bags.slides is None:
+        return positions
+    beside = bags.slides.to(positions.dtype) * APART
+    return torch.stack([positions[:, 0] + beside, positions[:, 1]], 1)
+
+
+# Distance between two slides of a specimen, in the unit of the positions: wider than any slide.
+APART = 200_000.0
 
 
 SLIDE_ENCODERS: Registry[type[SlideEncoder]] = Registry("slide encoder")
 
 
-class FourierPositions(nn.Module):
+class FourierPositions(OwnStart):
     """Sines and cosines of x and y at log-spaced wavelengths, projected to the tile width.
 
     Positions are in the unit of the data (micrometres, or level-0 pixels). The shortest

@@ -9,19 +9,35 @@ from torch import Tensor, nn
 
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
-from slidevlm.models.attention import GEGLU, CrossAttention, KeyValues, SelfAttentionLayer
+from slidevlm.models.attention import (
+    GEGLU,
+    CrossAttention,
+    FeedForward,
+    KeyValues,
+    OwnStart,
+    SelfAttentionLayer,
+)
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     FourierPositions,
+    Group,
     SlideEncoder,
     Standardise,
     moments,
 )
 
+ACTIVATIONS = ("geglu", "gelu")
+
 
 @dataclass(frozen=True)
 class PerceiverConfig:
-    """The `slide` part of a model configuration of type perceiver."""
+    """The `slide` part of a model configuration of type perceiver.
+
+    The form published for PRISM and MOSAIC is: `cross_heads` 1, `read` features, `positions` none,
+    `moments` false, `query_residual` false, `cross_hidden` and `self_hidden` equal to the width,
+    `self_activation` gelu, `final_norm` false, `output_width` the width of the embedding; the
+    model's `pooling` is then none: latent 0 is the embedding, the others are what is read.
+    """
 
     width: int = 256
     latents: int = 64
@@ -32,29 +48,77 @@ class PerceiverConfig:
     positions: str = "fourier"  # or none
     moments: bool = True  # latents start from the bag's mean and deviation, not from nothing
     moments_dropout: float = 0.3  # of the moments' channels; the cure for a few hundred slides
+    cross_heads: int = 0  # heads of the cross-attentions; 0: `heads`
+    # What the cross-attentions read: tiles standardised over the training split and projected to
+    # the width (projected), or the tile features as they are (features: the least memory).
+    read: str = "projected"
+    query_residual: bool = True  # latents + what they read; or only what they read
+    cross_hidden: int = 0  # hidden units after a cross-attention (GEGLU); 0: 8/3 of the width
+    self_hidden: int = 0  # hidden units of a self-attention layer; 0: 8/3 of the width
+    self_activation: str = "geglu"  # of a self-attention layer's feed-forward part; or gelu
+    final_norm: bool = True  # a LayerNorm of the latents at the end
+    output_width: int = 0  # tokens are projected to this width at the end; 0: they are not
 
     def __post_init__(self) -> None:
-        if self.positions not in ("fourier", "none"):
-            raise ConfigError(f"slide.positions {self.positions!r} is not one of fourier, none")
-        if self.width % self.heads:
-            raise ConfigError(f"slide.width {self.width} does not divide by {self.heads} heads")
+        _one_of("positions", self.positions, ("fourier", "none"))
+        _one_of("read", self.read, ("projected", "features"))
+        _one_of("self_activation", self.self_activation, ACTIVATIONS)
+        if self.latents < 1:
+            raise ConfigError(f"slide.latents must be at least 1, not {self.latents}")
+        for heads in (self.heads, self.cross_heads or self.heads):
+            if heads < 1 or self.width % heads:
+                raise ConfigError(f"slide.width {self.width} does not divide by {heads} heads")
+        if self.read == "features" and self.positions != "none":
+            raise ConfigError(
+                "slide.positions are added to projected tiles; with slide.read features, which "
+                "projects none, set slide.positions to none"
+            )
 
 
-class _Read(nn.Module):
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"slide.{key} {value!r} is not one of {', '.join(known)}")
+
+
+class _Read(OwnStart):
     """Cross-attention from latents to tiles, and a feed-forward layer."""
 
-    def __init__(self, config: PerceiverConfig) -> None:
+    def __init__(self, config: PerceiverConfig, context_width: int) -> None:
         super().__init__()
-        self.key_values = KeyValues(config.width, config.width, config.heads)
-        self.attention = CrossAttention(config.width, config.heads, config.dropout)
+        heads = config.cross_heads or config.heads
+        self.residual = config.query_residual
+        self.key_values = KeyValues(config.width, context_width, heads)
+        self.attention = CrossAttention(config.width, heads, config.dropout)
         self.norm = nn.LayerNorm(config.width)
-        self.feed_forward = GEGLU(config.width, 4.0, config.dropout)
+        self.feed_forward = GEGLU(config.width, 4.0, config.dropout, config.cross_hidden)
+
+    def reset(self) -> None:
+        """Without residual sum nothing would pass at 0."""
+        if not self.residual:
+            nn.init.normal_(self.attention.out.weight, std=self.attention.out.in_features**-0.5)
 
     def forward(
         self, latents: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]
     ) -> Tensor:
-        latents = latents + self.attention.ragged(latents, key, value, lengths)
+        attended = self.attention.ragged(latents, key, value, lengths)
+        latents = latents + attended if self.residual else attended
         return latents + self.feed_forward(self.norm(latents))
+
+
+def _self_layer(config: PerceiverConfig) -> SelfAttentionLayer:
+    width, hidden, dropout = config.width, config.self_hidden, config.dropout
+    gated = config.self_activation == "geglu"
+    return SelfAttentionLayer(
+        width,
+        config.heads,
+        dropout,
+        causal=False,
+        feed_forward=(
+            GEGLU(width, 4.0, dropout, hidden)
+            if gated
+            else FeedForward(width, hidden or 4 * width, dropout)
+        ),
+    )
 
 
 @SLIDE_ENCODERS.register("perceiver")
@@ -63,52 +127,87 @@ class Perceiver(SlideEncoder):
 
     The first cross-attention has weights of its own, the others share theirs, so the bag is
     projected to keys and values twice, however many blocks there are. All blocks share their
-    self-attention layers. Every residual branch starts at 0, and the latents at the bag's
-    moments: before training the encoder is a linear map of them, which few slides suffice to
-    teach, and attention enters as far as it helps.
+    self-attention layers. By default every residual branch starts at 0, and the latents at the
+    bag's moments: before training the encoder is a linear map of them, which few slides suffice
+    to teach, and attention enters as far as it helps.
     """
 
     Config = PerceiverConfig
 
     def __init__(self, config: PerceiverConfig, tile_width: int) -> None:
         super().__init__()
-        self.width = config.width
+        width = config.width
+        self.width, self.heads = config.output_width or width, config.heads
         self.blocks = config.blocks
-        self.standardise = Standardise(tile_width)
-        self.moments = nn.Linear(2 * tile_width, config.width) if config.moments else None
+        self.projects = config.read == "projected"
+        self.standardise: Standardise | None = None
+        if self.projects or config.moments:
+            self.standardise = Standardise(tile_width)
+        self.moments = nn.Linear(2 * tile_width, width) if config.moments else None
         self.moments_dropout = nn.Dropout(config.moments_dropout)
-        self.tile_norm = nn.LayerNorm(tile_width)
-        self.tile_project = nn.Linear(tile_width, config.width)
-        self.positions = FourierPositions(config.width) if config.positions == "fourier" else None
-        self.latents = nn.Parameter(torch.empty(config.latents, config.width))
-        self.first = _Read(config) if config.blocks > 0 else None
-        self.further = _Read(config) if config.blocks > 1 else None
-        self.self_attention = nn.ModuleList(
-            SelfAttentionLayer(config.width, config.heads, config.dropout, causal=False)
-            for _ in range(config.self_layers)
-        )
-        self.norm = nn.LayerNorm(config.width)
+        self.tile_norm = nn.LayerNorm(tile_width) if self.projects else None
+        self.tile_project = nn.Linear(tile_width, width) if self.projects else None
+        self.positions = FourierPositions(width) if config.positions == "fourier" else None
+        self.latents = nn.Parameter(torch.empty(config.latents, width))
+        context = width if self.projects else tile_width
+        self.first = _Read(config, context) if config.blocks > 0 else None
+        self.further = _Read(config, context) if config.blocks > 1 else None
+        self.self_attention = nn.ModuleList(_self_layer(config) for _ in range(config.self_layers))
+        self.norm = nn.LayerNorm(width) if config.final_norm else None
+        self.output = nn.Linear(width, config.output_width) if config.output_width else None
 
     def forward(self, bags: Bags) -> Tensor:
         """Bags -> latents [B, latents, width]."""
-        features = self.standardise(bags.features)  # [T, D]
-        tiles = self.tile_project(self.tile_norm(features))  # [T, width]
-        if self.positions is not None and bags.positions is not None:
-            tiles = tiles + self.positions(bags.positions)
+        features = bags.features
+        if self.standardise is not None:
+            features = self.standardise(features)  # [T, D]
         latents = self.latents.expand(len(bags), -1, -1)
         if self.moments is not None:
             known = self.moments_dropout(moments(features, bags.lengths))  # [B, 2 D]
             latents = latents + self.moments(known)[:, None]
+        tiles = self._tiles(bags, features)
         if self.first is not None:
-            latents = self.first(latents, *self.first.key_values(tiles), bags.lengths)
-            latents = self._think(latents)
+            latents = self._block(self.first, latents, *self._context(self.first, tiles), bags)
         if self.further is not None:
-            key, value = self.further.key_values(tiles)
+            key, value = self._context(self.further, tiles)
             for _ in range(self.blocks - 1):
-                latents = self._think(self.further(latents, key, value, bags.lengths))
-        return self.norm(latents)
+                latents = self._block(self.further, latents, key, value, bags)
+        if self.norm is not None:
+            latents = self.norm(latents)
+        return latents if self.output is None else self.output(latents)
 
-    def _think(self, latents: Tensor) -> Tensor:
+    def groups(self) -> list[Group]:
+        """Tiles, latents, the two kinds of cross-attention, self-attention, output."""
+        parts: list[tuple[str, list[nn.Module | nn.Parameter | None]]] = [
+            ("tiles", [self.tile_norm, self.tile_project, self.positions]),
+            ("latents", [self.moments, self.latents]),
+            ("first_read", [self.first]),
+            ("further_reads", [self.further]),
+            ("self_attention", [self.self_attention]),
+            ("output", [self.norm, self.output]),
+        ]
+        groups = [(name, [p for p in part if p is not None]) for name, part in parts]
+        return [(name, part) for name, part in groups if part]
+
+    def _tiles(self, bags: Bags, features: Tensor) -> Tensor:
+        """What the cross-attentions read: [T, width], or the features [T, D]."""
+        if self.tile_norm is None or self.tile_project is None:
+            return bags.features
+        tiles = self.tile_project(self.tile_norm(features))
+        if self.positions is not None and bags.positions is not None:
+            tiles = tiles + self.positions(bags.positions)
+        return tiles
+
+    def _context(self, read: _Read, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [H, T, d]."""
+        context = read.key_values if self.projects else read.key_values.of_features
+        key, value = context(tiles)
+        return key, value
+
+    def _block(
+        self, read: _Read, latents: Tensor, key: Tensor, value: Tensor, bags: Bags
+    ) -> Tensor:
+        latents = self.run(read, latents, key, value, bags.lengths)
         for layer in self.self_attention:
-            latents = layer(latents)
+            latents = self.run(layer, latents)
         return latents

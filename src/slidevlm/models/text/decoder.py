@@ -18,7 +18,9 @@ class DecoderConfig:
 
     layers: int = 4
     heads: int = 8
-    slide_tokens: int = 32  # queries of the pooler that makes the decoder's view of the slide
+    # Queries of the pooler that makes the decoder's view of the slide; 0: it reads the slide
+    # encoder's tokens themselves.
+    slide_tokens: int = 32
     dropout: float = 0.1
     tied: bool = True  # the vocabulary projection is the token embedding
     gist: bool = False  # the slide's contrastive embedding is added to every token's state
@@ -38,19 +40,20 @@ class DecoderCache:
     text: list[LayerCache]
     slide: list[tuple[Tensor, Tensor]]
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these sequences of the batch."""
+    def keep(self, rows: Tensor, slides: Tensor | None) -> None:
+        """Keep only these sequences, and only these slides; None: all of them."""
         for cache in self.text:
             cache.keep(rows)
-        self.slide = [(key[rows], value[rows]) for key, value in self.slide]
+        if slides is not None:
+            self.slide = [(key[slides], value[slides]) for key, value in self.slide]
 
 
 class _Layer(nn.Module):
     """Cross-attention to the slide, then a causal transformer layer."""
 
-    def __init__(self, width: int, config: DecoderConfig) -> None:
+    def __init__(self, width: int, config: DecoderConfig, context_width: int) -> None:
         super().__init__()
-        self.key_values = KeyValues(width, width, config.heads)
+        self.key_values = KeyValues(width, context_width, config.heads)
         self.cross = CrossAttention(width, config.heads, config.dropout)
         self.causal = SelfAttentionLayer(width, config.heads, config.dropout, causal=True)
 
@@ -63,9 +66,13 @@ class _Layer(nn.Module):
 class Decoder(nn.Module):
     """Layers over the text encoder's hidden states; every layer also reads the slide."""
 
-    def __init__(self, config: DecoderConfig, width: int, vocab_size: int) -> None:
+    def __init__(
+        self, config: DecoderConfig, width: int, vocab_size: int, *, context_width: int
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Layer(width, config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            _Layer(width, config, context_width) for _ in range(config.layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.vocabulary = nn.Linear(width, vocab_size, bias=False)
 
@@ -79,7 +86,7 @@ class Decoder(nn.Module):
         self.vocabulary.weight = embedding.weight
 
     def view(self, slide_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Slide tokens [B, N, width] -> every layer's keys and values [B, H, N, d]."""
+        """Slide tokens [B, N, context width] -> every layer's keys and values [B, H, N, d]."""
         layers = cast("list[_Layer]", list(self.layers))
         return [layer.key_values(slide_tokens) for layer in layers]
 
@@ -90,7 +97,17 @@ class Decoder(nn.Module):
         caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
         """hidden [B, L, width] and `view`'s result -> logits [B, L, V]."""
+        logits: Tensor = self.vocabulary(self.states(hidden, slide, caches))
+        return logits
+
+    def states(
+        self,
+        hidden: Tensor,
+        slide: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """What the vocabulary projection reads: [B, L, width]."""
         x = hidden
         for i, layer in enumerate(self.layers):
             x = layer(x, slide[i], caches[i] if caches else None)
-        return self.vocabulary(self.norm(x))
+        return self.norm(x)

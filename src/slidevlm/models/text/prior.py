@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slidevlm.models.attention import OwnStart
 
-class TextPrior(nn.Module):
+
+class TextPrior(OwnStart):
     """Bag-of-tokens embedding from a fixed table, and a gate for what is learned beside it.
 
     The embedding of a text is `P normalise(sum (1 + log c_t) T_t) + gate * normalise(contextual)`,

@@ -1,0 +1,206 @@
+"""How tokens are chosen: the settings, and what they do to a row of logits."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slidevlm.errors import ConfigError
+
+_BANNED = float("-inf")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen: greedily (the default), by drawing, or by beam search.
+
+    Tokens are drawn where `top_k` is not 1; beams are searched where `beams` is above 1.
+
+    Raises:
+        ConfigError: a value out of range, or one that would have no effect beside the others.
+    """
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    max_tokens: int = 100  # generated at most, EOS included
+    min_tokens: int = 0  # before EOS; the end of the room goes first
+    top_k: int | None = 1  # 1 is greedy; k draws among the k most likely; None among all
+    top_p: float = 1.0  # draw among the fewest most likely tokens that have this share together
+    temperature: float = 1.0  # of the draws
+    repetition_penalty: float = 1.0  # of tokens that are there already (Keskar et al., 2019)
+    no_repeat_ngram: int = 0  # no run of so many tokens occurs twice; 0: any may
+    beams: int = 1
+    groups: int = 1  # of beams, each kept from what those before it have chosen
+    diversity: float = 0.5  # logarithm taken off for each earlier group that chose the token
+    length_penalty: float = 1.0  # score = log-probability / tokens ** length_penalty
+    best: int = 1  # reports returned of each slide
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        if self.beams == 1:
+            self._check_alone()
+        else:
+            self._check_beams()
+
+    @property
+    def draws(self) -> bool:
+        """Whether chance decides."""
+        return self.top_k != 1
+
+    def _check_ranges(self) -> None:
+        least = {
+            "max_tokens": (self.max_tokens, 1),
+            "min_tokens": (self.min_tokens, 0),
+            "top_k": (self.top_k, 1),
+            "no_repeat_ngram": (self.no_repeat_ngram, 0),
+            "beams": (self.beams, 1),
+            "groups": (self.groups, 1),
+            "best": (self.best, 1),
+            "diversity": (self.diversity, 0.0),
+        }
+        for name, (value, minimum) in least.items():
+            if value is not None and not value >= minimum:
+                raise ConfigError(f"{name} must be at least {minimum}, not {value}")
+        for name in ("temperature", "repetition_penalty"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        for name in ("length_penalty", "diversity"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} must be finite, not {getattr(self, name)}")
+        if self.min_tokens > self.max_tokens:
+            raise ConfigError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
+
+    def _check_alone(self) -> None:
+        if self.groups > 1:
+            raise ConfigError(f"{self.groups} groups need beams; give a multiple of them")
+        if not self.draws:
+            if self.top_p != 1 or self.temperature != 1:
+                raise ConfigError(
+                    "top_p and temperature decide draws, and top_k 1 is greedy; give another top_k"
+                )
+            if self.best > 1:
+                raise ConfigError(
+                    f"greedy decoding writes one report, not the {self.best} best; use beams or "
+                    "draws (top_k)"
+                )
+
+    def _check_beams(self) -> None:
+        if self.draws or self.top_p != 1 or self.temperature != 1:
+            raise ConfigError(
+                "beam search draws nothing; leave top_k, top_p and temperature out, or the beams"
+            )
+        if self.beams % self.groups:
+            raise ConfigError(f"{self.beams} beams do not divide into {self.groups} groups")
+        if self.groups > 1 and self.diversity == 0:
+            raise ConfigError("groups without diversity are all the same; give it above 0")
+        if self.best > self.beams:
+            raise ConfigError(f"the {self.best} best need as many beams, not {self.beams}")
+
+    def score(self, log_probability: float, tokens: int) -> float:
+        """Of a report of so many generated tokens, EOS included."""
+        return float(log_probability / tokens**self.length_penalty)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One generated report.
+
+    `score` is its log-probability under the model (penalties and bans applied, draws as likely as
+    before temperature, top_k and top_p) over its length to the power of the length penalty.
+    """
+
+    tokens: tuple[int, ...]  # without BOS, prompt and EOS
+    score: float
+    ended: bool  # by EOS; otherwise cut off at the greatest length
+
+
+def ranked(drafts: Iterable[Draft]) -> list[Draft]:
+    """The best first, each text once."""
+    once: dict[tuple[int, ...], Draft] = {}
+    for each in sorted(drafts, key=lambda d: (-d.score, d.tokens)):
+        once.setdefault(each.tokens, each)
+    return list(once.values())
+
+
+def log_probabilities(logits: Tensor, seen: Tensor, written: int, decoding: Decoding) -> Tensor:
+    """What the next token may be, and how likely.
+
+    Args:
+        logits: [R, V].
+        seen: [R, t] the tokens so far, BOS left out.
+        written: how many of them are generated.
+        decoding: penalties and bans.
+
+    Returns:
+        [R, V] float32 logarithms; -inf for what may not be. Where nothing else may, EOS may.
+    """
+    logits = logits.float().clone()
+    logits[:, [decoding.bos_id, decoding.pad_id]] = _BANNED
+    logits.masked_fill_(logits.isnan(), _BANNED)
+    if decoding.repetition_penalty != 1 and seen.shape[1]:
+        there, penalty = logits.gather(1, seen), decoding.repetition_penalty
+        logits.scatter_(1, seen, torch.where(there > 0, there / penalty, there * penalty))
+    if decoding.no_repeat_ngram and seen.shape[1] >= decoding.no_repeat_ngram:
+        _ban_repeats(logits, seen, decoding.no_repeat_ngram)
+    if written < decoding.min_tokens:
+        logits[:, decoding.eos_id] = _BANNED
+    stuck = ~logits.isfinite().any(1)
+    logits[:, decoding.eos_id].masked_fill_(stuck, 0.0)
+    return logits.log_softmax(1)
+
+
+def _ban_repeats(logits: Tensor, seen: Tensor, n: int) -> None:
+    """Ban in [R, V] what would end an n-gram that [R, t >= n] has already."""
+    grams = seen.unfold(1, n, 1)  # [R, t - n + 1, n]
+    now = seen[:, seen.shape[1] - n + 1 :]
+    again = (grams[:, :, :-1] == now[:, None]).all(2)
+    row, place = again.nonzero(as_tuple=True)
+    logits[row, grams[row, place, -1]] = _BANNED
+
+
+def choose(log_probabilities: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
+    """Next tokens.
+
+    Args:
+        log_probabilities: [R, V].
+        draws: [R] uniform numbers in [0, 1).
+        decoding: top_k 1 takes the most likely token, otherwise the draw decides among the k,
+            or the fewest of these that have `top_p` of the probability together.
+
+    Returns:
+        [R] token ids.
+    """
+    if not decoding.draws:
+        return log_probabilities.argmax(-1)
+    most = log_probabilities.shape[1]
+    values, candidates = log_probabilities.topk(min(decoding.top_k or most, most), dim=-1)
+    chances = (values / decoding.temperature).softmax(-1)
+    cumulated = chances.cumsum(-1)
+    # A token is within top_p while those before it have not reached it.
+    kept = chances * (cumulated - chances < decoding.top_p)
+    cumulated = kept.cumsum(-1)
+    place = (cumulated <= draws[:, None] * cumulated[:, -1:]).sum(-1)
+    # Rounding can leave the last sum at a draw near 1: then it is the last one with any chance.
+    place = torch.minimum(place, (kept > 0).sum(-1) - 1)
+    return candidates.gather(1, place[:, None])[:, 0]
+
+
+def draws_for(specimen_ids: Sequence[str], steps: int, decoding: Decoding) -> Tensor:
+    """Uniform numbers that depend on the seed and on each name alone: [B * best, steps] float32."""
+    rows = []
+    for specimen in specimen_ids:
+        for i in range(decoding.best):
+            key = f"{decoding.seed}/{specimen}" + (f"/{i}" if i else "")
+            digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            rows.append(torch.rand(steps, generator=generator))
+    return torch.stack(rows)

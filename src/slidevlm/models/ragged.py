@@ -1,0 +1,245 @@
+"""Attention over ragged bags: the one module that knows how it is computed.
+
+Bags lie end to end in one tensor and are never padded: attention from L queries to a bag costs L
+times that bag's own length, and memory grows with the tiles, never with their square. Heads come
+first, [H, T, d], so that a bag is a view of rows that are evenly spaced for every head.
+
+On a CUDA device, in 16 bits, all bags of a batch are one call of the variable-length flash kernel
+(`torch.nn.attention.varlen`, torch 2.10 and later); everywhere else, and for what that kernel
+does not do, each bag goes through `scaled_dot_product_attention` by itself, which on a CPU is
+faster than a padded batch with a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# query [Tq, H, d], key and value [Tk, H, d], first rows of the bags [B + 1] int32 of queries and
+# keys, longest bag of each -> [Tq, H, d]
+Flash = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+try:
+    from torch.nn.attention import varlen
+
+    FLASH: Flash | None = cast(Flash, varlen.varlen_attn)
+except ImportError:  # torch before 2.10
+    FLASH = None
+
+FLASH_HEAD_WIDTH = 256  # the kernel's limit
+SCORES_AT_ONCE = 1 << 25  # entries of a score matrix held at a time where one is needed
+
+
+def ragged_cross_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """Each bag's own queries attend to that bag's rows only.
+
+    Args:
+        query: [B, H, L, d].
+        key: [H, T, d], all bags end to end.
+        value: [H, T, d].
+        lengths: rows of each bag; B numbers whose sum is T.
+
+    Returns:
+        [B, H, L, d].
+    """
+    if FLASH is not None and flash_serves(query):
+        return flash_cross(FLASH, query, key, value, lengths)
+    keys, values = _bags(key, lengths), _bags(value, lengths)
+    outputs = [
+        F.scaled_dot_product_attention(q[None], k[None], v[None])
+        for q, k, v in zip(query, keys, values, strict=True)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def ragged_self_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """Each row attends to the rows of its own bag.
+
+    A local window is a bag, too: rows sorted by window, and `lengths` the rows of each.
+
+    Args:
+        query: [H, T, d], all bags end to end.
+        key: [H, T, d].
+        value: [H, T, d].
+        lengths: rows of each bag; their sum is T.
+
+    Returns:
+        [H, T, d].
+    """
+    if FLASH is not None and flash_serves(query):
+        return flash_self(FLASH, query, key, value, lengths)
+    parts = zip(*(_bags(t, lengths) for t in (query, key, value)), strict=True)
+    outputs = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in parts]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def distance_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    positions: Tensor,
+    slopes: Tensor,
+) -> Tensor:
+    """Self-attention whose scores fall with physical distance (ALiBi; Press et al., 2022).
+
+    The score of rows i and j is `q_i . k_j / sqrt(d) - slope |position_i - position_j|`. Scores
+    exist for some rows at a time and are computed again in the backward pass.
+
+    Args:
+        query: [H, T, d], all bags end to end.
+        key: [H, T, d].
+        value: [H, T, d].
+        lengths: rows of each bag; their sum is T.
+        positions: [T, 2] float32, without gradient.
+        slopes: [H], 1 / unit of the positions, without gradient.
+
+    Returns:
+        [H, T, d].
+    """
+    outputs = []
+    start = 0
+    for length in lengths:
+        bag = slice(start, start + length)
+        k, v, places = key[:, bag], value[:, bag], positions[bag]
+        rows = max(1, SCORES_AT_ONCE // (len(slopes) * length))
+        for first in range(start, start + length, rows):
+            some = slice(first, min(first + rows, start + length))
+            inputs = (query[:, some], k, v, positions[some], places, slopes)
+            if torch.is_grad_enabled():
+                outputs.append(checkpoint(_near, *inputs, use_reentrant=False))
+            else:
+                outputs.append(_near(*inputs))
+        start += length
+    return torch.cat(outputs, 1)
+
+
+def _near(
+    query: Tensor, key: Tensor, value: Tensor, mine: Tensor, theirs: Tensor, slopes: Tensor
+) -> Tensor:
+    # Differences, not cdist's matrix product, whose rounding is as large as a tile.
+    offsets = mine.float()[:, None] - theirs.float()[None]  # [rows, N, 2]
+    bias = -slopes.float()[:, None, None] * offsets.norm(dim=-1)
+    attended = F.scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=bias[None].to(query.dtype)
+    )
+    return attended[0]
+
+
+def attention_with_normaliser(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention, and the logarithm of the softmax's denominator, both with exact gradients.
+
+    Two results over different keys can be joined exactly, weighted with their denominators.
+
+    Args:
+        query: [..., L, d].
+        key: [..., N, d].
+        value: [..., N, d].
+
+    Returns:
+        [..., L, d] and [..., L].
+    """
+    attended, normaliser = _WithNormaliser.apply(query, key, value)
+    return attended, normaliser
+
+
+class _WithNormaliser(torch.autograd.Function):
+    """Scores for some queries at a time, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        attended, normaliser = [], []
+        for q in query.split(_rows_at_once(key), dim=-2):
+            scores = (q @ key.transpose(-1, -2)) * q.shape[-1] ** -0.5
+            normaliser.append(scores.logsumexp(-1))
+            attended.append((scores - normaliser[-1][..., None]).exp() @ value)
+        outputs = torch.cat(attended, -2), torch.cat(normaliser, -1)
+        ctx.save_for_backward(query, key, value, *outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, attended, normaliser = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5
+        # Gradient of the scores: P (dO V' - rowsum(dO O) + d normaliser).
+        shift = gradients[1] - (gradients[0] * attended).sum(-1)
+        to_query, to_key, to_value = [], torch.zeros_like(key), torch.zeros_like(value)
+        rows = _rows_at_once(key)
+        for q, g, n, s in zip(
+            query.split(rows, -2),
+            gradients[0].split(rows, -2),
+            normaliser.split(rows, -1),
+            shift.split(rows, -1),
+            strict=True,
+        ):
+            weights = ((q @ key.transpose(-1, -2)) * scale - n[..., None]).exp()
+            to_value += weights.transpose(-1, -2) @ g
+            scores = weights * (g @ value.transpose(-1, -2) + s[..., None])
+            to_query.append(scores @ key * scale)
+            to_key += scores.transpose(-1, -2) @ q * scale
+        return torch.cat(to_query, -2), to_key, to_value
+
+
+def _rows_at_once(key: Tensor) -> int:
+    """Queries whose scores fit together into `SCORES_AT_ONCE`."""
+    return max(1, SCORES_AT_ONCE // max(1, key[..., 0].numel()))
+
+
+def flash_serves(query: Tensor) -> bool:
+    """Whether the variable-length kernel computes queries [..., d] of this type and device."""
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and width <= FLASH_HEAD_WIDTH
+        and width % 8 == 0
+    )
+
+
+def flash_cross(
+    flash: Flash, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """`ragged_cross_attention` as one call of a variable-length kernel."""
+    batch, heads, length, width = query.shape
+    rows = query.transpose(1, 2).reshape(batch * length, heads, width)
+    attended = flash(
+        rows,
+        key.transpose(0, 1),
+        value.transpose(0, 1),
+        first_rows([length] * batch, query.device),
+        first_rows(lengths, query.device),
+        length,
+        max(lengths),
+    )
+    return attended.view(batch, length, heads, width).transpose(1, 2)
+
+
+def flash_self(
+    flash: Flash, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """`ragged_self_attention` as one call of a variable-length kernel."""
+    first, longest = first_rows(lengths, query.device), max(lengths)
+    q, k, v = (t.transpose(0, 1) for t in (query, key, value))
+    return flash(q, k, v, first, first, longest, longest).transpose(0, 1)
+
+
+def first_rows(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """[B + 1] int32: where each bag begins, and the end. The host does not wait for the device."""
+    first = torch.tensor(
+        [0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda"
+    )
+    return first.to(device, non_blocking=True)
+
+
+def _bags(rows: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+    """[H, T, d] -> B views [H, N, d]. A single bag needs no split, whose backward copies."""
+    return (rows,) if len(lengths) == 1 else rows.split(list(lengths), dim=1)
