@@ -76,8 +76,13 @@ class KeyValues(nn.Module):
     def of_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` of tile features [T, C] of any float type, which need no gradient.
 
-        No normalised copy of the features is kept, and keys and values are apart in memory.
+        No normalised copy of the features is kept, and keys and values are apart in memory. A
+        projection that is more than its weight (LoRA, quantised) is called as any other.
         """
+        if type(self.project) is not nn.Linear:
+            narrow = features.to(self.norm.weight.dtype)
+            key, value = self(narrow)
+            return key, value
         key, value = normalised_linear(features, self.norm, self.project.weight.chunk(2))
         shape = (len(features), self.heads, -1)
         return key.view(shape).transpose(0, 1), value.view(shape).transpose(0, 1)
