@@ -260,8 +260,15 @@ class AttentionPooler(nn.Module):
 
     def ragged(self, context: Tensor, lengths: Sequence[int]) -> Tensor:
         """context [T, C] of bags end to end -> [B, Q, width]."""
+        return self._read(self.key_values(context), lengths)
+
+    def of_features(self, features: Tensor, lengths: Sequence[int]) -> Tensor:
+        """`ragged` of tile features of any float type, which need no gradient."""
+        return self._read(self.key_values.of_features(features), lengths)
+
+    def _read(self, context: tuple[Tensor, Tensor], lengths: Sequence[int]) -> Tensor:
+        key, value = context
         queries = self.queries.expand(len(lengths), -1, -1)
-        key, value = self.key_values(context)
         return self.norm(self.attention.ragged(queries, key, value, lengths))
 
 

@@ -93,5 +93,10 @@ class _NormalisedLinear(torch.autograd.Function):
 
 
 def _normalised(features: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    wide = features if features.dtype.itemsize >= 4 else features.float()
-    return F.layer_norm(wide, wide.shape[-1:], eps=eps).to(dtype)
+    rows = wide(features)
+    return F.layer_norm(rows, rows.shape[-1:], eps=eps).to(dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x`, in float32 where its type is narrower."""
+    return x if x.dtype.itemsize >= 4 else x.float()

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slidevlm.batch import Bags
-from slidevlm.errors import DataError
+from slidevlm.errors import ConfigError, DataError
 from slidevlm.models.attention import OwnStart
+from slidevlm.models.linear import normalised_linear
 from slidevlm.registry import Registry
 
 # Name of a part, and the modules and parameters it consists of.
@@ -76,6 +77,38 @@ APART = 200_000.0
 
 
 SLIDE_ENCODERS: Registry[type[SlideEncoder]] = Registry("slide encoder")
+
+
+def check_one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ConfigError where `value` of `slide.key` is none of `known`."""
+    if value not in known:
+        raise ConfigError(f"slide.{key} {value!r} is not one of {', '.join(known)}")
+
+
+def check_least(least: int, **values: int) -> None:
+    """Raise ConfigError where a number of the `slide` part is below `least`."""
+    for key, value in values.items():
+        if value < least:
+            raise ConfigError(f"slide.{key} must be at least {least}, not {value}")
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raise ConfigError where the width does not divide by the heads."""
+    if heads < 1 or width % heads:
+        raise ConfigError(f"slide.width {width} does not divide by {heads} heads")
+
+
+class TileEmbedding(nn.Module):
+    """Layer norm of tile features and projection to the width: [T, D] -> [T, width]."""
+
+    def __init__(self, tile_width: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(tile_width)
+        self.project = nn.Linear(tile_width, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        weights, bias = (self.project.weight,), self.project.bias
+        return normalised_linear(features, self.norm, weights, bias)[0]
 
 
 class FourierPositions(OwnStart):

@@ -23,6 +23,9 @@ from slidevlm.models.slide.base import (
     Group,
     SlideEncoder,
     Standardise,
+    check_heads,
+    check_least,
+    check_one_of,
     moments,
 )
 
@@ -60,24 +63,17 @@ class PerceiverConfig:
     output_width: int = 0  # tokens are projected to this width at the end; 0: they are not
 
     def __post_init__(self) -> None:
-        _one_of("positions", self.positions, ("fourier", "none"))
-        _one_of("read", self.read, ("projected", "features"))
-        _one_of("self_activation", self.self_activation, ACTIVATIONS)
-        if self.latents < 1:
-            raise ConfigError(f"slide.latents must be at least 1, not {self.latents}")
-        for heads in (self.heads, self.cross_heads or self.heads):
-            if heads < 1 or self.width % heads:
-                raise ConfigError(f"slide.width {self.width} does not divide by {heads} heads")
+        check_one_of("positions", self.positions, ("fourier", "none"))
+        check_one_of("read", self.read, ("projected", "features"))
+        check_one_of("self_activation", self.self_activation, ACTIVATIONS)
+        check_least(1, latents=self.latents)
+        check_heads(self.width, self.heads)
+        check_heads(self.width, self.cross_heads or self.heads)
         if self.read == "features" and self.positions != "none":
             raise ConfigError(
                 "slide.positions are added to projected tiles; with slide.read features, which "
                 "projects none, set slide.positions to none"
             )
-
-
-def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"slide.{key} {value!r} is not one of {', '.join(known)}")
 
 
 class _Read(OwnStart):

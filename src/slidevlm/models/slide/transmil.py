@@ -1,0 +1,182 @@
+"""TransMIL: Nystrom attention and convolutions over the tiles (Shao et al., 2021)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slidevlm.batch import Bags
+from slidevlm.models.attention import OwnStart
+from slidevlm.models.linear import wide
+from slidevlm.models.slide.base import (
+    SLIDE_ENCODERS,
+    Group,
+    SlideEncoder,
+    check_heads,
+    check_least,
+    check_one_of,
+    needed_positions,
+)
+
+
+@dataclass(frozen=True)
+class TransMILConfig:
+    """The `slide` part of a model configuration of type transmil."""
+
+    width: int = 512
+    heads: int = 8
+    landmarks: int = 0  # of the Nystrom approximation; 0: half the width, as published
+    iterations: int = 6  # of the pseudo-inverse
+    dropout: float = 0.1  # of what attention adds
+    # Of the tiles in the square image that the convolutions see. file: as they come, as published;
+    # rows: by y, then x, so that the order in the file has no effect; needs positions.
+    order: str = "file"
+
+    def __post_init__(self) -> None:
+        check_one_of("order", self.order, ("file", "rows"))
+        check_heads(self.width, self.heads)
+        check_least(1, iterations=self.iterations)
+        check_least(2, width=self.width)
+
+
+class NystromAttention(OwnStart):
+    """Self-attention of one sequence through landmarks (Xiong et al., Nystromformer, 2021).
+
+    Zeros before the sequence make its length a multiple of the landmarks; a convolution along the
+    sequence of values is added.
+    """
+
+    def __init__(self, config: TransMILConfig) -> None:
+        super().__init__()
+        self.heads, self.iterations = config.heads, config.iterations
+        self.landmarks = config.landmarks or config.width // 2
+        self.project = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.along = nn.Conv2d(
+            config.heads, config.heads, (33, 1), padding=(16, 0), groups=config.heads, bias=False
+        )
+
+    def reset(self) -> None:
+        """The branch starts at 0."""
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, width] -> [n, width]."""
+        length = len(x)
+        padded = F.pad(x, (0, 0, -length % self.landmarks, 0))
+        shape = (len(padded), 3, self.heads, -1)
+        query, key, value = self.project(padded).view(shape).permute(1, 2, 0, 3)  # [H, n, d]
+        query = query * query.shape[-1] ** -0.5
+        few_queries, few_keys = (self._landmarks(t) for t in (query, key))
+        left = (query @ few_keys.transpose(1, 2)).softmax(-1)
+        middle = (few_queries @ few_keys.transpose(1, 2)).softmax(-1)
+        right = (few_queries @ key.transpose(1, 2)).softmax(-1)
+        with torch.autocast(x.device.type, enabled=False):  # the iteration needs its 24 bits
+            inverse = pseudo_inverse(wide(middle), self.iterations).to(left.dtype)
+        attended = (left @ inverse) @ (right @ value) + self.along(value[None])[0]
+        return self.dropout(self.out(attended.transpose(0, 1).flatten(1)))[-length:]
+
+    def _landmarks(self, rows: Tensor) -> Tensor:
+        """[H, n, d] -> [H, landmarks, d], means of as many neighbouring rows."""
+        return rows.unflatten(1, (self.landmarks, -1)).mean(2)
+
+
+def pseudo_inverse(matrices: Tensor, iterations: int) -> Tensor:
+    """Moore-Penrose inverse [H, m, m] by an iteration of third order (Razavi et al., 2014)."""
+    size = matrices.abs()
+    inverse = matrices.transpose(1, 2) / (size.sum(-1).max() * size.sum(-2).max())
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    for _ in range(iterations):
+        product = matrices @ inverse
+        rest = 15 * identity - product @ (7 * identity - product)
+        inverse = 0.25 * inverse @ (13 * identity - product @ rest)
+    return inverse
+
+
+class PPEG(nn.Module):
+    """Positions from convolutions of three sizes over the square image of tiles, added to it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(width, width, size, padding=size // 2, groups=width) for size in (7, 5, 3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The token of the whole and then S * S tiles, [1 + S * S, width] -> the same."""
+        side = math.isqrt(len(x) - 1)
+        image = x[1:].T.unflatten(1, (side, side))[None]  # [1, width, S, S]
+        for convolution in self.convolutions:
+            image = image + convolution(x[1:].T.unflatten(1, (side, side))[None])
+        return torch.cat([x[:1], image[0].flatten(1).T])
+
+
+class _Layer(nn.Module):
+    """Nystrom attention as a residual branch."""
+
+    def __init__(self, config: TransMILConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width)
+        self.attention = NystromAttention(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(self.norm(x))
+
+
+@SLIDE_ENCODERS.register("transmil")
+class TransMIL(SlideEncoder):
+    """A token for the whole and the tiles, filled up to a square, through two layers of attention
+    with convolutions in between; the token is the result.
+
+    Every bag goes through alone, so that padding and pseudo-inverse depend on itself only.
+    """
+
+    Config = TransMILConfig
+
+    def __init__(self, config: TransMILConfig, tile_width: int) -> None:
+        super().__init__()
+        self.width, self.heads = config.width, config.heads
+        self.sorts = config.order == "rows"
+        self.project = nn.Linear(tile_width, config.width)
+        self.whole = nn.Parameter(torch.empty(1, config.width))
+        self.first = _Layer(config)
+        self.places = PPEG(config.width)
+        self.second = _Layer(config)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, bags: Bags) -> Tensor:
+        """Bags -> [B, 1, width]."""
+        features = bags.features.split(list(bags.lengths))
+        if self.sorts:
+            places = needed_positions(bags, "transmil").split(list(bags.lengths))
+            features = tuple(f[_by_rows(p)] for f, p in zip(features, places, strict=True))
+        tokens = [self.run(self._token, bag) for bag in features]
+        return self.norm(torch.stack(tokens))
+
+    def groups(self) -> list[Group]:
+        """Tiles, first layer, convolutions, second layer, output."""
+        return [
+            ("tiles", [self.project, self.whole]),
+            ("first_layer", [self.first]),
+            ("places", [self.places]),
+            ("second_layer", [self.second]),
+            ("output", [self.norm]),
+        ]
+
+    def _token(self, features: Tensor) -> Tensor:
+        """One bag [N, D] -> [1, width]."""
+        tiles = F.relu(self.project(features.to(self.project.weight.dtype)))
+        side = math.isqrt(len(tiles) - 1) + 1  # the least whose square is not below N
+        x = torch.cat([self.whole, tiles, tiles[: side * side - len(tiles)]])
+        return self.second(self.places(self.first(x)))[:1]
+
+
+def _by_rows(positions: Tensor) -> Tensor:
+    """[N] order by y, then x."""
+    by_x = positions[:, 0].argsort(stable=True)
+    return by_x[positions[by_x, 1].argsort(stable=True)]

@@ -1,0 +1,59 @@
+"""Dilated attention against one softmax over all rows that a row attends to, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from slidevlm.models.slide.longnet import along_curve, dilated_attention
+
+PAIRS = ((4, 1), (8, 2), (32, 4))
+
+
+def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Row by row: the rows of each segment it belongs to, counted as often as they occur."""
+    heads, length, width = query.shape
+    rows = []
+    for h in range(heads):
+        for i in range(length):
+            seen = [
+                j
+                for segment, dilation in PAIRS
+                if i % dilation == h % dilation
+                for j in range(length)
+                if j // segment == i // segment and j % dilation == h % dilation
+            ]
+            scores = key[h, seen] @ query[h, i] / math.sqrt(width)
+            rows.append(scores.softmax(0) @ value[h, seen])
+    return torch.stack(rows).view(heads, length, width)
+
+
+@pytest.mark.parametrize("length", [1, 3, 29, 40])
+def test_dilated_attention_is_exact(length: int) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(5, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    ours, expected = dilated_attention(*leaves, PAIRS), written_out(*leaves)
+    torch.testing.assert_close(ours, expected)
+    weights = torch.randn_like(expected)
+    for mine, reference in zip(
+        torch.autograd.grad((ours * weights).sum(), leaves),
+        torch.autograd.grad((expected * weights).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference)
+
+
+def test_the_curve_visits_quadrants_one_after_the_other() -> None:
+    x, y = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="xy")
+    positions = 256.0 * torch.stack([x.flatten(), y.flatten()], 1)
+    order = along_curve(torch.cat([positions, positions.flip(0)]), (64, 64))
+    assert sorted(order[:64].tolist()) == list(range(64))
+    first, second = positions[order[:64]], positions.flip(0)[order[64:] - 64]
+    assert torch.equal(first, second)
+    quadrant = (first >= 4 * 256).long() @ torch.tensor([1, 2])
+    assert quadrant.tolist() == [q for q in range(4) for _ in range(16)]
+    steps = (first[1:] - first[:-1]).norm(dim=1)
+    assert steps.mean() < 2 * 256  # in order of rows: about the same, but with jumps of a row
