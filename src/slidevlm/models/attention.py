@@ -84,7 +84,7 @@ class KeyValues(nn.Module):
             key, value = self(narrow)
             return key, value
         key, value = normalised_linear(features, self.norm, self.project.weight.chunk(2))
-        shape = (len(features), self.heads, -1)
+        shape = (features.shape[0], self.heads, -1)
         return key.view(shape).transpose(0, 1), value.view(shape).transpose(0, 1)
 
 

@@ -74,4 +74,4 @@ class TextEncoder(nn.Module):
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """hidden [B, L, width], mask [B, L] -> [B, width], the state at the last real token."""
         last = mask.sum(1) - 1
-        return self.norm(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        return self.norm(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
