@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slidevlm import __version__
-from slidevlm.config import arg
+from slidevlm.config import arg, validate_arguments
 from slidevlm.errors import ConfigError, SlideVLMError
 from slidevlm.flags import parse_config, parse_into
 
@@ -48,16 +48,30 @@ def _train(argv: Sequence[str]) -> None:
 class _EvaluateArguments:
     """arguments: what is evaluated."""
 
-    run: str = arg("", "folder of a run", positional=True)
+    run: str = arg("", "folder of a run, or a checkpoint file of one", positional=True)
+    predictions: str | None = arg(
+        None,
+        "instead of a run: its stored predictions.npz, scored again without model or data",
+        file=True,
+    )
+    compare: str | None = arg(
+        None,
+        "evaluation, run or predictions.npz to compare with: differences with intervals and "
+        "p-values, on the same resamples",
+        file=True,
+    )
+    format: str = arg("table", "of what is printed", choices=("table", "markdown", "latex"))
 
 
 EVALUATE_HELP = """\
-Evaluate the newest checkpoint of a run on its splits: losses, retrieval, zero-shot
-classification, and with --save-captions generated reports. The run's own arguments hold
-unless others are given."""
+Evaluate the newest checkpoint of a run on its splits: losses, retrieval, zero-shot and few-shot
+classification, probes, and with --save-captions generated reports; print a table and write files
+into a new folder of the run. The run's own arguments hold unless others are given."""
 EVALUATE_EPILOG = """\
 example:
   slidevlm evaluate logs/first --save-captions --val-gen-top-k 1
+  slidevlm evaluate logs/first --probe --eval-metric-bootstraps 1000 --compare logs/second
+  slidevlm evaluate --predictions logs/first/evaluation-.../predictions.npz --format latex
 """
 
 
@@ -65,9 +79,19 @@ def _evaluate(argv: Sequence[str]) -> None:
     config, others = parse_config(
         argv, "slidevlm evaluate", EVALUATE_HELP, EVALUATE_EPILOG, _EvaluateArguments
     )
-    from slidevlm.app import evaluate_run
+    arguments = _EvaluateArguments(**others)
+    validate_arguments(arguments)
+    from slidevlm.evaluation_commands import Evaluation, evaluate
 
-    evaluate_run(Path(others["run"]), config)
+    evaluate(
+        Evaluation(
+            _path(arguments.run or None),
+            _path(arguments.predictions),
+            _path(arguments.compare),
+            arguments.format,
+        ),
+        config,
+    )
 
 
 @dataclass(frozen=True)

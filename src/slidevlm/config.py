@@ -351,7 +351,10 @@ class Evaluation:
         file=True,
     )
     zsc_specimen_class_mapping: tuple[str, ...] | None = arg(
-        None, "label files, {specimen: class}, one for each prompt file or all for one", file=True
+        None,
+        "label files, {specimen: class}, or with lists of classes for a multi-label task; one for "
+        "each prompt file or all for one",
+        file=True,
     )
     eval_metric_bootstraps: int = arg(
         1,
@@ -383,7 +386,20 @@ class Evaluation:
         "layout of slide features, and slide and report embeddings of a split as .npz",
         extra=True,
     )
-    few_shot_examples: tuple[str, ...] | None = arg(None, "few-shot examples", pending=True)
+    few_shot_examples: tuple[str, ...] | None = arg(
+        None,
+        "files {class: [specimens]} of examples, any specimens of the data: the other specimens of "
+        "each split are classified by the nearest class mean and by logistic regression, for every "
+        "label file of --zsc-specimen-class-mapping that has these classes",
+        file=True,
+    )
+    probe: bool = arg(
+        False,
+        "at the end, learn each label file's classes from the embeddings of --train-split: a "
+        "linear probe, nearest neighbours, k-shot curves, judged by --test-split (--val-split "
+        "chooses the penalty; without both, cross-validation does)",
+        extra=True,
+    )
     seed: int = arg(0, "seed of everything random", minimum=0)
 
 
@@ -422,6 +438,8 @@ class Config:
         """(prompt file, label file) of every zero-shot task; `validate` has checked the counts."""
         prompts = self.evaluation.zsc_class_prompt_mapping or ()
         labels = self.evaluation.zsc_specimen_class_mapping or ()
+        if not prompts:  # the labels are those of few-shot examples or probes
+            return ()
         if len(prompts) == 1:
             prompts = prompts * len(labels)
         return tuple(zip(prompts, labels, strict=True))
@@ -512,6 +530,15 @@ def validate_data(config: Config) -> None:
     """
     problems = [*_pending(config), *_values(_entries(config))]
     _raise([*problems, *_sources(config), *_pairs(config), *_resuming(config)])
+
+
+def validate_evaluation(config: Config) -> None:
+    """The same of what scoring stored predictions needs: no data, no model.
+
+    Raises:
+        ConfigError: listing every problem found, not only the first.
+    """
+    _raise([*_pending(config), *_values(_entries(config)), *_pairs(config)])
 
 
 def validate_arguments(values: Any) -> None:
@@ -630,7 +657,15 @@ def _pairs(config: Config) -> Iterator[str]:
         )
     prompts = evaluation.zsc_class_prompt_mapping or ()
     labels = evaluation.zsc_specimen_class_mapping or ()
-    if bool(prompts) != bool(labels) or (len(prompts) > 1 and len(prompts) != len(labels)):
+    learns = evaluation.probe or bool(evaluation.few_shot_examples)
+    if learns and not labels:
+        yield "--few-shot-examples and --probe need labels: give --zsc-specimen-class-mapping"
+    alone = (
+        learns and bool(labels) and not prompts
+    )  # nothing zero-shot, which is what prompts serve
+    if (not alone and bool(prompts) != bool(labels)) or (
+        len(prompts) > 1 and len(prompts) != len(labels)
+    ):
         yield (
             f"--zsc-class-prompt-mapping has {len(prompts)} and --zsc-specimen-class-mapping "
             f"{len(labels)} files; they go in pairs, or one prompt file serves all label files"
@@ -684,6 +719,10 @@ def _combinations(config: Config) -> Iterator[str]:
             yield "--test needs a split: --test-split, --val-split or --train-split"
     elif not data.train_split:
         yield "training needs --train-split"
+    if evaluation.probe and not (data.train_split and (data.test_split or evaluation.test)):
+        yield "--probe learns from --train-split and is judged by --test-split; give both"
+    elif evaluation.probe and not (data.test_split or data.val_split):
+        yield "--probe needs a split to be judged by: --test-split or --val-split"
     if optim.lr_scheduler == "const-cooldown" and not optim.skip_scheduler:
         if optim.epochs_cooldown is None:
             yield "--lr-scheduler const-cooldown needs --epochs-cooldown"

@@ -74,6 +74,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_main_of_environment() -> bool:
+    """The same after the group was left, by what torchrun says."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def barrier() -> None:
     """Wait for all."""
     if td.is_initialized():

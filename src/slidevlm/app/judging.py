@@ -11,17 +11,18 @@ import numpy as np
 import torch
 
 from slidevlm import dist
+from slidevlm.app.cohorts import Data
 from slidevlm.app.datasets import bag_dataset
 from slidevlm.app.outputs import Outcome, Outputs, about
-from slidevlm.app.suite import EmbedText, Suite
+from slidevlm.app.suite import SUPPORT, EmbedText, Suite, taught_by
 from slidevlm.app.trained import Trained
 from slidevlm.batch import Predictions
 from slidevlm.config import Config
 from slidevlm.data.cases import CaseStore
 from slidevlm.data.dataset import BadSpecimens, StopAtBad, make_loader, pad
 from slidevlm.data.sampling import EvalBatches
-from slidevlm.data.splits import Split
-from slidevlm.errors import ConfigError
+from slidevlm.data.splits import Split, find
+from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval import Task, TaskResult, evaluate
 from slidevlm.eval.predict import Writing, predict
 from slidevlm.eval.scores import scores
@@ -51,6 +52,12 @@ class Judge:
         self.config, self.store, self.trained = config, store, trained
         self.precision, self.run, self.bad = precision, run, bad
         self.suite = Suite(config)
+        missing = find(self.suite.support_names, store).missing
+        if missing:
+            raise DataError(
+                f"--few-shot-examples: {len(missing)} specimens have no features in {store.path}, "
+                f"such as {missing[0]!r}; leave them out or add them to the data"
+            )
         if config.evaluation.save_captions and trained.model.decoder is None:
             raise ConfigError(
                 f"--save-captions: model {config.model.model} has no decoder to write reports with"
@@ -60,7 +67,7 @@ class Judge:
         self, splits: Sequence[Split], epoch: int, write: bool, step: int
     ) -> dict[str, float]:
         """Evaluate validation splits after an epoch."""
-        results = self._all(splits, write)
+        results = self._all(splits, write) if splits else {}
         found = scores(results, self.suite.bootstrap)
         metrics = {s.name: s.value for s in found}
         if results:
@@ -76,20 +83,27 @@ class Judge:
                     self.run.text(f"{name}/report_{number + 1}", step, text)
         return metrics
 
-    def final(self, splits: Sequence[Split], name: str, prefix: str = "") -> Outcome:
+    def final(self, data: Data, name: str, prefix: str = "") -> Outcome:
         """Evaluate splits once, with files and a table to read.
 
         Args:
-            splits: what is evaluated.
+            data: its test split is evaluated, and with --test all its splits.
             name: of the summary's files.
             prefix: see `Outputs`.
         """
         config, texts = self.config, Remembered(self._embed_text)
-        results = self._all(splits, config.evaluation.save_captions, texts)
-        found = {split: predictions for split, (predictions, _) in results.items()}
+        splits = evaluated(config, data)
+        write = config.evaluation.save_captions
+        found = {split.name: self._predict(split, write) for split in splits}
+        references = self._references(data, found)
+        taught = taught_by(config, found | references)
+        tasks = self.suite.tasks(
+            texts, generated=write, support=references.get(SUPPORT), probe=taught
+        )
+        results = {s: (p, self._score(p, tasks)) for s, p in found.items()}
         origin = about(config, self.trained.model, found)
-        stored = Stored(found, {}, *texts.all(), origin)
-        if config.evaluation.save_captions:
+        stored = Stored(found, references, *texts.all(), origin)
+        if write:
             self.run.write_json(f"captions_{name}.json", _captions(results))
         outputs = Outputs(self.run, prefix, self.suite.bootstrap)
         outcome = outputs.write(name, config.model.model, results, stored)
@@ -99,16 +113,41 @@ class Judge:
         return outcome
 
     def _all(
-        self, splits: Sequence[Split], write: bool, embed_text: EmbedText | None = None
+        self, splits: Sequence[Split], write: bool
     ) -> dict[str, tuple[Predictions, TaskResult]]:
-        if not splits:
-            return {}
-        tasks = self.suite.tasks(embed_text or self._embed_text, generated=write)
-        return {split.name: self._one(split, write, tasks) for split in splits}
+        support = self._support()
+        tasks = self.suite.tasks(self._embed_text, generated=write, support=support)
+        found = {split.name: self._predict(split, write) for split in splits}
+        return {s: (p, self._score(p, tasks)) for s, p in found.items()}
 
-    def _one(
-        self, split: Split, write: bool, tasks: Sequence[Task]
-    ) -> tuple[Predictions, TaskResult]:
+    def _score(self, predictions: Predictions, tasks: Sequence[Task]) -> TaskResult:
+        # On one process: the others have the same predictions and would make the same numbers.
+        return dist.from_main(lambda: evaluate(predictions, tasks))
+
+    def _support(self) -> Predictions | None:
+        """Few-shot examples: any specimens of the data, with or without reports."""
+        names = self.suite.support_names
+        if not names:
+            return None
+        cases = find(names, self.store).cases
+        return self._predict(Split(SUPPORT, cases, ("",) * len(cases), (), ()), write=False)
+
+    def _references(self, data: Data, found: dict[str, Predictions]) -> dict[str, Predictions]:
+        """What tasks learn from, beside the splits that are evaluated."""
+        result: dict[str, Predictions] = {}
+        support = self._support()
+        if support is not None:
+            result[SUPPORT] = support
+        if self.config.evaluation.probe:
+            learnt = [data.train, *data.vals] if data.test is not None else [data.train]
+            result |= {
+                split.name: self._predict(split, write=False)
+                for split in learnt
+                if split is not None and split.name not in found
+            }
+        return result
+
+    def _predict(self, split: Split, write: bool) -> Predictions:
         dataset = bag_dataset(self.config, self.store, split, self.trained, training=False)
         batches = EvalBatches(
             len(dataset), self.config.data.batch_size, dist.rank(), dist.world_size()
@@ -117,7 +156,7 @@ class Judge:
         loader = make_loader(dataset, batches, workers, bad=self.bad)
         bar = Bar(f"evaluating {split.name}", len(dataset), shown=dist.is_main())
         try:
-            predictions = predict(
+            return predict(
                 self.trained.model,
                 loader,
                 dict(zip((c.specimen for c in split.cases), split.reports, strict=True)),
@@ -128,8 +167,6 @@ class Judge:
             )
         finally:
             bar.close()
-        # On one process: the others have the same predictions and would make the same numbers.
-        return predictions, dist.from_main(lambda: evaluate(predictions, tasks))
 
     def _writing(self) -> Writing:
         tokenizer, evaluation = self.trained.tokenizer, self.config.evaluation
@@ -164,6 +201,13 @@ def embed_text(trained: Trained, texts: Sequence[str], precision: Precision) -> 
     return np.concatenate(parts)
 
 
+def evaluated(config: Config, data: Data) -> list[Split]:
+    """The splits that the last evaluation is of; those that probes learn from are not judged."""
+    if not config.evaluation.test:
+        return [] if data.test is None else [data.test]
+    return [s for s in data.splits if not (config.evaluation.probe and s is data.train)]
+
+
 class Remembered:
     """Embeds texts, each once, and keeps the embeddings."""
 
@@ -196,7 +240,7 @@ def _headline(results: dict[str, tuple[Predictions, TaskResult]]) -> str:
         f"{split} {name} {value:.3f}"
         for split, (_, result) in results.items()
         for name, value in result.metrics.items()
-        if name.endswith(_HEADLINE) and not math.isnan(value)
+        if name.endswith(_HEADLINE) and name.count("/") < 3 and not math.isnan(value)
     ]
     return "; ".join(parts)
 

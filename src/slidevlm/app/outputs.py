@@ -35,6 +35,8 @@ class Outcome:
     metrics: dict[str, float]  # by <split>/<task>/<metric>
     results: Results = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None  # where it was written
 
 
 def about(config: Config, model: torch.nn.Module | None, splits: Mapping[str, Predictions]) -> dict[
@@ -95,7 +97,7 @@ class Outputs:
     def write(self, name: str, model: str, results: Results, stored: Stored) -> Outcome:
         """All files; `name` is that of the summary, `model` stands in its title."""
         found = scores(results, self.bootstrap)
-        outcome = Outcome({s.name: s.value for s in found}, results, found)
+        outcome = Outcome({s.name: s.value for s in found}, results, found, stored.about)
         if self.run.folder is None:
             return outcome
         details = {split: result.details for split, (_, result) in results.items()}

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,6 @@ from slidevlm.app.outputs import Outcome
 from slidevlm.app.trained import Trained, model_for
 from slidevlm.app.weights import Start, start_of
 from slidevlm.config import (
-    BEAM_ARGUMENTS,
     Config,
     given_values,
     validate,
@@ -74,11 +74,15 @@ def evaluate_run(run: Path, overrides: Config | None = None) -> dict[str, float]
     Returns:
         Metrics by `<split>/<task>/<metric>`.
     """
-    return evaluate_outcome(run, overrides).metrics
+    return run_all(with_run_settings(run, overrides or Config())).metrics
 
 
-def evaluate_outcome(run: Path, overrides: Config | None = None) -> Outcome:
-    """`evaluate_run`, with everything that was found."""
+def with_run_settings(run: Path, overrides: Config) -> Config:
+    """The arguments of an evaluation of a run: the run's own where `overrides` gives no others.
+
+    Raises:
+        ConfigError: `run` is neither a run folder nor a checkpoint of one.
+    """
     checkpoint = None
     if run.is_file():
         checkpoint, run = run, run.resolve().parent.parent
@@ -89,18 +93,16 @@ def evaluate_outcome(run: Path, overrides: Config | None = None) -> Outcome:
             f"{checkpoint or run} is not of a run: {what} has no config.yaml; evaluate other "
             "weights with `slidevlm train --test --pretrained FILE`"
         )
-    values = read_yaml(saved)
-    given = {} if overrides is None else given_values(overrides)
+    values, given = read_yaml(saved), given_values(overrides)
     # What belongs to training alone would be refused, or evaluate the training split unasked.
-    values = {k: v for k, v in values.items() if k not in ("train_split", "num_samples", "device")}
-    # A way of generating that is given replaces the run's.
-    generating = BEAM_ARGUMENTS | {"val_gen_top_k"}
-    if given.keys() & generating:
-        values = {k: v for k, v in values.items() if k not in generating}
+    unwanted = {"device", "train_split", "num_samples"}
+    if given.get("probe"):  # it learns from the training split, which is not evaluated
+        unwanted = {"device"}
+    values = {k: v for k, v in values.items() if k not in unwanted}
     place = {"logs": str(run), "name": time.strftime("evaluation-%Y_%m_%d-%H_%M_%S")}
     if "resume" not in given and "pretrained" not in given:
         values["pretrained"] = str(checkpoint or run)
-    return run_all(with_values(Config(), {**values, **place, **given, "test": True}))
+    return with_values(Config(), {**values, **place, **given, "test": True})
 
 
 @contextmanager
@@ -142,15 +144,15 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
         bad = BadSpecimens() if config.data.skip_bad_specimens else StopAtBad()
         judge = Judge(config, data.store, trained, precision, run, bad)
         if config.evaluation.test:
-            outcome = judge.final(data.splits, "evaluation", prefix)
+            outcome = judge.final(data, "evaluation", prefix)
         else:
             outcome = Outcome(fit(config, data, trained, precision, start, run, folder, judge))
             if data.test is not None:
-                outcome = judge.final([data.test], "test")
+                outcome = judge.final(data, "test")
         _list_bad(bad, run)
     if folder is not None and dist.is_main():
         log.info("run folder: %s", folder)
-    return outcome
+    return replace(outcome, folder=folder)
 
 
 def _told_until(config: Config, start: Start) -> int | None:

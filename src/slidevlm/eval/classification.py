@@ -83,10 +83,13 @@ def classify(
     classes: Sequence[str],
     units: Sequence[str],
     bootstrap: Bootstrap,
+    rows: np.ndarray | None = None,
+    split: int = 0,
 ) -> TaskResult:
     """Metrics `<name>/<metric>` of scores [N, C], with details and resamples.
 
-    Where a score is not finite, no metric is defined.
+    Where a score is not finite, no metric is defined. `rows` [N] are the specimens' places in a
+    split of `split`, whose columns `<name>/label` and `<name>/predicted` are then filled.
     """
     task = Classification(y_true, scores, classes)
     values = {k: float(v[0]) for k, v in task(m.ones(len(y_true))).items()}
@@ -99,7 +102,19 @@ def classify(
     if bootstrap:
         resampled = bootstrap.values(units, task, y_true, _COMPLETE)
         details["resamples_redrawn"] = resampled.redrawn
-    return named(name, values, {name: details}, resampled, len(y_true))
+    result = named(name, values, {name: details}, resampled, len(y_true))
+    if rows is not None:
+        for column, numbers in (("label", y_true), ("predicted", task.y_pred)):
+            result.columns[f"{name}/{column}"] = spread([classes[c] for c in numbers], rows, split)
+    return result
+
+
+def spread(values: Sequence[Any], rows: np.ndarray, split: int) -> list[Any]:
+    """A column of a split of which only some rows have a value; "" elsewhere."""
+    column: list[Any] = [""] * split
+    for row, value in zip(rows.tolist(), values, strict=True):
+        column[row] = value
+    return column
 
 
 def named(

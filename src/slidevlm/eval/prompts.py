@@ -176,6 +176,28 @@ def read_labels(path: Path, prompts: Prompts | None = None) -> Labels:
     return Labels(path.stem, classes, several)
 
 
+def read_examples(path: Path) -> dict[str, tuple[str, ...]]:
+    """Read few-shot examples, `{class: [specimens]}`, JSON or YAML.
+
+    Raises:
+        DataError: anything else, fewer than two classes, a specimen of two classes.
+    """
+    content = _read_mapping(path, "a mapping of classes to lists of specimens")
+    found = {_name(c): tuple(dict.fromkeys(map(_name, _texts(v, path, c)))) for c, v in
+             content.items()}  # fmt: skip
+    if len(found) < 2:
+        raise DataError(f"{path}: has examples of {len(found)} class; at least 2 are needed")
+    owner: dict[str, str] = {}
+    for c, specimens in found.items():
+        for specimen in specimens:
+            if owner.setdefault(specimen, c) != c:
+                raise DataError(
+                    f"{path}: {specimen!r} is an example of both {owner[specimen]!r} and {c!r}; "
+                    "keep one"
+                )
+    return found
+
+
 def read_classes(path: Path) -> dict[str, str]:
     """The class of each specimen from a label file in one of the forms of `read_labels`.
 

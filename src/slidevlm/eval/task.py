@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -31,3 +31,14 @@ class TaskResult:
 
 
 Task = Callable[[Predictions], TaskResult]
+
+
+def merge(results: Sequence[TaskResult]) -> TaskResult:
+    """What several tasks say as one; two that say the same are a bug."""
+    merged = TaskResult()
+    for result in results:
+        twice = merged.metrics.keys() & result.metrics.keys()
+        assert not twice, f"two tasks report {sorted(twice)}"
+        for part in fields(TaskResult):
+            getattr(merged, part.name).update(getattr(result, part.name))
+    return merged

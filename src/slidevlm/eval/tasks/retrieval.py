@@ -43,10 +43,12 @@ class Retrieval:
             }
 
         values = {k: float(v[0]) for k, v in statistic(m.ones(len(predictions))).items()}
-        if not self.bootstrap:
-            return TaskResult(values)
-        units = self.bootstrap.units(predictions)
-        return TaskResult(values, resampled=self.bootstrap.values(units, statistic).values)
+        result = TaskResult(values)
+        result.columns.update({f"{way}/rank": places.tolist() for way, places in found.items()})
+        if self.bootstrap:
+            units = self.bootstrap.units(predictions)
+            result.resampled.update(self.bootstrap.values(units, statistic).values)
+        return result
 
 
 def rank_metrics(places: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 from slidevlm.batch import Predictions
 from slidevlm.eval import metrics as m
 from slidevlm.eval.bootstrap import Bootstrap, Resampled
-from slidevlm.eval.classification import classify, log_odds, named
+from slidevlm.eval.classification import classify, log_odds, named, spread
 from slidevlm.eval.labelled import Labelled, labelled
 from slidevlm.eval.prompts import Labels, Prompts
 from slidevlm.eval.task import TaskResult
@@ -115,8 +115,21 @@ class ZeroShot:
                 name, known.member, odds, self.texts.classes, units, self.bootstrap
             )
         else:
-            result = classify(name, known.y_true, odds, self.texts.classes, units, self.bootstrap)
+            result = classify(
+                name,
+                known.y_true,
+                odds,
+                self.texts.classes,
+                units,
+                self.bootstrap,
+                known.rows,
+                len(predictions),
+            )
         if name in result.details:
+            chances = 1 / (1 + np.exp(-np.clip(odds, -700, 700)))
+            for c, column in zip(self.texts.classes, chances.T.tolist(), strict=True):
+                key = f"{name}/probability/{c}"
+                result.columns[key] = spread(column, known.rows, len(predictions))
             result.details[name]["without_label"] = len(predictions) - len(known)
             if not self.labels.several:
                 self._sensitivity(name, image, known, result)

@@ -1,0 +1,236 @@
+"""Classifiers learnt from embeddings: nearest class mean, logistic regression, neighbours.
+
+Each gives scores [N, C] that order specimens as its probabilities or votes do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slidevlm.eval import metrics as m
+from slidevlm.eval.classification import log_odds
+
+STRENGTHS = np.logspace(-5, 5, 45)  # C of scikit-learn: the inverse of the weight of the L2 norm
+_FOLDS, _NEIGHBOURS, _ELEMENTS = 5, 20, 16_000_000
+
+
+@dataclass(frozen=True)
+class Examples:
+    """n embedded specimens with a class each; numbers 0..C-1 all occur."""
+
+    x: np.ndarray  # [n, E] float64
+    y: np.ndarray  # [n] class numbers
+    patients: np.ndarray  # [n] names
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        return int(self.y.max()) + 1
+
+
+Learner = Callable[[Examples, np.ndarray], np.ndarray]
+
+
+def class_mean(examples: Examples, queries: np.ndarray) -> np.ndarray:
+    """Nearest class mean: [N, E] -> [N, C], minus half the squared distance (and a constant).
+
+    Examples and queries are centred on the mean of the examples and normalised first, as in
+    SimpleShot (Wang et al., 2019).
+    """
+    centre = examples.x.mean(0)
+    means = class_means(_unit(examples.x - centre), examples.y, examples.classes)
+    result: np.ndarray = _unit(queries - centre) @ means.T - (means**2).sum(1) / 2
+    return result
+
+
+def class_means(x: np.ndarray, y: np.ndarray, classes: int) -> np.ndarray:
+    """[n, E] -> [C, E] mean of each class."""
+    return np.stack([x[y == c].mean(0) for c in range(classes)])
+
+
+def logistic_regression(
+    examples: Examples, queries: np.ndarray, strength: float | None = None
+) -> np.ndarray:
+    """Multinomial logistic regression with an L2 penalty: [N, E] -> [N, C] log odds.
+
+    `strength` is scikit-learn's C; by default E * C / 100, as in UNI (Chen et al., 2024).
+    """
+    if strength is None:
+        strength = examples.x.shape[1] * examples.classes / 100
+    return _decide(_fit(examples, strength), queries)
+
+
+def _fit(examples: Examples, strength: float, start: Any = None) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    model = start or LogisticRegression(max_iter=1000, warm_start=True)
+    with warnings.catch_warnings():
+        # Without a penalty to speak of, separable classes have no best weights to converge to.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.set_params(C=strength).fit(examples.x, examples.y)
+    return model
+
+
+def _decide(model: Any, queries: np.ndarray) -> np.ndarray:
+    found = model.decision_function(queries)
+    logits = np.stack([np.zeros_like(found), found], 1) if found.ndim == 1 else found
+    return log_odds(logits)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A logistic regression whose strength was chosen."""
+
+    model: Any
+    strength: float
+    chosen_on: str  # "validation" or "5-fold cross-validation"
+    curve: tuple[float, ...]  # balanced accuracy at each of STRENGTHS
+
+    def __call__(self, queries: np.ndarray) -> np.ndarray:
+        """[N, E] -> [N, C] log odds."""
+        return _decide(self.model, queries)
+
+
+def linear_probe(train: Examples, validation: Examples | None, seed: int) -> Probe:
+    """Choose the strength of the penalty by balanced accuracy, the stronger one in a tie.
+
+    Judged by `validation`, or without one by five folds of the training examples, no patient in two
+    of them; then fitted to all of these.
+    """
+    if validation is not None:
+        curve = _curve(train, validation)
+    else:
+        curve = np.mean([_curve(a, b) for a, b in _folds(train, seed)], axis=0)
+    strength = float(STRENGTHS[int(np.argmax(curve))])
+    how = "validation" if validation is not None else f"{_FOLDS}-fold cross-validation"
+    return Probe(_fit(train, strength), strength, how, tuple(curve.tolist()))
+
+
+def _curve(train: Examples, judge: Examples) -> np.ndarray:
+    model: Any = None
+    values = []
+    for strength in STRENGTHS:  # each fit starts from the one before
+        model = _fit(train, strength, model)
+        guess = model.classes_[_decide(model, judge.x).argmax(1)]
+        size = max(train.classes, judge.classes)
+        values.append(m.balanced_accuracy(m.confusion_matrix(judge.y, guess, size)))
+    return np.array(values)
+
+
+def _folds(train: Examples, seed: int) -> list[tuple[Examples, Examples]]:
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    folds = min(_FOLDS, len(np.unique(train.patients)))
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer specimens than folds
+        parts = list(splitter.split(train.x, train.y, train.patients))
+    return [(_some(train, a), _some(train, b)) for a, b in parts if len(np.unique(train.y[a])) > 1]
+
+
+def _some(examples: Examples, rows: np.ndarray) -> Examples:
+    return Examples(examples.x[rows], examples.y[rows], examples.patients[rows])
+
+
+def neighbours(train: Examples, queries: np.ndarray) -> np.ndarray:
+    """Votes of the 20 nearest training specimens by cosine: [N, E] -> [N, C].
+
+    Equal votes are decided by the sum of similarities.
+    """
+    k = min(_NEIGHBOURS, len(train.y))
+    keys, member = _unit(train.x).T, np.eye(train.classes)[train.y]
+    scores = np.empty((len(queries), train.classes))
+    rows = max(1, _ELEMENTS // len(train.y))
+    for start in range(0, len(queries), rows):
+        similar = _unit(queries[start : start + rows]) @ keys
+        nearest = np.argpartition(-similar, k - 1, axis=1)[:, :k]
+        near = np.take_along_axis(similar, nearest, 1)
+        voted = member[nearest]  # [n, k, C]
+        decide = np.einsum("nk,nkc->nc", near, voted) / (4 * k)  # less than half a vote
+        scores[start : start + rows] = voted.sum(1) + decide
+    return scores
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Accuracies of E classifiers, each learnt from k specimens of each class."""
+
+    accuracy: np.ndarray  # [episodes]
+    balanced_accuracy: np.ndarray  # [episodes]
+
+
+def class_mean_episodes(
+    train: Examples, queries: np.ndarray, y: np.ndarray, k: int, episodes: int, seed: int
+) -> Episodes:
+    """`class_mean` from k random training specimens a class, `episodes` times.
+
+    A class with fewer specimens gives all. Vectorised: queries are never centred one by one, since
+    for query q, centre m and mean u of a class: (q - m) u / |q - m| needs products with q alone.
+
+    Args:
+        train: what is drawn from.
+        queries: [N, E].
+        y: [N] their classes.
+        k: specimens a class.
+        episodes: how many.
+        seed: decides the draws.
+    """
+    random, classes = np.random.default_rng((seed, k)), train.classes
+    members = [np.flatnonzero(train.y == c) for c in range(classes)]
+    squares = (queries**2).sum(1)
+    order = np.argsort(y, kind="stable")
+    present, starts, sizes = np.unique(y[order], return_index=True, return_counts=True)
+    right: list[np.ndarray] = []
+    block = max(
+        1, _ELEMENTS // max(1, len(queries) * (classes + 1), k * classes * train.x.shape[1])
+    )
+    for first in range(0, episodes, block):
+        number = min(block, episodes - first)
+        drawn = [random.random((number, len(rows))).argsort(1)[:, :k] for rows in members]
+        chosen = [rows[d] for rows, d in zip(members, drawn, strict=True)]  # C of [e, <= k]
+        everything = train.x[np.concatenate(chosen, 1)]  # [e, n, E]
+        centre = everything.mean(1)
+        parts = _unit(everything - centre[:, None])
+        bounds = np.cumsum([0, *(c.shape[1] for c in chosen)])
+        means = np.stack(
+            [parts[:, a:b].mean(1) for a, b in itertools.pairwise(bounds)], 1
+        )  # [e, C, E]
+        flat = np.concatenate([means, centre[:, None]], 1).reshape(-1, queries.shape[1])
+        products = (queries @ flat.T).reshape(len(queries), number, classes + 1)
+        shift = np.einsum("ecd,ed->ec", means, centre)
+        distance = squares[:, None] - 2 * products[..., -1] + (centre**2).sum(1)
+        scores = (products[..., :-1] - shift) / np.sqrt(np.maximum(distance, 1e-30))[..., None]
+        guess = (scores - (means**2).sum(2) / 2).argmax(2)  # [N, e]
+        hits = (guess == y[:, None])[order]
+        right.append(np.add.reduceat(hits, starts, axis=0, dtype=np.int64))
+    hits = np.concatenate(right, 1)  # [classes present, episodes]
+    assert len(present) == len(sizes)
+    return Episodes(hits.sum(0) / len(y), (hits / sizes[:, None]).mean(0))
+
+
+def logistic_episodes(
+    train: Examples, queries: np.ndarray, y: np.ndarray, k: int, episodes: int, seed: int
+) -> Episodes:
+    """The same of `logistic_regression`, one fit an episode."""
+    random, classes = np.random.default_rng((seed, k)), train.classes
+    members = [np.flatnonzero(train.y == c) for c in range(classes)]
+    matrices = []
+    for _ in range(episodes):
+        rows = np.concatenate([random.permutation(rows)[:k] for rows in members])
+        guess = logistic_regression(_some(train, rows), queries).argmax(1)
+        matrices.append(m.confusion_matrix(y, guess, classes))
+    stacked = np.stack(matrices)
+    return Episodes(m.accuracy(stacked), m.balanced_accuracy(stacked))
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    result: np.ndarray = x / np.maximum(length, 1e-15)  # one example is its own centre
+    return result

@@ -1,0 +1,69 @@
+"""Tables of scores in every form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from slidevlm.eval.compare import Difference
+from slidevlm.eval.scores import Score
+from slidevlm.report.tables import difference_table, score_table
+
+LONG = "zero_shot/a_label_file_with_a_very_long_name/single_prompt/balanced_accuracy"
+SCORES = [
+    Score("test", "image_to_text/R@10", 0.5, 0.412, 0.588, 191),
+    Score("test", "image_to_text/mean_rank", 123.4, 99.5, 150.2, 191),
+    Score("test", LONG, math.nan, None, None, 191),
+]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_table_fits_the_terminal(width: int) -> None:
+    lines = score_table(SCORES, "table", width).splitlines()
+    needed = 5 + 16 + 5 + 14 + 3 + 8  # the other columns, and as little of the names as is shown
+    assert max(map(len, lines)) <= max(width, needed)
+    assert len(lines) == 5 and lines[0].split() == ["split", "metric", "value", "interval", "n"]
+    assert "0.412 to 0.588" in lines[2] and lines[3].split()[2] == "123"
+    assert lines[4].split()[2] == "-"
+    assert (LONG in lines[4]) == (width == 200)
+    assert width == 200 or lines[4].split()[1].endswith("accuracy")
+
+
+def test_without_intervals_there_is_no_column() -> None:
+    plain = [Score("val", "loss/caption", 1.5, None, None, 7)]
+    assert score_table(plain, "table").splitlines()[0].split() == ["split", "metric", "value", "n"]
+
+
+def test_markdown() -> None:
+    lines = score_table([Score("a|b", "m", 0.25, 0.2, 0.3, 9)], "markdown").splitlines()
+    assert lines == [
+        "| split | metric | value | interval | n |",
+        "| --- | --- | --- | --- | --- |",
+        "| a\\|b | m | 0.250 | 0.200 to 0.300 | 9 |",
+    ]
+
+
+def test_latex() -> None:
+    lines = score_table(SCORES, "latex").splitlines()
+    assert lines[0] == r"\begin{tabular}{llrrr}" and lines[-1] == r"\end{tabular}"
+    assert lines[4] == r"test & image\_to\_text/R@10 & 0.500 & 0.412 to 0.588 & 191 \\"
+    odd = score_table([Score(r"a&b\~", "50%", 1, None, None, 1)], "latex")
+    assert r"a\&b\textbackslash{}\textasciitilde{} & 50\%" in odd
+
+
+def test_differences() -> None:
+    found = [Difference("test", "MRR", 0.5, 0.25, 0.1, 0.4, 0.002, 0.01)]
+    lines = difference_table(found, "table").splitlines()
+    assert lines[2].split() == [
+        "test",
+        "MRR",
+        "0.500",
+        "0.250",
+        "0.250",
+        "0.100",
+        "to",
+        "0.400",
+        "0.002",
+        "0.010",
+    ]
