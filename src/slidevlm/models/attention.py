@@ -173,7 +173,7 @@ class SelfAttention(nn.Module):
         batch, length, width = x.shape
         projected = self.project(self.norm(x)).view(batch, length, 3, self.heads, -1)
         query, key, value = projected.permute(2, 0, 3, 1, 4)
-        causal = self.causal and length > 1
+        causal = self.causal and (cache is None or length > 1)
         if cache is not None:
             assert length == 1 or cache.length == 0, "a prompt goes into an empty cache"
             key, value = cache.append(key, value)
@@ -225,9 +225,9 @@ class TileAttention(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """x [T, width]; `attend` takes query, key, value [H, T, d] -> [T, width]."""
-        projected = self.project(self.norm(x)).view(len(x), 3, self.heads, -1)
+        projected = self.project(self.norm(x)).view(x.shape[0], 3, self.heads, -1)
         attended = attend(*projected.permute(1, 2, 0, 3))
-        return self.dropout(self.out(attended.transpose(0, 1).reshape(len(x), -1)))
+        return self.dropout(self.out(attended.transpose(0, 1).flatten(1)))
 
 
 class TileLayer(nn.Module):

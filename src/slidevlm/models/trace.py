@@ -141,7 +141,7 @@ def _traced(
     Raises:
         ConfigError: there is none.
     """
-    part.train(part.training)
+    part.training = False  # of the wrapper alone; the model is in evaluation mode
     device = examples[0][0].device.type
     dtype = _autocast(device)
     narrow = dtype is not None or next(part.parameters()).dtype.itemsize < 4

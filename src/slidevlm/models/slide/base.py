@@ -15,6 +15,7 @@ from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.models.attention import OwnStart
 from slidevlm.models.linear import normalised_linear
+from slidevlm.models.ragged import bags_of
 from slidevlm.registry import Registry
 
 # Name of a part, and the modules and parameters it consists of.
@@ -169,7 +170,7 @@ def moments(features: Tensor, lengths: tuple[int, ...]) -> Tensor:
     The deviation of identical tiles (or of one) is 0, with gradient 0.
     """
     rows = []
-    for bag in features.split(list(lengths)):
+    for bag in bags_of(features, lengths):
         mean = bag.mean(0)
         variance = (bag - mean).square().mean(0)
         rows.append(torch.cat([mean, (variance + 1e-12).sqrt() - 1e-6]))
