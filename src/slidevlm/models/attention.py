@@ -70,8 +70,9 @@ class KeyValues(nn.Module):
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """[..., N, C] -> key and value, each [..., H, N, d]."""
         key, value = self.project(self.norm(context)).chunk(2, dim=-1)
-        shape = (*key.shape[:-1], self.heads, -1)
-        return key.reshape(shape).transpose(-2, -3), value.reshape(shape).transpose(-2, -3)
+        key = key.unflatten(-1, (self.heads, -1))
+        value = value.unflatten(-1, (self.heads, -1))
+        return key.transpose(-2, -3), value.transpose(-2, -3)
 
     def of_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` of tile features [T, C] of any float type, which need no gradient.
@@ -127,13 +128,14 @@ class CrossAttention(nn.Module):
         return self._merge(ragged_cross_attention(self._queries(x), key, value, lengths))
 
 
-@dataclass
 class LayerCache:
     """Keys and values of the tokens so far, [B, H, capacity, d], of which `length` are filled."""
 
-    key: Tensor
-    value: Tensor
-    length: int = 0
+    # Written out, as torch.jit.script has no source of what @dataclass makes.
+    def __init__(self, key: Tensor, value: Tensor, length: int = 0) -> None:
+        self.key = key
+        self.value = value
+        self.length = length
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new [B, H, n, d] and return all so far."""
@@ -172,7 +174,7 @@ class SelfAttention(nn.Module):
         """
         batch, length, width = x.shape
         projected = self.project(self.norm(x)).view(batch, length, 3, self.heads, -1)
-        query, key, value = projected.permute(2, 0, 3, 1, 4)
+        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
         causal = self.causal and (cache is None or length > 1)
         if cache is not None:
             assert length == 1 or cache.length == 0, "a prompt goes into an empty cache"

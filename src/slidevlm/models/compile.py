@@ -12,12 +12,14 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slidevlm.errors import ConfigError
 from slidevlm.models.mode import Recomputing
 
 # Layers of one kind share their graphs, one for each of their shapes, modes and types.
@@ -61,6 +63,81 @@ def compile_regions(model: nn.Module) -> list[str]:
     return names
 
 
+def script_regions(model: nn.Module) -> list[str]:
+    """torch.jit.script the parts of a model; returns their names.
+
+    Raises:
+        ConfigError: a part that cannot be scripted, named.
+    """
+    names = []
+    for name, module in regions(model):
+        names += _script(name, module)
+    return names
+
+
+def _script(name: str, module: nn.Module) -> list[str]:
+    """Script a part, or else the parts that it consists of."""
+    scripted = Scripted()
+    try:
+        scripted.build(module)
+    except Exception as error:  # torch.jit raises many kinds
+        smaller = list(regions(module, f"{name}."))
+        if not smaller:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"--torchscript: {name} ({type(module).__name__}) cannot be scripted: {reason}"
+            ) from error
+        return [n for name, part in smaller for n in _script(name, part)]
+    module.forward = Fast(module, scripted)
+    return [name]
+
+
+class Scripted:
+    """A module's `forward` in TorchScript, with the module's own weights and its modes.
+
+    A copy of the module makes a script of its own when it is first called.
+    """
+
+    def __init__(self) -> None:
+        self.graph: Any = None
+        self.modes: tuple[bool, ...] = ()
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.graph is None:
+            self.build(module)
+        modes = tuple(m.training for m in module.modules())
+        if modes != self.modes:
+            # Module by module: those that rest stay in evaluation mode.
+            for (_, copied), mode in zip(self.graph.named_modules(), modes, strict=True):
+                copied.training = mode
+            self.modes = modes
+        return self.graph(*args, **kwargs)
+
+    def build(self, module: nn.Module) -> None:
+        """Script the module's own `forward`."""
+        for kind in {type(m) for m in module.modules()}:
+            _resolve_annotations(kind)
+        fast = module.__dict__.pop("forward", None)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit as a whole
+                self.graph = torch.jit.script(module)
+        finally:
+            if fast is not None:
+                module.forward = fast
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scripted:
+        return Scripted()
+
+
+def _resolve_annotations(kind: type[nn.Module]) -> None:
+    """TorchScript does not read annotations of a class that are text."""
+    for base in kind.__mro__:
+        if base.__module__.startswith("slidevlm."):
+            own = base.__dict__.get("__annotations__", {})
+            own.update({k: v for k, v in typing.get_type_hints(base).items() if k in own})
+
+
 def regions(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(name, part) of the largest parts that compute on tensors alone.
 
@@ -79,7 +156,7 @@ def computes_on_tensors(kind: type[nn.Module]) -> bool:
 
     Torch's own modules are left: by themselves they would not gain.
     """
-    if kind.__module__.startswith("torch."):
+    if kind.forward.__module__.startswith("torch."):
         return False
     hints = typing.get_type_hints(kind.forward)
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]

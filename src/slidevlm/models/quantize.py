@@ -10,27 +10,12 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
-from slidevlm.registry import unknown
-
-# --use-bnb-linear -> what is done; bitsandbytes' own classes by their names.
-KINDS: Mapping[str, str] = {
-    "int8": "int8",
-    "int8-frozen": "int8-frozen",
-    "nf4": "nf4",
-    "fp4": "fp4",
-    "Linear8bitLt": "int8",
-    "Linear4bit": "fp4",
-    "LinearFP4": "fp4",
-    "LinearNF4": "nf4",
-}
-
 
 class Int8Linear(nn.Linear):
     """A linear layer whose products are of 8-bit integers; weights and gradients stay as they are.
@@ -140,8 +125,8 @@ class FrozenLinear(nn.Module):
         )
 
 
-def quantise_linears(model: nn.Module, name: str, *, training: bool) -> int:
-    """Replace the linear layers of a model as --use-bnb-linear says.
+def quantise_linears(model: nn.Module, kind: str, *, training: bool) -> int:
+    """Replace the linear layers of a model by layers of a kind: int8, int8-frozen, nf4, fp4.
 
     A layer that shares its weight with another stays (a vocabulary projection tied to the token
     embedding). In training the forms for frozen weights take the layers that are frozen.
@@ -150,9 +135,8 @@ def quantise_linears(model: nn.Module, name: str, *, training: bool) -> int:
         How many layers have changed.
 
     Raises:
-        ConfigError: an unknown form, bitsandbytes is missing, or no layer could be changed.
+        ConfigError: bitsandbytes is missing, or there is no layer to change.
     """
-    kind = kind_of(name)
     chosen = []
     for parent in model.modules():
         for child, layer in parent.named_children():
@@ -162,23 +146,12 @@ def quantise_linears(model: nn.Module, name: str, *, training: bool) -> int:
                 chosen.append((parent, child, layer))
     if not chosen:
         raise ConfigError(
-            f"--use-bnb-linear {name} is for frozen layers, and none is; use a model with lora, or "
+            f"--use-bnb-linear {kind} is for frozen layers, and none is; use a model with lora, or "
             "--lock-image or --lock-text, or int8 for layers that train"
         )
     for parent, child, layer in chosen:
         setattr(parent, child, Int8Linear(layer) if kind == "int8" else FrozenLinear(layer, kind))
     return len(chosen)
-
-
-def kind_of(name: str) -> str:
-    """The form that a value of --use-bnb-linear means.
-
-    Raises:
-        ConfigError: it means none.
-    """
-    if name not in KINDS:
-        raise ConfigError(f"--use-bnb-linear: {unknown('form', name, KINDS)}")
-    return KINDS[name]
 
 
 @functools.cache

@@ -108,6 +108,8 @@ class TileEmbedding(nn.Module):
         self.project = nn.Linear(tile_width, width)
 
     def forward(self, features: Tensor) -> Tensor:
+        if type(self.project) is not nn.Linear:  # more than its weight: LoRA, quantised
+            return self.project(self.norm(features.to(self.norm.weight.dtype)))
         weights, bias = (self.project.weight,), self.project.bias
         return normalised_linear(features, self.norm, weights, bias)[0]
 
