@@ -12,25 +12,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.coca import CoCa
-
-# Name of a part, and the modules and parameters it consists of.
-Group = tuple[str, list[nn.Module | nn.Parameter]]
+from slidevlm.models.language import LanguageModel
+from slidevlm.models.mode import Group
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 def image_groups(model: CoCa) -> list[Group]:
     """The image tower from input to output: the slide encoder's groups, then what embeds it."""
-    return [*model.slide.groups(), ("pooler and projection", list(_image_end(model)))]
+    end: list[nn.Module | nn.Parameter] = list(_image_end(model))
+    return [*model.slide.groups(), *([("pooler and projection", end)] if end else [])]
 
 
-def text_groups(model: CoCa) -> list[Group]:
+def text_groups(model: CoCa | LanguageModel) -> list[Group]:
     """The text tower from input to output, one group a layer.
 
     What is before the first layer is a group; what comes after the last belongs to it: to leave
     the last layer trainable and what makes an embedding of it frozen would be of no use.
     """
-    groups = [*model.text.groups(), ("projection", list(_text_end(model)))]
+    end: list[nn.Module | nn.Parameter] = list(_text_end(model))
+    groups = [*model.text.groups(), *([("projection", end)] if end else [])]
     last = max((i for i, (name, _) in enumerate(groups) if name.startswith("layer")), default=0)
     names, parts = zip(*groups[last:], strict=True)
     return [*groups[:last], (", ".join(names), [part for each in parts for part in each])]
@@ -60,7 +61,7 @@ def lock_image(model: CoCa, unlocked: int, *, freeze_statistics: bool) -> None:
     model.rest(m for m in resting if freeze_statistics or not isinstance(m, _BatchNorm))
 
 
-def lock_text(model: CoCa, unlocked: int, *, freeze_layer_norm: bool) -> None:
+def lock_text(model: CoCa | LanguageModel, unlocked: int, *, freeze_layer_norm: bool) -> None:
     """Freeze the text tower but for its last layers.
 
     Args:
@@ -77,7 +78,7 @@ def lock_text(model: CoCa, unlocked: int, *, freeze_layer_norm: bool) -> None:
     model.rest(_resting([model.text, *_text_end(model)], groups[len(locked) :]))
 
 
-def nothing_to_train(model: CoCa, *, with_captions: bool) -> bool:
+def nothing_to_train(model: CoCa | LanguageModel, *, with_captions: bool) -> bool:
     """Whether nothing is left but the temperature; without captions the decoder learns nothing."""
     decoder = ("decoder.", "report_pooler.", "gist.", "words")
     return not any(
@@ -88,14 +89,16 @@ def nothing_to_train(model: CoCa, *, with_captions: bool) -> bool:
 
 
 def _image_end(model: CoCa) -> Iterator[nn.Module]:
-    yield model.slide_pooler
-    yield model.slide_project
+    for part in (model.slide_pooler, model.slide_project):
+        if part is not None:
+            yield part
 
 
-def _text_end(model: CoCa) -> Iterator[nn.Module]:
-    yield model.text_project
-    if model.prior is not None:
-        yield model.prior
+def _text_end(model: CoCa | LanguageModel) -> Iterator[nn.Module]:
+    if isinstance(model, CoCa):
+        for part in (model.text_project, model.prior):
+            if part is not None:
+                yield part
 
 
 def _locked(groups: Sequence[Group], unlocked: int, flag: str, tower: str) -> Sequence[Group]:
