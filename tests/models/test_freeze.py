@@ -161,8 +161,8 @@ def test_the_last_text_layers_train(unlocked: int) -> None:
     model = model_of()
     assert [name for name, _ in text_groups(model)] == [
         "embeddings",
-        "layer 0",
-        "layer 1, final norm, projection",
+        "layer_0",
+        "layer_1, final_norm, projection",
     ]
     lock_text(model, unlocked, freeze_layer_norm=True)
     moved = {n for n in moved_by_steps(model) if n.startswith(TEXT)}

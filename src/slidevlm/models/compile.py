@@ -111,7 +111,11 @@ class Scripted:
             for (_, copied), mode in zip(self.graph.named_modules(), modes, strict=True):
                 copied.training = mode
             self.modes = modes
-        return self.graph(*args, **kwargs)
+        if not torch.is_inference_mode_enabled():
+            return self.graph(*args, **kwargs)
+        # A script that has been trained prepares for a backward pass in inference mode, too.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.graph(*(_normal(a) for a in args), **kwargs)
 
     def build(self, module: nn.Module) -> None:
         """Script the module's own `forward`."""
@@ -128,6 +132,13 @@ class Scripted:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scripted:
         return Scripted()
+
+
+def _normal(value: Any) -> Any:
+    """The same outside inference mode."""
+    if isinstance(value, tuple):
+        return tuple(_normal(v) for v in value)
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _resolve_annotations(kind: type[nn.Module]) -> None:
@@ -154,9 +165,9 @@ def regions(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 def computes_on_tensors(kind: type[nn.Module]) -> bool:
     """Whether `forward` of a kind of module needs nothing but tensors, and returns nothing else.
 
-    Torch's own modules are left: by themselves they would not gain.
+    Torch's own modules, and what is derived of one, are left: by themselves they would not gain.
     """
-    if kind.forward.__module__.startswith("torch."):
+    if any(b.__module__.startswith("torch.") for b in kind.__mro__ if b is not nn.Module):
         return False
     hints = typing.get_type_hints(kind.forward)
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]

@@ -108,6 +108,13 @@ class TileEmbedding(nn.Module):
         self.project = nn.Linear(tile_width, width)
 
     def forward(self, features: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            tiles = self.project(self.norm(features.to(self.norm.weight.dtype)))
+        else:
+            tiles = self._in_one(features)
+        return tiles
+
+    def _in_one(self, features: Tensor) -> Tensor:
         if type(self.project) is not nn.Linear:  # more than its weight: LoRA, quantised
             return self.project(self.norm(features.to(self.norm.weight.dtype)))
         weights, bias = (self.project.weight,), self.project.bias
