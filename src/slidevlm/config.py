@@ -426,6 +426,13 @@ class Evaluation:
         "label file of --zsc-specimen-class-mapping that has these classes",
         file=True,
     )
+    survival_table: str | None = arg(
+        None,
+        "CSV or TSV of specimens or patients with the columns time and event: with --probe, the "
+        "concordance index of a Cox model of the embeddings; needs the extra survival",
+        file=True,
+        extra=True,
+    )
     probe: bool = arg(
         False,
         "at the end, learn each label file's classes from the embeddings of --train-split: a "
@@ -703,7 +710,8 @@ def _pairs(config: Config) -> Iterator[str]:
     prompts = evaluation.zsc_class_prompt_mapping or ()
     labels = evaluation.zsc_specimen_class_mapping or ()
     learns = evaluation.probe or bool(evaluation.few_shot_examples)
-    if learns and not labels:
+    learns_classes = bool(evaluation.few_shot_examples) or not evaluation.survival_table
+    if learns and learns_classes and not labels:
         yield "--few-shot-examples and --probe need labels: give --zsc-specimen-class-mapping"
     alone = (
         learns and bool(labels) and not prompts
@@ -790,7 +798,9 @@ def _combinations(config: Config) -> Iterator[str]:
         yield "training needs --train-split"
     if evaluation.probe and not (data.train_split and (data.test_split or evaluation.test)):
         yield "--probe learns from --train-split and is judged by --test-split; give both"
-    elif evaluation.probe and not (data.test_split or data.val_split):
+    if evaluation.survival_table and not evaluation.probe:
+        yield "--survival-table is for --probe; give both"
+    if evaluation.probe and not (data.test_split or data.val_split):
         yield "--probe needs a split to be judged by: --test-split or --val-split"
     if optim.lr_scheduler == "const-cooldown" and not optim.skip_scheduler:
         if optim.epochs_cooldown is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -147,6 +147,16 @@ def sum_(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         td.all_reduce(tensor)
     return tensor
+
+
+def any_(flags: Sequence[bool]) -> list[bool]:
+    """Of each flag, whether any rank has set it; the same on every rank."""
+    if world_size() == 1:
+        return list(flags)
+    on_device = td.get_backend() == "nccl"
+    tensor = torch.tensor(flags, dtype=torch.int32, device="cuda" if on_device else "cpu")
+    td.all_reduce(tensor, op=td.ReduceOp.MAX)
+    return [bool(flag) for flag in tensor.tolist()]
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -65,10 +65,13 @@ class RecordingWatcher:
     model: nn.Module
     calls: list[tuple[str, Progress]] = field(default_factory=list)
     lines: list[StepLine] = field(default_factory=list)
+    stop_at: int | None = None  # a step
+    stops: bool = False
 
     def step(self, line: StepLine) -> None:
         self.calls.append(("step", line.progress))
         self.lines.append(line)
+        self.stops = line.progress.step == self.stop_at
 
     def save_within_epoch(self, progress: Progress) -> None:
         self.calls.append(("save", progress))
@@ -79,13 +82,17 @@ class RecordingWatcher:
 
 
 def run(
-    accum_freq: int = 1, start: Progress | None = None, epochs: int = EPOCHS, workers: int = 0
+    accum_freq: int = 1,
+    start: Progress | None = None,
+    epochs: int = EPOCHS,
+    workers: int = 0,
+    stop_at: int | None = None,
 ) -> tuple[RecordingStep, RecordingWatcher, Progress]:
     batches = TrainBatches(SPECIMENS, BATCH, seed=4, accum_freq=accum_freq)
     options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
     loader: Any = DataLoader(Specimens(), batch_sampler=batches, collate_fn=collate, **options)
     step = RecordingStep()
-    watcher = RecordingWatcher(step.model)
+    watcher = RecordingWatcher(step.model, stop_at=stop_at)
     rate: Callable[[int], float] = lambda s: 1.0 / (1 + s)  # noqa: E731
     plan = Plan(epochs, accum_freq, rate, torch.device("cpu"))
     end = train(step, loader, batches, plan, watcher, start or Progress())  # type: ignore[arg-type]
@@ -112,6 +119,16 @@ def test_what_the_watcher_hears() -> None:
             expected += [("step", at), ("save", at)] if batch < 7 else [("step", at)]
         expected.append(("epoch", Progress(7 * epoch + 7, epoch + 1, 0)))
     assert watcher.calls == expected
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stopped_within_an_epoch_or_at_its_end_and_gone_on(workers: int) -> None:
+    whole = run()[0].seen
+    for stop_at, place in ((3, Progress(3, 0, 3)), (7, Progress(7, 1, 0)), (9, Progress(9, 1, 2))):
+        step, watcher, end = run(stop_at=stop_at, workers=workers)
+        assert end == place and step.seen == whole[:stop_at]
+        assert watcher.calls[-1][0] == ("epoch" if stop_at == 7 else "save")
+        assert run(start=end)[0].seen == whole[stop_at:]
 
 
 def test_a_line_of_the_log() -> None:

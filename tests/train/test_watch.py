@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from slidevlm.errors import CheckpointError
 from slidevlm.run import Run
+from slidevlm.train import watch
 from slidevlm.train.checkpoint import Keeper, ModelState, Progress, TrainState, load
+from slidevlm.train.interrupt import Interrupts
 from slidevlm.train.loop import StepLine
 from slidevlm.train.step import Terms
 from slidevlm.train.watch import Rhythm, RunWatcher
@@ -96,6 +99,7 @@ class Rig:
     ) -> None:
         self.run = Run(folder)
         self.calls: list[tuple[Any, ...]] = []
+        self.interrupts = Interrupts()
         keep = {"every_epochs": 2, "epochs": 5, "most_recent": False, "delete_previous": False}
         self.watcher = RunWatcher(
             self.run,
@@ -105,6 +109,7 @@ class Rig:
             rhythm(**options),
             start or Progress(),
             metrics or {},
+            self.interrupts,
         )
 
     def evaluate(self, epoch: int, captions: bool, step: int) -> dict[str, float]:
@@ -279,3 +284,81 @@ def test_metrics_of_before_are_saved_until_there_are_new_ones(tmp_path: Path) ->
     rig.watcher.save_within_epoch(Progress(4, 1, 1))
     assert load(tmp_path / "checkpoints/step_4.pt")[1].metrics == old
     assert rig.watcher.metrics == old
+
+
+# --- asked to end, and saves that fail --------------------------------------------------------
+
+
+def test_asked_to_end_within_an_epoch_it_saves_there(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.watcher.save_within_epoch(Progress(1, 0, 1))
+    assert not rig.watcher.stops and rig.calls == []
+    rig.interrupts.name = "SIGTERM"
+    rig.watcher.save_within_epoch(Progress(2, 0, 2))
+    assert rig.watcher.stops
+    assert load(tmp_path / "checkpoints" / "step_2.pt")[1].progress == Progress(2, 0, 2)
+
+
+def test_asked_to_end_at_an_epoch_that_keeps_nothing_it_saves_all_the_same(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.interrupts.name = "SIGUSR1"
+    rig.epoch(1)  # every second epoch is kept
+    assert rig.watcher.stops
+    saved = load(tmp_path / "checkpoints" / "step_3.pt")[1]
+    assert saved.progress == Progress(3, 1, 0) and saved.metrics == {"val/score": 1.0}
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "_LAST_SECONDS", 0.0)
+
+
+def refuse(folder: Path) -> Path:
+    """Nothing can be written where a file stands in the folder's place."""
+    (folder / "checkpoints").write_text("")
+    return folder / "checkpoints"
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_save_that_fails_is_told_and_tried_again(
+    tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig(tmp_path, save_every_n_steps=2)
+    obstacle = refuse(tmp_path)
+    rig.watcher.save_within_epoch(Progress(2, 0, 2))
+    assert "cannot write checkpoint" in messages.text and "tried again" in messages.text
+    obstacle.unlink()
+    rig.watcher.save_within_epoch(Progress(4, 1, 1))
+    assert load(obstacle / "step_4.pt")[1].progress.step == 4
+    rig.watcher.save_within_epoch(Progress(5, 1, 2))
+    assert [c.name for c in obstacle.iterdir()] == ["step_4.pt"], "once it is stored, no more"
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_save_that_failed_is_tried_again_before_its_time(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, save_every_n_steps=2)
+    obstacle = refuse(tmp_path)
+    rig.watcher.save_within_epoch(Progress(2, 0, 2))
+    obstacle.unlink()
+    rig.epoch(1)  # nothing is due then
+    assert load(obstacle / "step_3.pt")[1].progress == Progress(3, 1, 0)
+
+
+def test_a_save_that_failed_is_not_tried_at_every_step(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, save_every_n_steps=2)
+    refuse(tmp_path)
+    for step in range(1, 4):
+        rig.watcher.save_within_epoch(Progress(step, 0, step))
+    assert rig.calls == [("save", 2)]
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_the_last_save_that_fails_is_an_error(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    refuse(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        rig.epoch(5)
+    rig.interrupts.name = "SIGTERM"
+    with pytest.raises(CheckpointError, match="cannot write"):
+        rig.watcher.save_within_epoch(Progress(13, 4, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from slidevlm.precision import Precision
 from slidevlm.run import CHECKPOINTS, Run
 from slidevlm.train import checkpoint as ckpt
 from slidevlm.train import schedule
+from slidevlm.train.interrupt import Interrupts
 from slidevlm.train.loop import Plan
 from slidevlm.train.loop import train as run_loop
 from slidevlm.train.optim import adamw, load_state
@@ -32,6 +34,14 @@ from slidevlm.train.step import Objective, Step, sigmoid_term, softmax_term
 from slidevlm.train.watch import Rhythm, RunWatcher
 
 log = logging.getLogger("slidevlm")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How training ended."""
+
+    metrics: dict[str, float]  # of the last evaluation
+    finished: bool  # False: a signal ended it before
 
 
 def fit(
@@ -43,10 +53,11 @@ def fit(
     run: Run,
     folder: Path | None,
     judge: Judge,
-) -> dict[str, float]:
+    interrupts: Interrupts,
+) -> Fitted:
     assert data.train is not None, "validate has made sure of a training split"
     optim, seed = config.optim, config.evaluation.seed
-    _check_losses(config, trained)
+    objective = _objective(config, trained)
     seed_everything(seed + 1 + dist.rank())
     augmentation = _augmentation(config, trained)
     dataset = bag_dataset(config, data.store, data.train, trained, augmentation, training=True)
@@ -59,12 +70,6 @@ def fit(
         betas=(_known(optim.beta1), _known(optim.beta2)),
         eps=_known(optim.eps),
         decay=optim.wd,
-    )
-    objective = Objective(
-        sigmoid_term if config.loss.siglip else softmax_term,
-        config.loss.coca_contrastive_loss_weight,
-        config.loss.coca_caption_loss_weight,
-        mask_duplicates=config.loss.false_negatives == "mask",
     )
     step = Step(
         trained.model,
@@ -126,14 +131,29 @@ def fit(
         rhythm,
         progress,
         {} if start.training is None else start.training.metrics,
+        interrupts,
     )
     try:
-        run_loop(step, loader, batches, plan, watcher, progress)
+        end = run_loop(step, loader, batches, plan, watcher, progress)
     finally:
         watcher.close()
     if step.skipped:
         log.warning("%d steps were skipped: loss or gradient not finite", step.skipped)
-    return watcher.metrics
+    if watcher.stops:
+        _tell_how_to_go_on(folder, end)
+    return Fitted(watcher.metrics, finished=not watcher.stops)
+
+
+def _tell_how_to_go_on(folder: Path | None, end: ckpt.Progress) -> None:
+    if folder is None:
+        log.warning("ended after step %d; nothing was saved (--logs None)", end.step)
+    else:
+        log.warning(
+            "ended after step %d and saved; go on with the same command and --name %s --resume "
+            "latest",
+            end.step,
+            folder.name,
+        )
 
 
 def _augmentation(config: Config, trained: Trained) -> Augmentation:
@@ -169,12 +189,36 @@ def _known(value: float | None) -> float:
     return value
 
 
-def _check_losses(config: Config, trained: Trained) -> None:
-    if trained.model.decoder is None and config.loss.coca_contrastive_loss_weight == 0:
+def _objective(config: Config, trained: Trained) -> Objective:
+    """The loss terms of the model's family.
+
+    Raises:
+        ConfigError: the weights leave it nothing to learn, or speak of what it lacks.
+    """
+    loss, family = config.loss, trained.config.family
+    contrastive = loss.coca_contrastive_loss_weight
+    if family == "clip" and contrastive == 0:
         raise ConfigError(
             "--coca-contrastive-loss-weight 0 leaves a clip model nothing to learn; "
             "train a coca model or give a weight"
         )
+    if family == "lm":
+        if loss.siglip or (contrastive and "coca_contrastive_loss_weight" in config.given):
+            raise ConfigError(
+                "--siglip and --coca-contrastive-loss-weight are about slides, which a language "
+                "model does not read; leave them out"
+            )
+        if loss.coca_caption_loss_weight == 0:
+            raise ConfigError(
+                "--coca-caption-loss-weight 0 leaves a language model nothing to learn"
+            )
+        contrastive = 0.0
+    return Objective(
+        sigmoid_term if loss.siglip else softmax_term,
+        contrastive,
+        loss.coca_caption_loss_weight,
+        mask_duplicates=loss.false_negatives == "mask",
+    )
 
 
 def seed_everything(seed: int) -> None:

@@ -34,6 +34,7 @@ from slidevlm.flags import read_yaml, to_yaml
 from slidevlm.precision import Precision
 from slidevlm.precision import resolve as resolve_precision
 from slidevlm.run import Run, configure_logging, environment
+from slidevlm.train.interrupt import Interrupts
 
 log = logging.getLogger("slidevlm")
 
@@ -146,8 +147,10 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
         if config.evaluation.test:
             outcome = judge.final(data, "evaluation", prefix)
         else:
-            outcome = Outcome(fit(config, data, trained, precision, start, run, folder, judge))
-            if data.test is not None:
+            with Interrupts() as asked:
+                fitted = fit(config, data, trained, precision, start, run, folder, judge, asked)
+            outcome = Outcome(fitted.metrics)
+            if data.test is not None and fitted.finished:
                 outcome = judge.final(data, "test")
         _list_bad(bad, run)
     if folder is not None and dist.is_main():

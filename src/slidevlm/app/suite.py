@@ -14,11 +14,13 @@ from slidevlm.errors import DataError
 from slidevlm.eval import Task
 from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.prompts import read_labels, read_prompts
+from slidevlm.eval.survival import read_survival
 from slidevlm.eval.tasks.captions import captions
 from slidevlm.eval.tasks.few_shot import FewShot, read_few_shot, resolve_examples
 from slidevlm.eval.tasks.probe import fit_probes
 from slidevlm.eval.tasks.retrieval import Retrieval
 from slidevlm.eval.tasks.slide_retrieval import SlideRetrieval
+from slidevlm.eval.tasks.survival import fit_survival
 from slidevlm.eval.tasks.zero_shot import ZeroShot, embed_prompts
 
 SUPPORT = "few-shot examples"  # name of their predictions
@@ -76,6 +78,8 @@ class Suite:
         self.labels = [labels for _, labels in self.zero_shot] or [
             read_labels(Path(file)) for file in files
         ]
+        table = evaluation.survival_table
+        self.survival = None if table is None else read_survival(Path(table))
         self.few_shot = [
             read_few_shot(Path(file), self.labels) for file in evaluation.few_shot_examples or ()
         ]
@@ -125,6 +129,8 @@ class Suite:
                 fit_probes(probe.train, probe.validation, labels, self.bootstrap)
                 for labels in self.labels
             ]
+        if probe is not None and self.survival is not None:
+            tasks.append(fit_survival(probe.train, self.survival, self.bootstrap))
         if generated:
             tasks.append(captions)
         return tasks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -12,11 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from slidevlm.batch import Bags, Batch
 from slidevlm.data.augment import Augmentation
 from slidevlm.data.cases import Bag, Case, CaseStore
+from slidevlm.data.formats.rows import new_shared, shared_rows
 from slidevlm.data.reports import report_id
 from slidevlm.data.sampling import generator
 from slidevlm.data.tokenizer import TextTokenizer
@@ -146,7 +148,9 @@ class BagDataset(Dataset[Sample]):
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample | Failure]:
         """What torch's loader calls for a batch; errors come back as values."""
-        return [self._sample_or_failure(key) for key in keys]
+        # A batch of one bag leaves the worker as it was read; of several, as it was collated.
+        with shared_rows(enabled=len(keys) == 1 and _in_worker()):
+            return [self._sample_or_failure(key) for key in keys]
 
     def _sample_or_failure(self, key: Key) -> Sample | Failure:
         try:
@@ -217,8 +221,21 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
-    """torch.cat, which would copy a single bag too; it may be of 400 MB."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    """torch.cat, which would copy a single bag too; it may be of 400 MB.
+
+    A worker lays them into memory that the training process can map, which saves another copy.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if not _in_worker() or len({part.dtype for part in parts}) > 1:
+        return torch.cat(list(parts))
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    room = new_shared(math.prod(shape) * parts[0].element_size())
+    return torch.cat(list(parts), out=room.view(parts[0].dtype).view(shape))
+
+
+def _in_worker() -> bool:
+    return get_worker_info() is not None
 
 
 def _check_alike(samples: Sequence[Sample], what: str, values: Sequence[object]) -> None:
@@ -309,9 +326,22 @@ class BagLoader(DataLoader[Any]):
             del loaded  # or the bags would stay in memory while the next ones are read
 
 
-def _one_thread(worker: int) -> None:
-    """Workers share the cores with the training process; their threads would only queue."""
+_GRACE_SECONDS = 30  # a worker lives on after SIGTERM, at most
+
+
+def _start_worker(worker: int) -> None:
+    """What a worker does first.
+
+    Workers share the cores with the training process; their threads would only queue. Signals
+    that end a job reach them too, but the process that trains still needs them: it saves after
+    the step in progress, and ends them itself.
+    """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS) and None)
 
 
 def make_loader(
@@ -332,7 +362,7 @@ def make_loader(
     if workers:
         parallel = {
             "num_workers": workers,
-            "worker_init_fn": _one_thread,
+            "worker_init_fn": _start_worker,
             "persistent_workers": True,
             "multiprocessing_context": start_method,
         }

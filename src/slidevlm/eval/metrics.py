@@ -99,8 +99,7 @@ def auroc(positive: Array, score: Array, counts: Array | None = None) -> Array:
         return np.full(counts.shape[1], np.nan)
     order = np.argsort(score, kind="stable")
     drawn, ordered = counts[order], score[order]
-    below = np.cumsum(drawn, axis=0, dtype=np.int32)  # drawn up to each place
-    below = np.concatenate([np.zeros((1, below.shape[1]), np.int32), below])
+    below = running_total(drawn)  # drawn before each place
     starts, ends = _ties(ordered)
     hits = np.flatnonzero(positive[order])
     mine = drawn[hits].astype(np.int64)
@@ -150,11 +149,22 @@ def average_precision(positive: Array, score: Array, counts: Array | None = None
     order = np.argsort(-score, kind="stable")
     ordered, drawn = score[order], counts[order]
     last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # of each group of ties
-    hits = np.cumsum(drawn * positive[order][:, None], axis=0)[last]
-    seen = np.cumsum(drawn, axis=0)[last]
+    hits = running_total(drawn * positive[order][:, None])[last + 1].astype(np.int64)
+    seen = running_total(drawn)[last + 1]
     gain = np.diff(hits, axis=0, prepend=0)
     # Where nothing is drawn yet there are no hits either.
     return _ratio((gain * hits / np.maximum(seen, 1)).sum(0), hits[-1])
+
+
+def running_total(counts: Array) -> Array:
+    """[N, R] -> [N + 1, R], from 0: a row at a time, since numpy's own works column by column."""
+    result = np.zeros((len(counts) + 1, counts.shape[1]), counts.dtype)
+    result[1:] = counts
+    before = result[0]
+    for row in result[1:]:
+        row += before
+        before = row
+    return result
 
 
 def mean(values: Array, counts: Array) -> Array:
@@ -166,7 +176,7 @@ def median(values: Array, counts: Array) -> Array:
     """[N] values -> [R] their median over each resample; of an even number, the middle of two."""
     order = np.argsort(values, kind="stable")
     ordered = np.append(values[order].astype(np.float64), np.nan)  # of an empty resample
-    upto = np.cumsum(counts[order], axis=0)
+    upto = running_total(counts[order])[1:]
     total = counts.sum(0)
     low, high = (total - 1) // 2, total // 2
     result: Array = (ordered[(upto <= low).sum(0)] + ordered[(upto <= high).sum(0)]) / 2

@@ -30,6 +30,11 @@ class Batches(Protocol):
 class Watcher(Protocol):
     """What happens besides the steps. A process without a run folder has one that does nothing."""
 
+    @property
+    def stops(self) -> bool:
+        """Whether training shall end here, the same on every rank; asked after either save."""
+        ...
+
     def step(self, line: StepLine) -> None:
         """After every optimizer step."""
 
@@ -71,7 +76,10 @@ def train(
     watcher: Watcher,
     start: Progress,
 ) -> Progress:
-    """Train from `start` to the end of the last epoch; returns where it ended."""
+    """Train from `start` to the end of the last epoch, or until the watcher stops it.
+
+    Returns where it ended.
+    """
     progress = start
     for epoch in range(start.epoch, plan.epochs):
         batches.set_epoch(epoch, progress.batch)
@@ -97,9 +105,13 @@ def train(
             )
             if progress.batch < len(batches):
                 watcher.save_within_epoch(progress)
+                if watcher.stops:
+                    return progress
             clock = time.perf_counter()
         progress = Progress(progress.step, epoch + 1, 0)
         watcher.epoch(progress)
+        if watcher.stops:
+            return progress
     return progress
 
 

@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slidevlm import dist
+from slidevlm.errors import CheckpointError
 from slidevlm.run import Bar, Run
 from slidevlm.train.checkpoint import LATEST, Keeper, ModelState, Progress, TrainState
+from slidevlm.train.interrupt import Interrupts
 from slidevlm.train.loop import StepLine
 
 log = logging.getLogger("slidevlm.train")
 
+_RETRY_SECONDS = 60.0  # after a checkpoint that could not be written
+_LAST_TRIES = 3  # where there is no later chance
+_LAST_SECONDS = 5.0  # between these
 _BAR_SECONDS = 0.5  # showing the loss waits for the device, so not at every step
 
 
@@ -59,6 +64,7 @@ class RunWatcher:
         rhythm: when.
         start: where training goes on.
         metrics: of the last evaluation before that; none for a new run.
+        interrupts: signals that ask for an end.
     """
 
     def __init__(
@@ -70,8 +76,12 @@ class RunWatcher:
         rhythm: Rhythm,
         start: Progress,
         metrics: Mapping[str, float],
+        interrupts: Interrupts,
     ) -> None:
         self.run, self.keeper, self.state = run, keeper, state
+        self.interrupts = interrupts
+        self.stops = False
+        self._retry_at: float | None = None
         self.evaluate, self.rhythm = evaluate, rhythm
         self.metrics = dict(metrics)
         self._total = rhythm.epochs * rhythm.steps_an_epoch
@@ -140,28 +150,53 @@ class RunWatcher:
         )
 
     def save_within_epoch(self, progress: Progress) -> None:
-        """--save-every-n-steps."""
-        if self.rhythm.saves_at(progress.step):
-            self._save(progress, self.keeper.step_files(progress.step))
+        """Save when due, when asked to end, and again some time after a save that failed."""
+        again = self._retry_at is not None and time.perf_counter() >= self._retry_at
+        asked = self.interrupts.name is not None
+        self.stops, again = dist.any_([asked, again])
+        if self.stops or again or self.rhythm.saves_at(progress.step):
+            self._save(progress, self.keeper.step_files(progress.step), last=self.stops)
 
     def epoch(self, progress: Progress) -> None:
         """Evaluate, then save: a kill in between repeats the epoch, and no evaluation is lost."""
         captions = self.rhythm.generates(progress.epoch)
         if captions or self.rhythm.evaluates(progress.epoch):
             self.metrics = self.evaluate(progress.epoch, captions, progress.step)
+        (self.stops,) = dist.any_([self.interrupts.name is not None])
+        failed = self._retry_at is not None
         files = self.keeper.epoch_files(progress.epoch)
-        if self.rhythm.saves_at(progress.step) and all(f.name == LATEST for f in files):
+        if (self.rhythm.saves_at(progress.step) or self.stops or failed) and all(
+            f.name == LATEST for f in files
+        ):
             files = [*self.keeper.step_files(progress.step), *files]
-        self._save(progress, files)
+        self._save(progress, files, last=self.stops or progress.epoch == self.rhythm.epochs)
         self._reset(progress.step)
 
-    def _save(self, progress: Progress, files: list[Path]) -> None:
+    def _save(self, progress: Progress, files: list[Path], *, last: bool) -> None:
+        """Write a checkpoint. What cannot be written is told and tried again later.
+
+        Raises:
+            CheckpointError: it could not be written, and there is no later; on every rank.
+        """
         if not files:
             return
         states = self.state(progress, self.metrics)
-        if dist.is_main():
-            self.keeper.store(files, *states)
-        dist.barrier()
+        for attempt in range(_LAST_TRIES if last else 1):
+            time.sleep(_LAST_SECONDS if attempt else 0)
+            problem = None
+            if dist.is_main():
+                try:
+                    self.keeper.store(files, *states)
+                except CheckpointError as error:
+                    problem = str(error)
+                    log.error("%s; training goes on, and saving is tried again", problem)
+            problem = dist.broadcast_object(problem)
+            if problem is None:
+                self._retry_at = None
+                return
+        self._retry_at = time.perf_counter() + _RETRY_SECONDS
+        if last:
+            raise CheckpointError(problem or "")
 
     def close(self) -> None:
         """Give the terminal back."""

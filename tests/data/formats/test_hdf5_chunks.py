@@ -99,6 +99,33 @@ def test_types(tmp_path, way, dtype):
         dataset.file.close()
 
 
+@pytest.mark.parametrize("name", ["gzip", "gzip and shuffle"])
+def test_without_the_faster_inflate(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(hdf5_chunks, "_inflater", zlib)
+    monkeypatch.setattr(hdf5_chunks, "_INFLATE_ERRORS", (zlib.error,))
+    values = np.random.default_rng(0).standard_normal((40, 6)).astype("f4")
+    dataset = stored(tmp_path / "a.h5", values, chunks=(7, 4), **FILTERS[name])
+    assert np.array_equal(read_chunked(dataset, PATTERNS[3]), values[PATTERNS[3]])
+
+
+def test_narrow_blocks_of_a_bag_too_large_to_put_aside(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).standard_normal((40, 7)).astype("f4")
+    dataset = stored(tmp_path / "a.h5", values, chunks=(9, 2), compression=4)
+    for size in (0, 2**25):
+        monkeypatch.setattr(hdf5_chunks, "_ASIDE_BYTES", size)
+        monkeypatch.setattr(hdf5_chunks, "_CACHED_BYTES", 60)  # two rows at a time
+        for rows in PATTERNS:
+            assert np.array_equal(read_chunked(dataset, rows), plain(dataset, rows))
+
+
+def test_few_of_many_single_rows_do_not_search_the_index_for_each(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).standard_normal((400, 3)).astype("f4")
+    dataset = stored(tmp_path / "a.h5", values, chunks=(1, 3))
+    monkeypatch.setattr(hdf5_chunks, "_decoder", None)  # HDF5 walks through all chunks for one
+    rows = np.array([3, 5, 399])
+    assert np.array_equal(read_chunked(dataset, rows), values[rows])
+
+
 def test_other_forms_are_left_to_hdf5(tmp_path):
     for values, options in (
         (np.ones((4, 3)), {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from slidevlm.data.formats import npy
 from slidevlm.data.formats.slides import bag_name, formats, open_bags
 from slidevlm.errors import DataError
 
@@ -384,3 +386,40 @@ def test_names_and_order():
     names = [name for name, _ in formats()]
     assert names.index("case layout") < names.index("STAMP") < names.index("TRIDENT")
     assert names.index("TRIDENT") < names.index("CLAM/GigaPath") < names.index("coordinates only")
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_compressed_npz_is_read_a_piece_at_a_time(tmp_path, monkeypatch, order):
+    monkeypatch.setattr(npy, "_PIECE_BYTES", 3 * 12 * 4)
+    features = np.asarray(features_and_coords(40)[0], order=order)
+    np.savez_compressed(tmp_path / "a.npz", features=features)
+    with open_bags(tmp_path / "a.npz") as bags:
+        (slide,) = bags.values()
+        for rows in (None, np.array([39]), np.array([0, 2, 3, 17]), np.arange(40)):
+            expected = features if rows is None else features[rows]
+            assert np.array_equal(slide.read(rows)[0].numpy(), expected)
+
+
+def test_a_compressed_npz_costs_the_rows_read(tmp_path):
+    features = np.zeros((40_000, 256), np.float32)  # 41 MB
+    features[:, 0] = np.arange(40_000)
+    np.savez_compressed(tmp_path / "a.npz", features=features)
+    with open_bags(tmp_path / "a.npz") as bags:
+        (slide,) = bags.values()
+        tracemalloc.start()
+        try:
+            found, _ = slide.read(np.array([5, 39_999]))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert found[:, 0].tolist() == [5, 39_999]
+    assert peak < features.nbytes / 3
+
+
+def test_a_compressed_npz_whose_array_is_another_by_the_time_it_is_read(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", features=np.zeros((9, 4), np.float32))
+    with open_bags(tmp_path / "a.npz") as bags:
+        (slide,) = bags.values()
+        np.savez_compressed(tmp_path / "a.npz", features=np.zeros((3, 4), np.float32))
+        with pytest.raises(DataError, match=r"a\.npz"):
+            slide.read(None)

@@ -29,6 +29,7 @@ from slidevlm.data.formats.rows import (
     dtype_name,
     flat_shape,
     for_each_row,
+    new_rows,
 )
 from slidevlm.data.formats.slides import (
     FEATURE_NAMES,
@@ -43,10 +44,14 @@ from slidevlm.data.formats.slides import (
 from slidevlm.errors import DataError
 
 _HEADER_LIMIT = 10_000  # bytes; what numpy itself takes
+_PIECE_BYTES = 2**22
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+Header = tuple[tuple[int, ...], bool, np.dtype[Any]]  # shape, whether in Fortran order, type
+
+
+def _header(file: IO[bytes]) -> Header:
     """Shape, whether in Fortran order, and type; the file is then at the data."""
     version = npy.read_magic(file)
     if version == (1, 0):
@@ -66,9 +71,7 @@ def _checked(shape: tuple[int, ...], dtype: np.dtype[Any], path: Path, what: str
     return dtype_name(dtype, path, what)
 
 
-def _plain_rows(
-    path: Path, offset: int, stored: int, header: tuple[tuple[int, ...], bool, np.dtype[Any]]
-) -> Rows:
+def _plain_rows(path: Path, offset: int, stored: int, header: Header) -> Rows:
     """Rows of an array whose data, `stored` bytes, begin at `offset`."""
     shape, fortran, dtype = header
     name = _checked(shape, dtype, path, "the array")
@@ -155,7 +158,7 @@ def _open_npz(source: Source) -> OpenBags:
 def _member_rows(
     archive: zipfile.ZipFile,
     info: zipfile.ZipInfo,
-    header: tuple[tuple[int, ...], bool, np.dtype[Any]],
+    header: Header,
     path: Path,
 ) -> Rows:
     if info.compress_type == zipfile.ZIP_STORED:
@@ -171,28 +174,54 @@ def _member_rows(
                 raise ValueError("two different headers of one member")
             offset = file.tell()
         return _plain_rows(path, offset, info.file_size - (offset - begin), header)
-    shape, _, dtype = header
-    name_ = _checked(shape, dtype, path, info.filename)
-    flat = flat_shape(shape, path, info.filename)
-    return _Compressed(path, info, flat, name_)
+    return _Compressed(path, info, header)
 
 
 class _Compressed:
-    """`Rows` of a compressed member: read as a whole when it is first asked for, and kept."""
+    """`Rows` of a compressed member, decompressed anew for each reading, a piece at a time."""
 
-    def __init__(
-        self, path: Path, info: zipfile.ZipInfo, shape: tuple[int, int], dtype: str
-    ) -> None:
-        self.shape = shape
-        self.dtype = dtype
+    def __init__(self, path: Path, info: zipfile.ZipInfo, header: Header) -> None:
+        shape, _, stored = header
+        self.dtype = _checked(shape, stored, path, info.filename)
+        self.shape = flat_shape(shape, path, info.filename)
         self._path = path
         self._info = info
+        self._header = header
 
     def read(self, rows: np.ndarray | None) -> torch.Tensor:
-        """See `Rows.read`."""
-        with zipfile.ZipFile(self._path) as archive:
+        """See `Rows.read`. Holds the rows asked for and a piece of the others."""
+        with damage(self._path, self._info.filename), zipfile.ZipFile(self._path) as archive:
+            with archive.open(self._info) as file:
+                if _header(file) != self._header:
+                    raise ValueError("it is another array than when it was opened")
+                _, fortran, stored = self._header
+                if not fortran:
+                    return as_tensor(_stream(file, self.shape, stored, rows), self.dtype)
+            # Columns lie one after the other, so that every row is spread over the whole.
             values = _whole(archive, self._info, self._path).reshape(self.shape)
         return as_tensor(values if rows is None else values[rows], self.dtype)
+
+
+def _stream(
+    file: IO[bytes], shape: tuple[int, int], dtype: np.dtype[Any], rows: np.ndarray | None
+) -> np.ndarray:
+    """Rows [K, D] of a matrix whose bytes come in their order; read to the end for the checksum."""
+    total, width = shape
+    chosen = np.arange(total) if rows is None else rows
+    values = new_rows((len(chosen), width), dtype)
+    row_bytes = width * dtype.itemsize
+    step = max(1, _PIECE_BYTES // max(1, row_bytes))
+    for start in range(0, total if row_bytes else 0, step):
+        count = min(step, total - start)
+        data = file.read(count * row_bytes)
+        if len(data) != count * row_bytes:
+            raise ValueError(f"it ends within row {start + len(data) // row_bytes} of {total}")
+        first, last = np.searchsorted(chosen, (start, start + count))
+        piece = np.frombuffer(data, dtype).reshape(count, width)
+        values[first:last] = piece[chosen[first:last] - start]
+    if file.read(1):
+        raise ValueError(f"it has more than its {total} rows")
+    return values
 
 
 def read_npz(path: Path, name: str) -> np.ndarray:

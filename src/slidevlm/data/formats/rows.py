@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from slidevlm.errors import DataError, SlideVLMError
 # A gap between two wanted rows smaller than this is read along: the disk reads whole pages.
 _PAGE_BYTES = 4096
 _RUN_BYTES = 2**22
+_SHARED_BYTES = 2**20  # below, a copy costs less than a shared piece of memory of its own
 HAS_PREAD = hasattr(os, "preadv")
 FLOATS = {2: "float16", 4: "float32", 8: "float64"}  # bytes -> name
 
@@ -56,6 +58,53 @@ def damage(path: Path, what: str) -> Iterator[None]:
         ) from error
 
 
+class _Sharing(threading.local):
+    on = False
+
+
+_sharing = _Sharing()
+
+
+@contextmanager
+def shared_rows(*, enabled: bool) -> Iterator[None]:
+    """Within, features read by this thread lie in memory that another process can map.
+
+    A loader's worker sends them on as they are; otherwise the whole bag, 400 MB perhaps, is
+    copied into such memory on its way out.
+    """
+    before, _sharing.on = _sharing.on, enabled
+    try:
+        yield
+    finally:
+        _sharing.on = before
+
+
+def new_rows(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Room for features, not filled; shared where `shared_rows` says so."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    if not _sharing.on or size < _SHARED_BYTES:
+        return np.empty(shape, dtype)
+    return new_shared(size).numpy().view(dtype).reshape(shape)
+
+
+def new_shared(size: int) -> Tensor:
+    """[size] bytes that another process can map, not filled."""
+    # As torch's own collation does; share_memory_() would copy.
+    storage = torch.UntypedStorage._new_shared(size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def _wrap(values: np.ndarray) -> Tensor:
+    """The tensor on the memory of an array; the one of `new_rows` stays shared."""
+    owner: Any = values
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    wrapped = torch.from_numpy(values)
+    if not isinstance(owner, Tensor) or owner.data_ptr() != wrapped.data_ptr():
+        return wrapped
+    return owner[: values.nbytes].view(wrapped.dtype).reshape(values.shape)
+
+
 def dtype_name(dtype: np.dtype[Any], path: Path, what: str) -> str:
     """Name of a type of features; 2-byte integers and opaque values are bfloat16 bits.
 
@@ -76,9 +125,9 @@ def as_tensor(values: np.ndarray, dtype: str) -> Tensor:
     if dtype == "bfloat16":
         native = values.view(np.uint16) if values.dtype.kind == "V" else values
         native = np.require(native, np.uint16, ["C", "W"])
-        return torch.from_numpy(native.view(np.int16)).view(torch.bfloat16)
+        return _wrap(native.view(np.int16)).view(torch.bfloat16)
     kind = {"float16": np.float16, "float32": np.float32, "float64": np.float32}[dtype]
-    return torch.from_numpy(np.require(values, kind, ["C", "W"]))
+    return _wrap(np.require(values, kind, ["C", "W"]))
 
 
 def flat_shape(shape: tuple[int, ...], path: Path, what: str) -> tuple[int, int]:
@@ -147,7 +196,7 @@ def read_plain(
     OSError where the file ends too early.
     """
     total, width = shape
-    values = np.empty((total if rows is None else len(rows), width), dtype)
+    values = new_rows((total if rows is None else len(rows), width), dtype)
     row_bytes = width * dtype.itemsize
     if not values.size:
         return values
@@ -227,7 +276,7 @@ def gather(
     dtype: np.dtype[Any],
 ) -> np.ndarray:
     """Rows [K, width] by one `read(start, stop)` for each run of rows between `cuts`."""
-    values = np.empty((len(rows), width), dtype)
+    values = new_rows((len(rows), width), dtype)
     edges = [0, *cuts.tolist(), len(rows)]
     for first, last in itertools.pairwise(edges):
         start, stop = int(rows[first]), int(rows[last - 1]) + 1
