@@ -193,7 +193,8 @@ class Model:
         "class of bitsandbytes.nn: Linear8bitLt, Linear4bit, LinearNF4, LinearFP4",
     )
     torchscript: bool = arg(
-        False, "torch.jit.script the model's parts that compute on tensors; not a Hugging Face tower"
+        False,
+        "torch.jit.script the model's parts that compute on tensors; not a Hugging Face tower",
     )
     torchcompile: bool = arg(
         False, "torch.compile the model's parts that compute on tensors, for any lengths"

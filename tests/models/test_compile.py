@@ -108,7 +108,9 @@ def outputs(model: CoCa, batch: Batch) -> list[Tensor]:
 def test_regions_are_the_largest_parts_on_tensors() -> None:
     model = model_of()
     names = [name for name, _ in regions(model)]
-    assert {"text", "slide_pooler", "slide.self_attention.0", "slide.first.key_values"} <= set(names)
+    assert {"text", "slide_pooler", "slide.self_attention.0", "slide.first.key_values"} <= set(
+        names
+    )
     assert not any(a != b and a.startswith(f"{b}.") for a in names for b in names)
     assert not any(type(m).__module__.startswith("torch.") for _, m in regions(model))
     model.text.checkpointing = True
@@ -205,7 +207,9 @@ def test_lora_can_be_scripted() -> None:
 
 
 def test_what_torchscript_does_not_know_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"slide\.first\.attention \(NystromAttention\) cannot be"):
+    with pytest.raises(
+        ConfigError, match=r"slide\.first\.attention \(NystromAttention\) cannot be"
+    ):
         script_regions(model_of("transmil"))
 
 

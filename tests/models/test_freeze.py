@@ -204,7 +204,10 @@ def test_kept_statistics_are_what_normalises() -> None:
 def test_frozen_layers_run_without_dropout() -> None:
     model = model_of(dropout=0.5)
     batch = batch_of()
-    reads = (lambda: model.encode_image(batch.bags), lambda: model.read(batch.tokens, batch.token_mask)[1])
+    reads = (
+        lambda: model.encode_image(batch.bags),
+        lambda: model.read(batch.tokens, batch.token_mask)[1],
+    )
     model.train()
     assert all(not torch.equal(read(), read()) for read in reads)
     lock_image(model, 0, freeze_statistics=False)
@@ -242,9 +245,7 @@ def test_accumulation_is_exact_with_a_frozen_tower() -> None:
         model.train()
         step = step_for(model)
         firsts = [sum(sizes[:i]) for i in range(len(sizes))]
-        step.gradients(
-            [batch_of(f, s, torch.float64) for f, s in zip(firsts, sizes, strict=True)]
-        )
+        step.gradients([batch_of(f, s, torch.float64) for f, s in zip(firsts, sizes, strict=True)])
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     assert gradients[0]["slide.latents"] is None
     for other in gradients[1:]:
@@ -260,7 +261,9 @@ def test_what_a_lock_cannot_do() -> None:
     model = model_of()
     count = len(image_groups(model))
     for unlocked in (count, count + 5):
-        with pytest.raises(ConfigError, match=f"groups {unlocked} leaves nothing locked.*{count} gr"):
+        with pytest.raises(
+            ConfigError, match=f"groups {unlocked} leaves nothing locked.*{count} gr"
+        ):
             lock_image(model, unlocked, freeze_statistics=False)
     with pytest.raises(ConfigError, match="layers 3 leaves nothing locked: the text tower has 3"):
         lock_text(model, 3, freeze_layer_norm=False)

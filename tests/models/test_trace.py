@@ -12,8 +12,8 @@ from torch import Tensor
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models import CoCa, build_model, from_dict, zoo
-from slidevlm.models.generate import generate
 from slidevlm.models.decoding import Decoding
+from slidevlm.models.generate import generate
 from slidevlm.models.trace import trace
 
 WIDTH = 12

@@ -8,7 +8,6 @@ kernels and need the whole matrix. How bags of different lengths are attended to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F

@@ -145,8 +145,9 @@ def _resolve_annotations(kind: type[nn.Module]) -> None:
     """TorchScript does not read annotations of a class that are text."""
     for base in kind.__mro__:
         if base.__module__.startswith("slidevlm."):
-            own = base.__dict__.get("__annotations__", {})
-            own.update({k: v for k, v in typing.get_type_hints(base).items() if k in own})
+            hints = typing.get_type_hints(base)
+            if own := inspect.get_annotations(base):
+                base.__annotations__ = {name: hints[name] for name in own}
 
 
 def regions(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

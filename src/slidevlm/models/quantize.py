@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 
+
 class Int8Linear(nn.Linear):
     """A linear layer whose products are of 8-bit integers; weights and gradients stay as they are.
 

@@ -57,7 +57,9 @@ class _See:
         lengths = list(bags.lengths)
         parts = [t.split(lengths) for t in given if t is not None]
         results = [self.traces[key](*one) for one in zip(*parts, strict=True)]
-        return torch.cat([slide for slide, _ in results]), torch.cat([image for _, image in results])
+        return torch.cat([slide for slide, _ in results]), torch.cat(
+            [image for _, image in results]
+        )
 
 
 class _Read:
