@@ -17,7 +17,6 @@ from slidevlm.models.decoding import Decoding
 from slidevlm.models.freeze import lock_text
 from slidevlm.models.generate import generate
 from slidevlm.models.lora import LoRAConfig, add_lora
-from slidevlm.models.mode import Recomputing
 from slidevlm.models.slide import SLIDE_ENCODERS
 from slidevlm.precision import resolve
 from slidevlm.train.optim import adamw
@@ -122,7 +121,8 @@ def test_regions_are_the_largest_parts_on_tensors() -> None:
 
 @pytest.mark.parametrize("slide", [kind for kind in SLIDE_ENCODERS if kind != "transmil"])
 def test_scripted_trains_and_evaluates_as_plain(slide: str) -> None:
-    plain, scripted = model_of(slide), model_of(slide)
+    """Dropout included: micro-batches go through twice, and must drop the same both times."""
+    plain, scripted = model_of(slide, 0.3), model_of(slide, 0.3)
     names = script_regions(scripted)
     assert any(n.startswith("text") for n in names)
     assert {n.partition(".")[0] for n in names} >= {"text", "decoder", "report_pooler"}
@@ -132,6 +132,7 @@ def test_scripted_trains_and_evaluates_as_plain(slide: str) -> None:
     for seed, sizes in enumerate([(4,), (3, 5), (2, 2)]):
         assert_same(gradients(scripted, sizes, seed), gradients(plain, sizes, seed))
         for model in (plain, scripted):
+            torch.manual_seed(seed)
             step_for(model)(batches(sizes, seed), 1e-3)
     for seed, size in enumerate((1, 3, 8)):
         batch = batches((size,), seed)[0]
@@ -197,6 +198,7 @@ def test_lora_can_be_scripted() -> None:
     lora = LoRAConfig("text", ["project"])
     plain, scripted = model_of(), model_of()
     for model in (plain, scripted):
+        torch.manual_seed(2)
         add_lora(model, [lora])
         nn.init.normal_(model.get_submodule("text.layers.0.attention.project").lora_b, std=0.1)
         model.train()
@@ -207,9 +209,7 @@ def test_lora_can_be_scripted() -> None:
 
 
 def test_what_torchscript_does_not_know_is_named() -> None:
-    with pytest.raises(
-        ConfigError, match=r"slide\.first\.attention \(NystromAttention\) cannot be"
-    ):
+    with pytest.raises(ConfigError, match=r"slide\.first \(_Layer\) cannot be scripted"):
         script_regions(model_of("transmil"))
 
 
@@ -237,18 +237,16 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+def test_parts_that_count_rows_are_not_compiled() -> None:
+    assert not any(n.startswith("slide.") for n, _ in regions(model_of("transmil")))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("slide", "dropout", "again"),
-    [("perceiver", 0.3, False), ("perceiver", 0.3, True), ("transmil", 0.0, False)],
-)
-def test_compiled_trains_as_plain_and_settles(slide: str, dropout: float, again: bool) -> None:
+@pytest.mark.timeout(900)
+def test_compiled_trains_as_plain_and_settles() -> None:
     """The same numbers, dropout included, and no graph more after the first few batches."""
     torch._dynamo.reset()
-    plain, compiled = model_of(slide, dropout), model_of(slide, dropout)
-    for module in compiled.modules():
-        if isinstance(module, Recomputing):
-            module.checkpointing = again
+    plain, compiled = model_of(dropout=0.3), model_of(dropout=0.3)
     assert len(compile_regions(compiled)) > 5
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     before, counts = graphs(), []

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
-from slidevlm.models.mode import Recomputing
+from slidevlm.models.mode import CountsRows, Recomputing
+from slidevlm.models.text.huggingface import HuggingFaceTower
 
 # Layers of one kind share their graphs, one for each of their shapes, modes and types.
 GRAPHS_OF_A_KIND = 64
@@ -69,6 +70,12 @@ def script_regions(model: nn.Module) -> list[str]:
     Raises:
         ConfigError: a part that cannot be scripted, named.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, (CountsRows, HuggingFaceTower)):
+            raise ConfigError(
+                f"--torchscript: {name} ({type(module).__name__}) cannot be scripted; leave it "
+                "out, or choose another model"
+            )
     names = []
     for name, module in regions(model):
         names += _script(name, module)
@@ -111,11 +118,10 @@ class Scripted:
             for (_, copied), mode in zip(self.graph.named_modules(), modes, strict=True):
                 copied.training = mode
             self.modes = modes
-        if not torch.is_inference_mode_enabled():
+        # Optimised, a script draws the dropout of a pass with graph otherwise than that of one
+        # without, and accumulation needs them equal.
+        with torch.jit.optimized_execution(False):
             return self.graph(*args, **kwargs)
-        # A script that has been trained prepares for a backward pass in inference mode, too.
-        with torch.inference_mode(False), torch.no_grad():
-            return self.graph(*(_normal(a) for a in args), **kwargs)
 
     def build(self, module: nn.Module) -> None:
         """Script the module's own `forward`."""
@@ -132,13 +138,6 @@ class Scripted:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scripted:
         return Scripted()
-
-
-def _normal(value: Any) -> Any:
-    """The same outside inference mode."""
-    if isinstance(value, tuple):
-        return tuple(_normal(v) for v in value)
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _resolve_annotations(kind: type[nn.Module]) -> None:
@@ -168,6 +167,8 @@ def computes_on_tensors(kind: type[nn.Module]) -> bool:
 
     Torch's own modules, and what is derived of one, are left: by themselves they would not gain.
     """
+    if issubclass(kind, CountsRows):
+        return False
     if any(b.__module__.startswith("torch.") for b in kind.__mro__ if b is not nn.Module):
         return False
     hints = typing.get_type_hints(kind.forward)
