@@ -57,12 +57,21 @@ def _geglu(x: Tensor) -> Tensor:
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether it is a linear layer and nothing more, so that its weight may be used directly."""
-    return type(linear) is nn.Linear
+    return type(linear) is nn.Linear and not is_replaced(linear)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether this one module's `forward` is another than its class's, as a compiled one's is."""
+    return "forward" in module.__dict__
+
+
+def outside_autograd() -> bool:
+    """Whether a graph of the operations is being made, which knows no `autograd.Function`."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _recomputes(x: Tensor, linear: nn.Module) -> bool:
-    outside = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return torch.is_grad_enabled() and is_plain(linear) and not outside
+    return not outside_autograd() and torch.is_grad_enabled() and is_plain(linear)
 
 
 def _linear_of(before: Before, linear: nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -128,7 +137,7 @@ def normalised_linear(
         One [T, W] for each weight, contiguous.
     """
     assert norm.weight is not None and norm.bias is not None
-    plain = features.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    plain = features.requires_grad or outside_autograd()
     parts = [None] * len(weights) if bias is None else bias.split([len(w) for w in weights])
     if plain:
         rows = norm(features.to(norm.weight.dtype))

@@ -99,7 +99,7 @@ class _Read(OwnStart):
     ) -> Tensor:
         attended = self.attention.ragged(latents, key, value, lengths)
         latents = latents + attended if self.residual else attended
-        return latents + self.feed_forward(latents, self.norm)
+        return latents + self.feed_forward.after(self.norm, latents)
 
 
 def _self_layer(config: PerceiverConfig) -> SelfAttentionLayer:
