@@ -107,9 +107,7 @@ def test_greedy_reports(shared: Path, name: str) -> None:
 
 def test_the_published_names_and_shapes(shared: Path) -> None:
     """coca_stage_2_perceiver_lora_uni, tensor for tensor, without building its weights."""
-    lines = (
-        shared / "oracles" / "mosaic" / "keys_coca_stage_2_perceiver_lora_uni.txt"
-    ).read_text()
+    lines = (shared / "oracles" / "mosaic" / "keys_coca_stage_2_perceiver_lora_uni.txt").read_text()
     theirs: dict[str, Tensor] = {}
     learns: dict[str, Tensor] = {}
     for line in lines.splitlines():
