@@ -401,7 +401,7 @@ class _ExportArguments:
 
 EXPORT_HELP = """\
 Write a trained model as a folder: model.safetensors, config.json and the tokenizer, in Hugging
-Face's form. LoRA is merged. --pretrained reads the folder, or the .safetensors file alone, offline."""
+Face's form. LoRA is merged. --pretrained reads the folder, or the .safetensors file alone."""
 
 
 def _models_export(argv: Sequence[str]) -> None:

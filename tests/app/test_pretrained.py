@@ -204,7 +204,6 @@ def test_a_mosaic_checkpoint_in_a_run(
     source = shared / "oracles" / "mosaic" / "ref_perceiver.pt"
     found = read_pretrained(str(source))
     assert found.config is not None and found.config["slide"]["latents"] == 16
-    width = found.config["tile_width"]
     content = {**found.config, "tile_width": "auto"}
     content["text"] = {**content["text"], "source": "", "tokenizer": "train", "vocab_size": 300}
     content["decoder"] = {**content["decoder"], "source": ""}
@@ -214,9 +213,12 @@ def test_a_mosaic_checkpoint_in_a_run(
     train(settings_of(cohort, tmp_path, **more))
     weights = weights_of(tmp_path / "m")
     expected = mosaic.convert(torch.load(source, weights_only=True)["state_dict"])
-    assert torch.equal(weights["slide.latents"], expected["slide.latents"])
-    reads = weights["slide.first.key_values.project.weight"].shape[1]
-    assert (reads == width) == ("of another shape: " not in messages.text.split("slide.first")[0])
+    loaded = [n for n in expected if n in weights and weights[n].shape == expected[n].shape]
+    assert "slide.self_attention.1.attention.project.weight" in loaded
+    assert all(torch.equal(weights[n], expected[n]) for n in loaded)
+    # The demo's tiles have another width: what reads them starts anew, and the table says so.
+    assert "slide.first.key_values.project.weight" not in loaded
+    assert "of another shape: " in messages.text
 
 
 @pytest.mark.parametrize("beams", [False, True])
@@ -243,7 +245,7 @@ def test_what_a_language_model_cannot_do(cohort: DemoCohort, tmp_path: Path) -> 
     for more, words in (
         ({"siglip": True}, "does not read"),
         ({"coca_contrastive_loss_weight": 1.0}, "does not read"),
-        ({"coca_caption_loss_weight": 0.0}, "leaves nothing for a language model"),
+        ({"coca_caption_loss_weight": 0.0}, "leaves a language model nothing"),
         ({"save_embeddings": True}, "leave out --save-embeddings"),
     ):
         with pytest.raises(ConfigError, match=words):
