@@ -189,7 +189,12 @@ def test_what_has_no_effect_yet_is_refused(argument: Any) -> None:
         ({"val_gen_num_beams": 5}, "5 does not divide into --val-gen-num-beam-groups 3"),
         ({"val_gen_num_beam_groups": 4}, "--val-gen-num-beams 6 does not divide into"),
         ({"val_gen_top_k": 0, "val_gen_num_beams": 4}, "4 does not divide into"),
-        ({"report_to": "wandb"}, "--report-to wandb is not available yet"),
+        ({"report_to": "mlflow"}, "--report-to does not know mlflow; it knows tensorboard, wandb"),
+        ({"wandb_notes": "x"}, "--wandb-notes works only with --report-to wandb"),
+        (
+            {"report_to": "tensorboard", "wandb_project_name": "x"},
+            "--wandb-project-name works only with --report-to wandb",
+        ),
         ({"report_to": "all,"}, "--report-to all, is not available yet"),
         ({"report_to": "tensorboard, all"}, "is not available yet"),
         ({"report_to": "mlflow"}, "does not know mlflow"),
