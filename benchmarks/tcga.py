@@ -1,12 +1,15 @@
-"""A run on the tcga data beside simple baselines: retrieval, zero-shot, organs named in reports.
+"""A run on the tcga data beside simple baselines: retrieval, classification, organs in reports.
 
     slidevlm train --config examples/tcga.yaml --name tcga
+    slidevlm evaluate logs/tcga --probe --eval-metric-bootstraps 1000 --save-captions \\
+        --few-shot-examples DATA/few_shot_1.json DATA/few_shot_4.json DATA/few_shot_16.json
     python benchmarks/tcga.py logs/tcga [DATA]
 
 DATA is the folder of the data, by default ../shared/data/tcga. The baselines know only the mean
 and deviation of a bag's features: a ridge regression to 128 tf-idf/SVD components of the reports
-(retrieval, and zero-shot against the embedded prompts), and a logistic regression that is trained
-on the classes (an upper mark: zero-shot never sees one).
+(retrieval, and zero-shot against the embedded prompts), a logistic regression that is trained on
+the classes (an upper mark of zero-shot, which never sees one, and the probe's counterpart), and the
+nearest class mean of standardised features (few-shot).
 
 A generated report names the organ whose words it has most often, the earlier one in a tie. It is
 compared to naming always the organ that the test split has most often, to the report of the
@@ -27,6 +30,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import balanced_accuracy_score
+from sklearn.neighbors import NearestCentroid
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
@@ -95,6 +99,9 @@ class Cohort:
             for split in ("train", "test")
         }
         self.ids = {s: [i.strip() for i in ids if i.strip()] for s, ids in self.ids.items()}
+        self.examples = {
+            k: json.loads((folder / f"few_shot_{k}.json").read_text()) for k in (1, 4, 16)
+        }
         self.features: dict[str, np.ndarray] = {}
         self.reports: dict[str, str] = {}
         wanted = {i for ids in self.ids.values() for i in ids}
@@ -119,10 +126,10 @@ class Cohort:
         return [self.classes[i] for i in self.ids[split]]
 
 
-def recall_at_10(queries: np.ndarray, keys: np.ndarray) -> float:
-    """Share of queries [N, E] whose own row of keys [N, E] is among the ten nearest."""
+def ranks(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """[N] place of the own row of keys [N, E] among all, from 1, for queries [N, E]."""
     scores = queries @ keys.T
-    return float(np.mean((scores >= np.diag(scores)[:, None]).sum(1) <= 10))
+    return (scores >= np.diag(scores)[:, None]).sum(1)
 
 
 def baselines(cohort: Cohort) -> dict[str, float]:
@@ -146,8 +153,21 @@ def baselines(cohort: Cohort) -> dict[str, float]:
         normalize(scaler.transform(test)) @ normalize(scaler.transform(train)).T
     ).argmax(1)  # fmt: skip
     organs = [ORGAN_OF_CLASS[c] for c in cohort.labels("test")]
-    return {
-        "R@10": recall_at_10(image, embed(cohort.texts("test"))),
+    text = embed(cohort.texts("test"))
+    found: dict[str, float] = {}
+    for way, places in (
+        ("image_to_text", ranks(image, text)),
+        ("text_to_image", ranks(text, image)),
+    ):
+        found |= {f"{way}/R@{k}": float(np.mean(places <= k)) for k in (1, 5, 10)}
+        found[f"{way}/median_rank"] = float(np.median(places))
+    for shots, examples in cohort.examples.items():
+        rows = [i for names in examples.values() for i in names]
+        support = scaler.transform(np.stack([cohort.features[i] for i in rows]))
+        model = NearestCentroid().fit(support, [cohort.classes[i] for i in rows])
+        guess = model.predict(scaler.transform(test))
+        found[f"few-shot {shots}"] = float(balanced_accuracy_score(cohort.labels("test"), guess))
+    return found | {
         "zero-shot": float(balanced_accuracy_score(cohort.labels("test"), zero_shot)),
         "supervised": float(balanced_accuracy_score(cohort.labels("test"), probe.predict(test))),
         "organ, most frequent": Counter(organs).most_common(1)[0][1] / len(organs),
@@ -156,34 +176,49 @@ def baselines(cohort: Cohort) -> dict[str, float]:
     }
 
 
+def newest_evaluation(run: Path) -> Path:
+    """The last evaluation of the run that has probes and intervals."""
+    for path in sorted(run.glob("evaluation-*/metrics.json"), reverse=True):
+        names = json.loads(path.read_text())["metrics"]
+        if any(name.startswith("test/probe/") for name in names):
+            return path.parent
+    raise SystemExit(f"{run} has no evaluation with --probe; the head of this file has the command")
+
+
+ROWS = (
+    *((f"image_to_text/{m}", f"image_to_text/{m}", "ridge to tf-idf/SVD")
+      for m in ("R@1", "R@5", "R@10", "median_rank")),
+    *((f"text_to_image/{m}", f"text_to_image/{m}", "ridge to tf-idf/SVD")
+      for m in ("R@1", "R@5", "R@10", "median_rank")),
+    ("zero_shot/specimen_class/balanced_accuracy", "zero-shot", "ridge to tf-idf/SVD"),
+    *((f"few_shot/specimen_class/few_shot_{k}/class_mean/balanced_accuracy", f"few-shot {k}",
+       "class mean") for k in (1, 4, 16)),
+    ("probe/specimen_class/linear/balanced_accuracy", "supervised", "logistic regression"),
+    ("slide_retrieval/specimen_class/Acc@1", None, ""),
+    ("slide_retrieval/specimen_class/mAP@5", None, ""),
+)  # fmt: skip
+
+
 def main() -> None:
-    """Print the table."""
+    """Print two tables in Markdown."""
     run = Path(sys.argv[1])
     cohort = Cohort(Path(sys.argv[2] if len(sys.argv) > 2 else "../shared/data/tcga"))
-    metrics = json.loads((run / "test.json").read_text())["metrics"]
-    written = {
-        c["id"]: c["generated"] for c in json.loads((run / "captions_test.json").read_text())
-    }
-    generated = [written[i] for i in cohort.ids["test"]]
-    organs = [ORGAN_OF_CLASS[c] for c in cohort.labels("test")]
+    folder = newest_evaluation(run)
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
     known = baselines(cohort)
-    zero_shot = metrics["test/zero_shot/specimen_class/balanced_accuracy"]
-    rows = [
-        ("image-to-text R@10", metrics["test/image_to_text/R@10"], "ridge to tf-idf/SVD", "R@10"),
-        ("zero-shot balanced accuracy", zero_shot, "ridge to tf-idf/SVD", "zero-shot"),
-        ("", zero_shot, "supervised logistic regression", "supervised"),
-        (
-            "right organ named",
-            share_right(generated, organs),
-            "most frequent organ",
-            "organ, most frequent",
-        ),
-        ("", share_right(generated, organs), "nearest training report", "organ, nearest"),
-        ("", share_right(generated, organs), "the true reports", "organ, true reports"),
-    ]
-    print(f"{'test split, 191 specimens':30s} {run.name:>10s}  beside")
-    for name, value, what, key in rows:
-        print(f"{name:30s} {value:10.3f}  {known[key]:.3f} {what}")
+    print("| test split, 191 specimens | run | 95 % interval | baseline | |\n|---|---|---|---|---|")
+    for name, key, what in ROWS:
+        score = metrics[f"test/{name}"]
+        beside = "" if key is None else f"{known[key]:.3f}"
+        print(f"| {name} | {score['value']:.3f} | {score['lo']:.3f} to {score['hi']:.3f} | "
+              f"{beside} | {what} |")  # fmt: skip
+    written = json.loads((run / "captions_test.json").read_text())
+    generated = {c["id"]: c["generated"] for c in written}
+    organs = [ORGAN_OF_CLASS[c] for c in cohort.labels("test")]
+    share = share_right([generated[i] for i in cohort.ids["test"]], organs)
+    print(f"\nreports that name the right organ: {share:.3f}")
+    for key in ("most frequent", "nearest", "true reports"):
+        print(f"    {key}: {known[f'organ, {key}']:.3f}")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / PACKAGE
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("demo", "data_commands", "evaluation_commands"),
+    ("demo", "data_commands", "model_commands", "evaluation_commands"),
     ("app",),
     ("train", "report"),
     ("eval",),
     ("data", "models", "losses"),
     ("config", "flags", "run"),
-    ("errors", "registry", "batch", "dist", "precision"),
+    ("errors", "registry", "batch", "dist", "precision", "hub"),
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 # Within these two, neighbours may know each other (flags reads config, registry raises errors).
@@ -49,6 +49,7 @@ EXTRAS = (
     "s3fs",
     "plotly",
     "transformers",
+    "sacremoses",
     "safetensors",
     "huggingface_hub",
     "zarr",

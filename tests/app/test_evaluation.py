@@ -414,3 +414,42 @@ def test_embeddings_in_the_layout_of_trident(run: Path) -> None:
         np.testing.assert_array_equal(file["text_embedding"], split.text_embedding)
         assert file["specimen_ids"].tolist() == list(split.specimen_ids)
         assert json.loads(str(file["about"]))["model_hash"]
+
+
+def test_several_validation_files_in_every_sink(
+    settings: dict[str, Any], cohort: DemoCohort, tmp_path: Path
+) -> None:
+    members = cohort.split("val").read_text().split()
+    patients = cohort.split("test").read_text().split()
+    for name, part in (("near", members), ("far", patients)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(part))
+    train(
+        with_values(
+            Config(),
+            {
+                **{k: v for k, v in settings.items() if k != "test_split"},
+                "val_split": (str(tmp_path / "near.txt"), str(tmp_path / "far.txt")),
+                "epochs": 3,
+                "eval_grace_period": 1,
+                "val_frequency": 2,
+                "save_captions": False,
+                "report_to": "tensorboard",
+                "name": "several",
+            },
+        )
+    )
+    folder = Path(settings["logs"]) / "several"
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [x for x in lines if x["kind"] == "evaluation"]
+    assert [x["epoch"] for x in found] == [2, 3], "the second, and always the last"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    for split in ("near", "far"):
+        for name in ("image_to_text/MRR", f"few_shot/{LABELS}/few_shot_4/class_mean/accuracy"):
+            key = f"{split}/{name}"
+            for end in (key, f"{key}/lo", f"{key}/hi"):
+                shown = [e.value for e in events.Scalars(f"evaluation/{end}")]
+                assert shown == pytest.approx([x[end] for x in found], abs=1e-6)
+    assert found[-1]["near/image_to_text/MRR"] != found[-1]["far/image_to_text/MRR"]

@@ -48,7 +48,7 @@ def test_class_mean_is_the_nearest_one(classes: int) -> None:
 def test_logistic_regression_is_that_of_scikit_learn(classes: int) -> None:
     train, test = examples(60, classes, 0), examples(40, classes, 1)
     for strength in (None, 0.01, 10.0):
-        model = LogisticRegression(C=strength or 6 * classes / 100, max_iter=1000)
+        model = LogisticRegression(C=strength or 6 * classes / 100, max_iter=1000, tol=1e-6)
         p = model.fit(train.x, train.y).predict_proba(test.x)
         odds = learners.logistic_regression(train, test.x, strength)
         np.testing.assert_allclose(odds, np.log(p / (1 - p)), rtol=0, atol=1e-8)
@@ -115,7 +115,11 @@ def test_the_probe_takes_what_validation_says() -> None:
     probe = learners.linear_probe(train, judge, seed=0)
     values = []
     for strength in learners.STRENGTHS:
-        guess = LogisticRegression(C=strength, max_iter=1000).fit(train.x, train.y).predict(judge.x)
+        guess = (
+            LogisticRegression(C=strength, max_iter=1000, tol=1e-6)
+            .fit(train.x, train.y)
+            .predict(judge.x)
+        )
         values.append(sk.balanced_accuracy_score(judge.y, guess))
     assert len(learners.STRENGTHS) == 45 and learners.STRENGTHS[[0, -1]].tolist() == [1e-5, 1e5]
     np.testing.assert_allclose(
@@ -123,7 +127,7 @@ def test_the_probe_takes_what_validation_says() -> None:
     )  # fits end within a tolerance
     assert probe.strength == learners.STRENGTHS[int(np.argmax(probe.curve))]
     assert probe.chosen_on == "validation" and np.ptp(probe.curve) > 0.05
-    again = LogisticRegression(C=probe.strength, max_iter=1000).fit(train.x, train.y)
+    again = LogisticRegression(C=probe.strength, max_iter=1000, tol=1e-6).fit(train.x, train.y)
     np.testing.assert_array_equal(probe(judge.x).argmax(1), again.predict(judge.x))
 
 

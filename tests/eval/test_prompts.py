@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from slidevlm.errors import DataError
-from slidevlm.eval.prompts import Labels, Prompts, read_labels, read_prompts
+from slidevlm.eval.prompts import (
+    Labels,
+    Prompts,
+    read_classes,
+    read_examples,
+    read_labels,
+    read_prompts,
+)
 
 AB = Prompts(("A", "B"), (("a",), ("b",)))
 
@@ -262,3 +269,58 @@ def test_ten_strange_classes_are_enough(tmp_path: Path) -> None:
 def test_missing_labels(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.csv cannot be read"):
         read_labels(tmp_path / "absent.csv", AB)
+
+
+def test_numbered_ensembles_are_one_and_are_remembered(tmp_path: Path) -> None:
+    """MI-Zero's form."""
+    content = {
+        "0": {
+            "classnames": {"A": "an a", "B": "a b"},
+            "templates": ["CLASSNAME.", "see CLASSNAME"],
+        },
+        "1": {"classnames": {"B": "bee", "A": "an a"}, "templates": ["CLASSNAME."]},
+    }
+    found = read_prompts(write(tmp_path, content))
+    assert found.classes == ("A", "B")
+    assert found.texts == (("an a.", "see an a"), ("a b.", "see a b", "bee."))
+    assert found.sets == (
+        (("an a.", "see an a"), ("a b.", "see a b")),
+        (("an a.",), ("bee.",)),
+    )
+    content["1"]["classnames"] = {"A": "an a", "C": "sea"}
+    with pytest.raises(DataError, match="numbered ensembles differ in their classes"):
+        read_prompts(write(tmp_path, content))
+
+
+def test_lists_of_classes_are_a_multi_label_task(tmp_path: Path) -> None:
+    labels = read_labels(write(tmp_path, {"s1": ["A", "B"], "s2": [], "s3": "B"}), AB)
+    assert labels.several and labels.of("s1", "p") == ("A", "B")
+    assert labels.of("s2", "p") == () and labels.of("s3", "p") == ("B",)
+    with pytest.raises(DataError, match=r"classes without a prompt: 'C' \(of 's1'\)"):
+        read_labels(write(tmp_path, {"s1": ["A", "C"]}), AB)
+    with pytest.raises(DataError, match="here every specimen must have one class"):
+        read_classes(write(tmp_path, {"s1": ["A"]}))
+
+
+def test_labels_without_prompts_may_have_any_class(tmp_path: Path) -> None:
+    labels = read_labels(write(tmp_path, {"s1": "Z", "s2": "A", "s3": "Z"}))
+    assert labels.names == ("A", "Z") and not labels.several
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"A": ["s"]}, "examples of 1 class"),
+        ({"A": ["s"], "B": []}, "B must be a text or a list"),
+        ({"A": ["s"], "B": ["t", " s"]}, "'s' is an example of both 'A' and 'B'"),
+        (["s"], "mapping of classes to lists"),
+    ],
+)
+def test_bad_examples(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_examples(write(tmp_path, content))
+
+
+def test_examples(tmp_path: Path) -> None:
+    found = read_examples(write(tmp_path, {"A": ["s1", "s1 ", "s2"], "B": "s3"}))
+    assert found == {"A": ("s1", "s2"), "B": ("s3",)}

@@ -26,7 +26,8 @@ def bag_dataset(
         split.reports,
         trained.tokenizer,
         max_tokens=trained.config.text.context_length,
-        cutoff=config.data.image_features_cutoff,
+        # A language model reads no tiles; one keeps the bag from being empty.
+        cutoff=1 if trained.config.family == "lm" else config.data.image_features_cutoff,
         seed=config.evaluation.seed,
         training=training,
         augmentation=augmentation,

@@ -57,7 +57,7 @@ def fit(
 ) -> Fitted:
     assert data.train is not None, "validate has made sure of a training split"
     optim, seed = config.optim, config.evaluation.seed
-    _check_losses(config, trained)
+    objective = _objective(config, trained)
     seed_everything(seed + 1 + dist.rank())
     augmentation = _augmentation(config, trained)
     dataset = bag_dataset(config, data.store, data.train, trained, augmentation, training=True)
@@ -70,12 +70,6 @@ def fit(
         betas=(_known(optim.beta1), _known(optim.beta2)),
         eps=_known(optim.eps),
         decay=optim.wd,
-    )
-    objective = Objective(
-        sigmoid_term if config.loss.siglip else softmax_term,
-        config.loss.coca_contrastive_loss_weight,
-        config.loss.coca_caption_loss_weight,
-        mask_duplicates=config.loss.false_negatives == "mask",
     )
     step = Step(
         trained.model,
@@ -196,12 +190,36 @@ def _known(value: float | None) -> float:
     return value
 
 
-def _check_losses(config: Config, trained: Trained) -> None:
-    if trained.model.decoder is None and config.loss.coca_contrastive_loss_weight == 0:
+def _objective(config: Config, trained: Trained) -> Objective:
+    """The loss terms of the model's family.
+
+    Raises:
+        ConfigError: the weights leave it nothing to learn, or speak of what it lacks.
+    """
+    loss, family = config.loss, trained.config.family
+    contrastive = loss.coca_contrastive_loss_weight
+    if family == "clip" and contrastive == 0:
         raise ConfigError(
             "--coca-contrastive-loss-weight 0 leaves a clip model nothing to learn; "
             "train a coca model or give a weight"
         )
+    if family == "lm":
+        if loss.siglip or (contrastive and "coca_contrastive_loss_weight" in config.given):
+            raise ConfigError(
+                "--siglip and --coca-contrastive-loss-weight are about slides, which a language "
+                "model does not read; leave them out"
+            )
+        if loss.coca_caption_loss_weight == 0:
+            raise ConfigError(
+                "--coca-caption-loss-weight 0 leaves a language model nothing to learn"
+            )
+        contrastive = 0.0
+    return Objective(
+        sigmoid_term if loss.siglip else softmax_term,
+        contrastive,
+        loss.coca_caption_loss_weight,
+        mask_duplicates=loss.false_negatives == "mask",
+    )
 
 
 def seed_everything(seed: int) -> None:

@@ -27,6 +27,7 @@ from slidevlm.eval import Task, TaskResult, evaluate
 from slidevlm.eval.predict import Writing, predict
 from slidevlm.eval.scores import scores
 from slidevlm.eval.stored import Stored
+from slidevlm.models import CoCa
 from slidevlm.models.generate import Decoding
 from slidevlm.models.mode import evaluation_mode
 from slidevlm.precision import Precision
@@ -62,6 +63,7 @@ class Judge:
             raise ConfigError(
                 f"--save-captions: model {config.model.model} has no decoder to write reports with"
             )
+        _check_language_model(config, trained)
 
     def epoch(
         self, splits: Sequence[Split], epoch: int, write: bool, step: int
@@ -187,9 +189,26 @@ class Judge:
         return embed_text(self.trained, texts, self.precision)
 
 
+def _check_language_model(config: Config, trained: Trained) -> None:
+    evaluation = config.evaluation
+    asked = {
+        "--zsc-class-prompt-mapping": evaluation.zsc_class_prompt_mapping,
+        "--few-shot-examples": evaluation.few_shot_examples,
+        "--probe": evaluation.probe,
+        "--save-embeddings": evaluation.save_embeddings,
+    }
+    wanted = ", ".join(flag for flag, value in asked.items() if value)
+    if trained.config.family == "lm" and wanted:
+        raise ConfigError(
+            f"model {config.model.model} is a language model, which embeds neither slides nor "
+            f"texts: leave out {wanted}"
+        )
+
+
 def embed_text(trained: Trained, texts: Sequence[str], precision: Precision) -> np.ndarray:
     """Texts, tokenised as in training -> [len(texts), E] float32, L2-normalised."""
     tokenizer, model = trained.tokenizer, trained.model
+    assert isinstance(model, CoCa), "a language model embeds no texts"
     rows = [tokenizer.encode(text, trained.config.text.context_length) for text in texts]
     parts = []
     with evaluation_mode(model), torch.inference_mode():

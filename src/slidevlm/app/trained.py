@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,16 @@ from slidevlm.data.cases import Bag
 from slidevlm.data.statistics import tile_moments, token_table
 from slidevlm.data.tokenizer import Tokenizer
 from slidevlm.errors import CheckpointError, DataError
-from slidevlm.models import CoCa, ModelConfig, build_model, from_dict, zoo
-from slidevlm.models.text import TextConfig
+from slidevlm.models import (
+    CoCa,
+    Model,
+    ModelConfig,
+    build_model,
+    from_dict,
+    load_sources,
+    resolve,
+    zoo,
+)
 from slidevlm.train import checkpoint as ckpt
 
 
@@ -25,7 +34,7 @@ from slidevlm.train import checkpoint as ckpt
 class Trained:
     """A model and what belongs to it."""
 
-    model: CoCa
+    model: Model
     config: ModelConfig
     tokenizer: Tokenizer
     siglip: bool
@@ -103,6 +112,8 @@ def _same_model(config: Config, saved: ckpt.ModelState) -> None:
 
 
 def _same_data(trained: Trained, width: int, unit: str | None) -> None:
+    if trained.config.family == "lm":  # reads no tiles
+        return
     if trained.config.tile_width != width:
         raise DataError(
             f"the model reads tiles of width {trained.config.tile_width}, this data's are {width} "
@@ -122,23 +133,29 @@ def _new_model(config: Config, data: Data, width: int, unit: str | None) -> Trai
             f"--model {config.model.model} wants tiles of width {model_config.tile_width}, this "
             f"data's are {width} wide"
         )
-    model_config = replace(model_config, tile_width=width)
+    model_config = resolve(replace(model_config, tile_width=width))
     assert data.train is not None, "validate has made sure of a training split"
     reports, text = data.train.reports, model_config.text
     # Made by the first process alone: the others must have exactly the same one.
-    tokenizer = Tokenizer.from_json(dist.from_main(lambda: new_tokenizer(text, reports).to_json()))
+    made = dist.from_main(lambda: new_tokenizer(text, reports).to_json())
+    tokenizer = Tokenizer.from_json(made)
     torch.manual_seed(config.evaluation.seed)
     model = build_model(model_config, tokenizer.vocab_size, siglip=config.loss.siglip)
     if dist.is_main():  # the others get them with the parameters
         seed, rank = config.evaluation.seed, model_config.text.prior_rank
-        moments = tile_moments(data.store, data.train.cases, seed)
-        table = token_table(tokenizer, data.train.reports, rank, seed) if rank else None
-        model.start_from(*moments, table)
+        load_sources(model, model_config)
+        if isinstance(model, CoCa):
+            moments = tile_moments(data.store, data.train.cases, seed)
+            table = token_table(tokenizer, data.train.reports, rank, seed) if rank else None
+            model.start_from(*moments, table)
     return Trained(model, model_config, tokenizer, config.loss.siglip, unit)
 
 
-def new_tokenizer(text: TextConfig, reports: Sequence[str]) -> Tokenizer:
-    """Trained on the reports, or from the folder that the model's configuration names."""
-    if text.tokenizer == "train":
+def new_tokenizer(text: Any, reports: Sequence[str]) -> Tokenizer:
+    """Trained on the reports, or from the folder that the model's configuration names.
+
+    `text` is the `text` part of a model's configuration, of any type.
+    """
+    if text.tokenizer_source == "train":
         return Tokenizer.train(reports, text.vocab_size)
-    return Tokenizer.from_folder(text.tokenizer)
+    return Tokenizer.from_folder(text.tokenizer_source)

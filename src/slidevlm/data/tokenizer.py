@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from slidevlm import hub
+from slidevlm.data.moses import END, MosesBackend
 from slidevlm.data.reports import normalise
 from slidevlm.errors import CheckpointError, ConfigError
 
@@ -53,6 +55,8 @@ class SpecialTokens:
 
 _OURS = SpecialTokens()
 
+Backend = tokenizers.Tokenizer | MosesBackend
+
 
 class Tokenizer:
     """Text <-> token ids.
@@ -66,7 +70,7 @@ class Tokenizer:
     `from_folder` takes any other from a folder of Hugging Face's form.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens = _OURS) -> None:
+    def __init__(self, backend: Backend, special: SpecialTokens = _OURS) -> None:
         # Without this, "<eos>" within a report would end it.
         backend.encode_special_tokens = True
         self._backend = backend
@@ -113,27 +117,33 @@ class Tokenizer:
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
         """A tokenizer as Hugging Face's libraries save it; nothing but this folder is read.
 
-        `tokenizer.json` is the tokenizer; BOS, EOS and PAD are those that `tokenizer_config.json`
-        or `special_tokens_map.json` name (CLS and SEP where BOS and EOS are not). One that is
-        missing, or is the same token as another of the three, is added to the vocabulary.
+        `tokenizer.json` is the tokenizer, or without it the older files of GPT-2 and BioGPT
+        (vocab.json, merges.txt) and BERT (vocab.txt). BOS, EOS and PAD are those that
+        `tokenizer_config.json` or `special_tokens_map.json` name (CLS and SEP where BOS and EOS are
+        not). One that is missing, or is the same token as another of the three, is added to the
+        vocabulary.
 
         ConfigError: a file is missing or cannot be used.
         """
-        folder = Path(folder)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
+        files = hub.find(str(folder), _FILES, "text.tokenizer")
+        file = next((files[name] for name in _VOCABULARIES if name in files), None)
+        if file is None or (file.name == "vocab.json" and "merges.txt" not in files):
             raise ConfigError(
                 f"no tokenizer in {folder} (looked from {Path.cwd()}): wanted are tokenizer.json "
-                f"and, for the special tokens, {' or '.join(_TOKEN_FILES)}; save_pretrained of a "
-                "fast tokenizer writes them"
+                "(or vocab.json and merges.txt, or vocab.txt) and, for the special tokens, "
+                f"{' or '.join(_TOKEN_FILES)}; save_pretrained of a tokenizer writes them"
             )
+        folder = file.parent
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            backend, named = _backend_of(file)
+        except ConfigError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"{file} is not a tokenizer: {error}") from error
-        backend.no_padding()
-        backend.no_truncation()
-        special = _with_special_tokens(backend, _named_tokens(folder), file)
+        if isinstance(backend, tokenizers.Tokenizer):
+            backend.no_padding()
+            backend.no_truncation()
+        special = _with_special_tokens(backend, named | _named_tokens(folder), file)
         tokenizer = cls(backend, special)
         try:
             tokenizer.tokens("\u2603 z\u00e9 0")
@@ -150,9 +160,13 @@ class Tokenizer:
             content = json.loads(text)
             if "special_tokens" not in content:
                 return cls(tokenizers.Tokenizer.from_str(text))
-            backend = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
-            return cls(backend, SpecialTokens(**content["special_tokens"]))
-        except CheckpointError:
+            own: Backend
+            if "moses" in content["tokenizer"]:
+                own = MosesBackend.from_content(content["tokenizer"])
+            else:
+                own = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
+            return cls(own, SpecialTokens(**content["special_tokens"]))
+        except (CheckpointError, ConfigError):
             raise
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(
@@ -263,6 +277,57 @@ def _fitting(text: str, ends: Sequence[int]) -> int:
 
 
 _TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
+_FILES = (*_VOCABULARIES, "merges.txt", *_TOKEN_FILES)
+
+
+def _backend_of(file: Path) -> tuple[Backend, dict[str, str]]:
+    """The tokenizer of a vocabulary file, and its special tokens where no file names others."""
+    if file.name == "tokenizer.json":
+        return tokenizers.Tokenizer.from_file(str(file)), {}
+    if file.name == "vocab.txt":
+        return _wordpiece(file), {"bos": "[CLS]", "eos": "[SEP]", "pad": "[PAD]"}
+    vocab = json.loads(file.read_text(encoding="utf-8"))
+    merges = file.with_name("merges.txt")
+    if any(piece.endswith(END) for piece in vocab):
+        text = merges.read_text(encoding="utf-8")
+        unknown = _content(_settings(file).get("unk_token")) or "<unk>"
+        special = {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}
+        named = {role: token for role, token in special.items() if token in vocab}
+        return MosesBackend.from_files(vocab, text, unknown), named
+    backend = tokenizers.Tokenizer(models.BPE.from_file(str(file), str(merges)))
+    space = bool(_settings(file).get("add_prefix_space", False))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+    backend.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    return backend, {"bos": end, "eos": end} if end in vocab else {}
+
+
+def _wordpiece(file: Path) -> tokenizers.Tokenizer:
+    """BERT's: words split off punctuation, then the longest pieces of the vocabulary."""
+    settings = _settings(file)
+    unknown = _content(settings.get("unk_token")) or "[UNK]"
+    vocab = models.WordPiece.read_file(str(file))
+    backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=unknown))
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=bool(settings.get("do_lower_case", True)),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return backend
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """tokenizer_config.json beside a file; empty without it."""
+    beside = file.with_name("tokenizer_config.json")
+    if not beside.is_file():
+        return {}
+    content = json.loads(beside.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
 _ROLES = {
     "eos": ("eos_token", "sep_token"),
     "bos": ("bos_token", "cls_token"),
@@ -293,9 +358,7 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _with_special_tokens(
-    backend: tokenizers.Tokenizer, named: dict[str, str], file: Path
-) -> SpecialTokens:
+def _with_special_tokens(backend: Backend, named: dict[str, str], file: Path) -> SpecialTokens:
     """Make the three tokens special ones of `backend`, adding what is missing.
 
     They must differ: a report is read at EOS, generation begins with BOS and ends with EOS, and

@@ -70,7 +70,7 @@ def _fit(examples: Examples, strength: float, start: Any = None) -> Any:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    model = start or LogisticRegression(max_iter=1000, warm_start=True)
+    model = start or LogisticRegression(tol=1e-6, max_iter=1000, warm_start=True)
     with warnings.catch_warnings():
         # Without a penalty to speak of, separable classes have no best weights to converge to.
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -16,7 +16,7 @@ from slidevlm import dist
 from slidevlm.batch import Batch, Predictions
 from slidevlm.errors import DataError
 from slidevlm.losses import caption_loss_sum
-from slidevlm.models import CoCa
+from slidevlm.models import Model
 from slidevlm.models.generate import Decoding, generate
 from slidevlm.models.mode import evaluation_mode
 from slidevlm.precision import Precision
@@ -49,7 +49,7 @@ class _Part:
 
 
 def predict(
-    model: CoCa,
+    model: Model,
     batches: Sequence[Batch] | torch.utils.data.DataLoader[Batch],
     reports: dict[str, str],
     precision: Precision,
@@ -84,7 +84,7 @@ def predict(
 
 
 def _share(
-    model: CoCa,
+    model: Model,
     batches: Sequence[Batch] | torch.utils.data.DataLoader[Batch],
     precision: Precision,
     writing: Writing | None,
@@ -100,8 +100,9 @@ def _share(
         batch = cpu_batch.to(precision.device)
         with precision.autocast():
             output = model(batch.bags, batch.tokens, batch.token_mask)
-        images.append(output.image_embedding)
-        texts.append(output.text_embedding)
+        if output.image_embedding is not None:  # a language model embeds nothing
+            images.append(output.image_embedding)
+            texts.append(output.text_embedding)
         ids.append(cpu_batch.report_ids.numpy())
         if output.logits is not None:
             total = caption_loss_sum(output.logits, batch.tokens, batch.token_mask)
@@ -114,15 +115,16 @@ def _share(
         part.specimens += batch.specimen_ids
         part.patients += batch.patient_ids
         on_batch(len(part.specimens))
-    if images:
+    if ids:
         part.report_ids = np.concatenate(ids)
+    if images:
         part.image = torch.cat(images).float().cpu().numpy()
         part.text = torch.cat(texts).float().cpu().numpy()
     return part
 
 
 def _merge(
-    parts: list[_Part], reports: dict[str, str], model: CoCa, generated: bool
+    parts: list[_Part], reports: dict[str, str], model: Model, generated: bool
 ) -> Predictions:
     specimens = [s for p in parts for s in p.specimens]
     place = {specimen: i for i, specimen in enumerate(specimens)}
@@ -130,14 +132,18 @@ def _merge(
     order = [place[specimen] for specimen in reports]
     patients = [s for p in parts for s in p.patients]
     texts = [s for p in parts for s in p.generated]
-    image = np.concatenate([p.image for p in parts])[order]
-    text = np.concatenate([p.text for p in parts])[order]
     report_ids = np.concatenate([p.report_ids for p in parts])[order]
-    _warn_of_broken("slide", image, tuple(reports))
-    _warn_of_broken("report", text, tuple(reports))
     scale = float(model.log_scale.detach().exp())
     bias = None if model.bias is None else float(model.bias.detach())
-    losses = {"contrastive": split_contrastive_loss(image, text, report_ids, scale, bias)}
+    losses: dict[str, float] = {}
+    image: np.ndarray | None = None
+    text: np.ndarray | None = None
+    if all(len(p.image) for p in parts):
+        image = np.concatenate([p.image for p in parts])[order]
+        text = np.concatenate([p.text for p in parts])[order]
+        _warn_of_broken("slide", image, tuple(reports))
+        _warn_of_broken("report", text, tuple(reports))
+        losses["contrastive"] = split_contrastive_loss(image, text, report_ids, scale, bias)
     tokens = sum(p.caption_tokens for p in parts)
     if tokens:
         # Exactly the same in whatever order processes did the batches.

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from slidevlm.models.coca import CoCa, CoCaCache
+from slidevlm.models.coca import CoCa
 from slidevlm.models.decoding import Decoding, Draft, log_probabilities, ranked
+from slidevlm.models.language import LanguageModel
 
 
 @dataclass
@@ -72,8 +74,8 @@ def choose_beams(logs: Tensor, likely: Tensor, done: Tensor, decoding: Decoding)
 
 
 def search(
-    model: CoCa,
-    cache: CoCaCache,
+    model: CoCa | LanguageModel,
+    cache: Any,
     logits: Tensor,
     prompt: Tensor,
     decoding: Decoding,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +12,22 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags, Output
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import AttentionPooler, LayerCache, initialise
+from slidevlm.models.mode import Resting
 from slidevlm.models.schema import ModelConfig
 from slidevlm.models.slide import SLIDE_ENCODERS
 from slidevlm.models.slide.base import SlideEncoder, Standardise
-from slidevlm.models.text import Decoder, DecoderCache, TextEncoder, TextPrior
+from slidevlm.models.text import (
+    DECODERS,
+    TEXT_ENCODERS,
+    DecoderCache,
+    ReportDecoder,
+    TextPrior,
+)
 
 MAX_LOG_SCALE = math.log(100.0)
 
 
-class CoCa(nn.Module):
+class CoCa(Resting):
     """Slide encoder, causal text encoder, and (family coca) a decoder that reads the slide.
 
     Args:
@@ -39,8 +45,8 @@ class CoCa(nn.Module):
         init_bias: float | None = None,
     ) -> None:
         super().__init__()
-        self._resting: tuple[nn.Module, ...] = ()
         assert config.tile_width is not None, "the tile width must be known by now"
+        assert config.slide_type is not None, "a model without a slide encoder is a LanguageModel"
         width = config.text.width
         self.slide: SlideEncoder = SLIDE_ENCODERS[config.slide_type](
             config.slide, config.tile_width
@@ -54,16 +60,18 @@ class CoCa(nn.Module):
             _check_same_width(slide_width, config.embed_dim)
         else:
             self.slide_project = nn.Linear(slide_width, config.embed_dim, bias=False)
-        self.text = TextEncoder(config.text, vocab_size)
-        self.text_project = nn.Linear(width, config.embed_dim, bias=False)
+        self.text = TEXT_ENCODERS[config.text_type](config.text, vocab_size)
+        self.text_project: nn.Linear | None = None
+        if config.project_text:
+            self.text_project = nn.Linear(width, config.embed_dim, bias=False)
         self.prior: TextPrior | None = None
         if config.text.prior_rank:
             self.prior = TextPrior(vocab_size, config.text.prior_rank, config.embed_dim)
-        self.decoder: Decoder | None = None
+        self.decoder: ReportDecoder | None = None
         if config.decoder is not None:
             queries = config.decoder.slide_tokens
-            self.decoder = Decoder(
-                config.decoder, width, vocab_size, context_width=width if queries else slide_width
+            self.decoder = DECODERS[config.decoder_type](
+                config.decoder, width, vocab_size, width if queries else slide_width
             )
             self.report_pooler: AttentionPooler | None = None
             if queries:
@@ -80,7 +88,7 @@ class CoCa(nn.Module):
         if config.decoder is not None and self.words is not None:
             nn.init.constant_(self.words, config.decoder.words)
         if self.decoder is not None and config.decoder is not None and config.decoder.tied:
-            self.decoder.tie(self.text.tokens)
+            self.decoder.tie(self.text.embedding)
 
     def _reset(self, init_log_scale: float, init_bias: float | None) -> None:
         initialise(self)
@@ -143,7 +151,7 @@ class CoCa(nn.Module):
 
     def read(self, tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
         """tokens, mask [B, L] -> hidden states [B, L, width], and the embedding [B, E]."""
-        hidden = self.text(tokens)
+        hidden = self.text(tokens, token_mask)
         return hidden, self._embed_text(hidden, tokens, token_mask)
 
     def start(self, bags: Bags, capacity: int) -> tuple[Tensor, CoCaCache]:
@@ -162,7 +170,7 @@ class CoCa(nn.Module):
     def step(self, tokens: Tensor, cache: CoCaCache) -> Tensor:
         """tokens [R, n] after those in the cache -> logits [R, V] of the next token."""
         assert self.decoder is not None, "a clip model has no decoder"
-        hidden = self.text(tokens, cache.encoder)
+        hidden = self.text(tokens, caches=cache.encoder)
         beams = len(tokens) // len(cache.image)
         if self.gist is not None:
             gist = self.gist(cache.image).repeat_interleave(beams, 0)
@@ -173,18 +181,6 @@ class CoCa(nn.Module):
         if cache.words is not None:
             logits = logits + cache.words.repeat_interleave(beams, 0)
         return logits
-
-    def train(self, mode: bool = True) -> CoCa:
-        """Training mode for all but the modules that `rest` has named."""
-        super().train(mode)
-        for module in self._resting:
-            module.training = False
-        return self
-
-    def rest(self, modules: Iterable[nn.Module]) -> None:
-        """Keep these modules in evaluation mode from now on, not those below them."""
-        self._resting = (*self._resting, *modules)
-        self.train(self.training)
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
@@ -198,7 +194,9 @@ class CoCa(nn.Module):
         return F.normalize(pooled.float(), dim=-1)
 
     def _embed_text(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        embedding = self.text_project(self.text.pool(hidden, mask))
+        embedding = self.text.pool(hidden, mask)
+        if self.text_project is not None:
+            embedding = self.text_project(embedding)
         if self.prior is not None:
             embedding = self.prior(tokens, mask, embedding)
         return F.normalize(embedding.float(), dim=-1)

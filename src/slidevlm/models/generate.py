@@ -9,6 +9,7 @@ its keys and values where they lie.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models.beams import search
-from slidevlm.models.coca import CoCa, CoCaCache
+from slidevlm.models.coca import CoCa
 from slidevlm.models.decoding import (
     Decoding,
     Draft,
@@ -25,13 +26,14 @@ from slidevlm.models.decoding import (
     log_probabilities,
     ranked,
 )
+from slidevlm.models.language import LanguageModel
 from slidevlm.models.mode import evaluation_mode
 
 __all__ = ["Decoding", "Draft", "choose", "draft", "generate"]
 
 
 def generate(
-    model: CoCa,
+    model: CoCa | LanguageModel,
     bags: Bags,
     specimen_ids: Sequence[str],
     decoding: Decoding,
@@ -47,7 +49,7 @@ def generate(
 
 @torch.no_grad()
 def draft(
-    model: CoCa,
+    model: CoCa | LanguageModel,
     bags: Bags,
     specimen_ids: Sequence[str],
     decoding: Decoding,
@@ -79,7 +81,7 @@ def draft(
         )
     with evaluation_mode(model):
         device = bags.features.device
-        _, cache = model.start(bags, 1 + len(prompt) + steps)
+        cache: Any = model.start(bags, 1 + len(prompt) + steps)[1]
         given = torch.tensor([[decoding.bos_id, *prompt]], device=device).repeat(len(bags), 1)
         logits = model.step(given, cache)
         if decoding.beams > 1:
@@ -89,8 +91,8 @@ def draft(
 
 
 def _write(
-    model: CoCa,
-    cache: CoCaCache,
+    model: CoCa | LanguageModel,
+    cache: Any,
     logits: Tensor,
     prompt: Tensor,
     draws: Tensor,

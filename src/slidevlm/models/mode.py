@@ -1,11 +1,17 @@
-"""Evaluation mode for a while."""
+"""How a model runs: evaluation mode for a while or for good, activations kept or not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# Name of a part of a tower, and the modules and parameters it consists of.
+Group = tuple[str, Sequence[nn.Module | nn.Parameter]]
 
 
 @contextmanager
@@ -21,3 +27,39 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+class Resting(nn.Module):
+    """A model of which some modules stay in evaluation mode, as those of a frozen part do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._resting: tuple[nn.Module, ...] = ()
+
+    def train(self, mode: bool = True) -> Resting:
+        """Training mode for all but the modules that `rest` has named."""
+        super().train(mode)
+        for module in self._resting:
+            module.training = False
+        return self
+
+    def rest(self, modules: Iterable[nn.Module]) -> None:
+        """Keep these modules in evaluation mode from now on, not those below them."""
+        self._resting = (*self._resting, *modules)
+        self.train(self.training)
+
+
+class Recomputing(nn.Module):
+    """A tower of blocks.
+
+    With `checkpointing`, what a block computes is not kept for the backward pass but computed
+    again in it, its dropout replayed: less memory, more time, the same gradients.
+    """
+
+    checkpointing: bool = False
+
+    def run(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """`block(*inputs)`, computed again in the backward pass if `checkpointing`."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)

@@ -12,24 +12,28 @@ from typing import Any, TypeVar
 from slidevlm.errors import ConfigError
 from slidevlm.models.lora import LoRAConfig
 from slidevlm.models.slide import SLIDE_ENCODERS
-from slidevlm.models.text import DecoderConfig, TextConfig
-from slidevlm.registry import unknown
+from slidevlm.models.text import DECODERS, TEXT_ENCODERS
+from slidevlm.registry import Registry, unknown
 
 T = TypeVar("T")
-FAMILIES = ("coca", "clip")
+# coca: contrastive and captioning; clip: contrastive; lm: the report alone, without its slide
+FAMILIES = ("coca", "clip", "lm")
 POOLINGS = ("attentional", "cls", "none")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model. `slide` is the encoder's own dataclass, chosen by `slide_type`."""
+    """A whole model. Each part is its own dataclass, chosen by the part's type."""
 
-    family: str  # coca: contrastive and captioning; clip: contrastive
-    slide_type: str
+    family: str
+    slide_type: str | None  # None in the family lm, which has no slide encoder
     slide: Any
-    text: TextConfig
-    decoder: DecoderConfig | None
+    text: Any
+    decoder: Any  # None in the family clip
+    text_type: str = "scratch"
+    decoder_type: str = "scratch"
     embed_dim: int = 256
+    project_text: bool = True  # the text's embedding is projected to embed_dim
     tile_width: int | None = None  # None ("auto" in the file): taken from the data
     # How the slide encoder's tokens become the slide's embedding: a learned query attends to all
     # (attentional); token 0, projected (cls); token 0 as it is (none). In the last two the decoder
@@ -39,16 +43,20 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The form of the JSON files; `from_dict` reads it back."""
-        content = {
+        content: dict[str, Any] = {
             "family": self.family,
             "embed_dim": self.embed_dim,
+            "project_text": self.project_text,
             "tile_width": self.tile_width or "auto",
             "pooling": self.pooling,
-            "slide": {"type": self.slide_type, **asdict(self.slide)},
-            "text": {"type": "scratch", **asdict(self.text)},
         }
+        if self.slide_type is not None:
+            content["slide"] = {"type": self.slide_type, **asdict(self.slide)}
+        content["text"] = {"type": self.text_type, **asdict(self.text)}
+        if self.text_type == "hf":
+            content["text"]["type"] = f"hf:{content['text'].pop('source')}"
         if self.decoder is not None:
-            content["decoder"] = asdict(self.decoder)
+            content["decoder"] = {"type": self.decoder_type, **asdict(self.decoder)}
         if self.lora:
             content["lora"] = [asdict(entry) for entry in self.lora]
         return content
@@ -57,10 +65,11 @@ class ModelConfig:
 @dataclass(frozen=True)
 class _File:
     family: str
-    slide: Mapping[str, Any]
     text: Mapping[str, Any]
+    slide: Mapping[str, Any] | None = None
     decoder: Mapping[str, Any] | None = None
     embed_dim: int = 256
+    project_text: bool = True
     tile_width: Any = "auto"
     pooling: str = "attentional"
     lora: list[Any] = field(default_factory=list)
@@ -76,32 +85,80 @@ def from_dict(content: Any, where: str) -> ModelConfig:
     top = build(_File, content, where)
     if top.family not in FAMILIES:
         raise ConfigError(f"{where}: {unknown('family', top.family, FAMILIES)}")
-    if (top.decoder is None) != (top.family == "clip"):
-        need = "has no" if top.family == "clip" else "needs a"
-        raise ConfigError(f"{where}: a {top.family} model {need} 'decoder'")
+    for part, absent in (("slide", "lm"), ("decoder", "clip")):
+        if (getattr(top, part) is None) != (top.family == absent):
+            need = "has no" if top.family == absent else "needs a"
+            raise ConfigError(f"{where}: a model of family {top.family} {need} {part!r}")
     if top.tile_width != "auto" and not (isinstance(top.tile_width, int) and top.tile_width > 0):
         raise ConfigError(f'{where}: tile_width must be a number above 0 or "auto"')
     if top.pooling not in POOLINGS:
         raise ConfigError(f"{where}: {unknown('pooling', top.pooling, POOLINGS)}")
-    slide = dict(top.slide)
-    slide_type = _type_of(slide, f"{where}: slide")
-    text = dict(top.text)
-    if _type_of(text, f"{where}: text") != "scratch":
-        raise ConfigError(f"{where}: {unknown('text type', str(top.text['type']), ['scratch'])}")
-    decoder = top.decoder
-    if decoder and decoder.get("words") and not text.get("prior_rank"):
-        raise ConfigError(f"{where}: decoder.words needs a text prior; set text.prior_rank above 0")
-    return ModelConfig(
+    slide_type, slide = _part(SLIDE_ENCODERS, top.slide, f"{where}: slide")
+    text_type, text = _part(TEXT_ENCODERS, top.text, f"{where}: text")
+    decoder_type, decoder = _part(DECODERS, top.decoder, f"{where}: decoder", "scratch")
+    config = ModelConfig(
         family=top.family,
         slide_type=slide_type,
-        slide=build(SLIDE_ENCODERS[slide_type].Config, slide, f"{where}: slide"),
-        text=build(TextConfig, text, f"{where}: text"),
-        decoder=None if decoder is None else build(DecoderConfig, decoder, f"{where}: decoder"),
+        slide=slide,
+        text=text,
+        decoder=decoder,
+        text_type=str(text_type),
+        decoder_type=decoder_type or "scratch",
         embed_dim=top.embed_dim,
+        project_text=top.project_text,
         tile_width=None if top.tile_width == "auto" else top.tile_width,
         pooling=top.pooling,
         lora=tuple(build(LoRAConfig, entry, f"{where}: lora") for entry in top.lora),
     )
+    _check(config, where)
+    return config
+
+
+def _check(config: ModelConfig, where: str) -> None:
+    """What the parts ask of each other."""
+    decoder, text = config.decoder, config.text
+    if decoder is not None:
+        if not TEXT_ENCODERS[config.text_type].causal:
+            raise ConfigError(
+                f"{where}: no decoder can stand on a text tower of type {config.text_type}, whose "
+                "states know the words to come; make it a clip model, or take another text type"
+            )
+        if decoder.words and not text.prior_rank:
+            raise ConfigError(
+                f"{where}: decoder.words needs a text prior; set text.prior_rank above 0"
+            )
+    if config.family == "lm" and (text.prior_rank or decoder.gist or decoder.words):
+        raise ConfigError(
+            f"{where}: text.prior_rank, decoder.gist and decoder.words are about the slide's "
+            "embedding, which a model of family lm has not"
+        )
+    if config.family != "lm" and not config.project_text and config.text_type != "hf":
+        _same_width(text.width, config.embed_dim, where)
+
+
+def _same_width(width: int, embed_dim: int, where: str) -> None:
+    if width != embed_dim:
+        raise ConfigError(
+            f"{where}: without project_text the text's width {width} must be embed_dim {embed_dim}"
+        )
+
+
+def _part(
+    known: Registry[Any], content: Mapping[str, Any] | None, where: str, default: str | None = None
+) -> tuple[str | None, Any]:
+    """Type and configuration of a part; None and None where there is none."""
+    if content is None:
+        return None, None
+    section = dict(content)
+    kind = default if default is not None and "type" not in section else _type_of(section, where)
+    kind, _, source = kind.partition(":")
+    if source and kind == "hf":
+        section["source"] = source
+    elif source:
+        kind = f"{kind}:{source}"
+    if kind not in known:
+        raise ConfigError(f"{where}: {unknown(known.kind, kind, list(known))}")
+    return kind, build(known[kind].Config, section, where)
 
 
 def _type_of(section: dict[str, Any], where: str) -> str:

@@ -21,7 +21,7 @@ from slidevlm import dist
 from slidevlm.batch import Batch, Output
 from slidevlm.errors import TrainingError
 from slidevlm.losses import caption_loss_sum, contrastive_loss, siglip_loss
-from slidevlm.models import CoCa
+from slidevlm.models import Model
 from slidevlm.precision import Precision
 
 # image [N, E], text [N, E], scale [], bias [] or None, report_ids [N] -> []
@@ -87,7 +87,7 @@ class Step:
 
     def __init__(
         self,
-        model: CoCa,
+        model: Model,
         optimizer: torch.optim.Optimizer,
         objective: Objective,
         precision: Precision,

@@ -283,3 +283,102 @@ def test_the_mean_of_normalised_prompts_is_not_the_normalised_sum_of_raw_ones() 
         ).rows
     )
     np.testing.assert_allclose(found, [[math.sqrt(0.5)] * 2, [1, 0]], atol=1e-6)
+
+
+# --- ensembles, spread over prompts, multi-label tasks ----------------------------------------
+
+
+def ensemble_of(n: tuple[int, ...], kind: str = "mean", **more: object) -> ClassTexts:
+    rows = tuple(unit((k, 6), 10 + i) for i, k in enumerate(n))
+    return ClassTexts(CLASSES[: len(n)], rows, ensemble=kind, **more)  # type: ignore[arg-type]
+
+
+def test_the_sum_of_probabilities_is_that_of_a_softmax_over_prompts() -> None:
+    texts, image = ensemble_of((1, 4, 2), "probabilities"), unit((30, 6), 1)
+    p = probabilities(image, np.concatenate(texts.rows), 8.0)
+    expected = np.stack([p[:, 0], p[:, 1:5].sum(1), p[:, 5:].sum(1)], 1)
+    logits = texts.logits(image, 8.0)
+    found = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    other = ensemble_of((1, 4, 2)).logits(image, 8.0)
+    assert (other.argmax(1) != logits.argmax(1)).any(), "else the kinds would not differ"
+
+
+def test_one_prompt_a_class_is_the_same_either_way() -> None:
+    image = unit((30, 6), 1)
+    a, b = (ensemble_of((1, 1, 1), kind).logits(image, 9.0) for kind in ("mean", "probabilities"))
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_spread_over_single_prompts() -> None:
+    """Two prompts of one class, one of the other: two choices there are."""
+    image, labels = unit((40, 6), 1), labels_for("AB", 40)
+    rows = (unit((2, 6), 3), unit((1, 6), 4))
+    task = ZeroShot(ClassTexts(("A", "B"), rows), labels, Bootstrap(0, 0.9))
+    result = task(predictions(image))
+    single = [
+        zero_shot(np.stack([row, rows[1][0]]), "AB", labels)(predictions(image)).metrics[
+            "zero_shot/task/balanced_accuracy"
+        ]
+        for row in rows[0]
+    ]
+    spread = result.details["zero_shot/task"]["prompt_sensitivity"]
+    assert spread["of"] == "single_prompt" and spread["draws"] == 50
+    assert [spread["least"], spread["most"]] == pytest.approx(sorted(single), abs=1e-12)
+    name = "zero_shot/task/single_prompt/balanced_accuracy"
+    assert result.metrics[name] == spread["median"]
+    assert result.intervals[name] == pytest.approx(tuple(sorted(single)), abs=1e-12)
+
+
+def test_spread_over_the_ensembles_of_a_file() -> None:
+    image, labels = unit((40, 6), 1), labels_for("AB", 40)
+    rows = (unit((3, 6), 3), unit((2, 6), 4))
+    sets = ((np.array([0, 2]), np.array([1])), (np.array([1]), np.array([0, 1])))
+    result = ZeroShot(ClassTexts(("A", "B"), rows, sets), labels)(predictions(image))
+    single = []
+    for one in sets:
+        embeddings = centres([r[i] for r, i in zip(rows, one, strict=True)])
+        metrics = zero_shot(embeddings, "AB", labels)(predictions(image)).metrics
+        single.append(metrics["zero_shot/task/balanced_accuracy"])
+    spread = result.details["zero_shot/task"]["prompt_sensitivity"]
+    assert spread["of"] == "ensemble" and spread["draws"] == 2
+    assert [spread["least"], spread["most"]] == pytest.approx(sorted(single), abs=1e-12)
+
+
+def test_one_prompt_a_class_has_no_spread() -> None:
+    result = zero_shot(unit((2, 6), 2), "AB", labels_for("AB", 9))(predictions(unit((9, 6), 1)))
+    assert "prompt_sensitivity" not in result.details["zero_shot/task"]
+    assert not any("single_prompt" in name for name in result.metrics)
+
+
+def test_a_multi_label_task() -> None:
+    random = np.random.default_rng(0)
+    image, embeddings = unit((60, 6), 1), unit((4, 6), 2)
+    member = random.random((60, 4)) < 0.3
+    member[:, 3] = False  # a class that never occurs
+    found = {f"s{i}": tuple(np.array(CLASSES)[row].tolist()) for i, row in enumerate(member)}
+    del found["s59"]
+    labels = Labels("signs", found, several=True)
+    bootstrap = Bootstrap(25, seed=1)
+    split = predictions(image)
+    result = zero_shot(embeddings, CLASSES, labels, bootstrap)(split)
+    p = probabilities(image, embeddings, 5.0)[:59]
+    area = [sk.roc_auc_score(member[:59, c], p[:, c]) for c in range(3)]
+    precision = [sk.average_precision_score(member[:59, c], p[:, c]) for c in range(3)]
+    assert result.metrics == pytest.approx(
+        {
+            "zero_shot/signs/auroc_macro": np.mean(area),
+            "zero_shot/signs/average_precision_macro": np.mean(precision),
+        },
+        abs=1e-12,
+    )
+    details = result.details["zero_shot/signs"]
+    assert details["without_label"] == 1 and details["per_class"]["D"]["specimens"] == 0
+    assert details["per_class"]["B"]["auroc"] == pytest.approx(area[1], abs=1e-12)
+    counts = np.concatenate(list(bootstrap.blocks(split.patient_ids[:59])))
+    for r in range(25):
+        drawn = np.repeat(np.arange(59), counts[r])
+        there = [c for c in range(3) if member[drawn, c].any()]
+        expected = np.mean([sk.roc_auc_score(member[drawn, c], p[drawn, c]) for c in there])
+        value = result.resampled["zero_shot/signs/auroc_macro"][r]
+        assert value == pytest.approx(expected, abs=1e-12)

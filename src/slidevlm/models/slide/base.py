@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.models.attention import OwnStart
 from slidevlm.models.linear import normalised_linear
+from slidevlm.models.mode import Group, Recomputing
 from slidevlm.registry import Registry
 
-# Name of a part, and the modules and parameters it consists of.
-Group = tuple[str, list[nn.Module | nn.Parameter]]
 
-
-class SlideEncoder(nn.Module):
+class SlideEncoder(Recomputing):
     """Base class. `width` is the width of the tokens that `forward` returns, `heads` the number
     of heads with which a pooler should read them.
-
-    With `checkpointing`, what a block computes is not kept for the backward pass but computed
-    again in it, its dropout replayed: less memory, more time, the same gradients.
     """
 
     Config: ClassVar[type[Any]]
     width: int
     heads: int
-    checkpointing: bool = False
 
     @abstractmethod
     def forward(self, bags: Bags) -> Tensor:
@@ -45,12 +37,6 @@ class SlideEncoder(nn.Module):
     @abstractmethod
     def groups(self) -> list[Group]:
         """Parts from input to output, for locking; each parameter is in exactly one of them."""
-
-    def run(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        """`block(*inputs)`, computed again in the backward pass if `checkpointing`."""
-        if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
 
 def needed_positions(bags: Bags, encoder: str) -> Tensor:

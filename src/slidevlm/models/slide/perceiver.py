@@ -17,10 +17,10 @@ from slidevlm.models.attention import (
     OwnStart,
     SelfAttentionLayer,
 )
+from slidevlm.models.mode import Group
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     FourierPositions,
-    Group,
     SlideEncoder,
     Standardise,
     check_heads,

@@ -1,15 +1,18 @@
-"""The decoder that reads slide tokens and writes the report."""
+"""Decoders: they read slide tokens and write the report. Registered by name, as the towers are."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import CrossAttention, KeyValues, LayerCache, SelfAttentionLayer
+from slidevlm.models.mode import Group, Recomputing
+from slidevlm.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -48,58 +51,26 @@ class DecoderCache:
             self.slide = [(key[slides], value[slides]) for key, value in self.slide]
 
 
-class _Layer(nn.Module):
-    """Cross-attention to the slide, then a causal transformer layer."""
+class ReportDecoder(Recomputing):
+    """Base class: layers over the text tower's hidden states.
 
-    def __init__(self, width: int, config: DecoderConfig, context_width: int) -> None:
-        super().__init__()
-        self.key_values = KeyValues(width, context_width, config.heads)
-        self.cross = CrossAttention(width, config.heads, config.dropout)
-        self.causal = SelfAttentionLayer(width, config.heads, config.dropout, causal=True)
+    Built from its own `Config`, the text tower's width, the vocabulary's size, and the width of
+    the slide tokens it reads: None for a language model, which reads no slide.
+    """
 
-    def forward(
-        self, x: Tensor, slide: tuple[Tensor, Tensor], cache: LayerCache | None = None
-    ) -> Tensor:
-        return self.causal(x + self.cross(x, *slide), cache)
+    Config: ClassVar[type[Any]]
+    layers: nn.ModuleList
+    vocabulary: nn.Linear
 
-
-class Decoder(nn.Module):
-    """Layers over the text encoder's hidden states; every layer also reads the slide."""
-
-    def __init__(
-        self, config: DecoderConfig, width: int, vocab_size: int, *, context_width: int
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            _Layer(width, config, context_width) for _ in range(config.layers)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.vocabulary = nn.Linear(width, vocab_size, bias=False)
-
+    @abstractmethod
     def new_caches(self, batch: int, capacity: int, like: Tensor) -> list[LayerCache]:
         """Empty caches of the text, one a layer."""
-        layers = cast("list[_Layer]", list(self.layers))
-        return [layer.causal.attention.new_cache(batch, capacity, like) for layer in layers]
 
-    def tie(self, embedding: nn.Embedding) -> None:
-        """Use the token embedding as vocabulary projection."""
-        self.vocabulary.weight = embedding.weight
-
+    @abstractmethod
     def view(self, slide_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Slide tokens [B, N, context width] -> every layer's keys and values [B, H, N, d]."""
-        layers = cast("list[_Layer]", list(self.layers))
-        return [layer.key_values(slide_tokens) for layer in layers]
+        """Slide tokens [B, N, slide width] -> every layer's keys and values [B, H, N, d]."""
 
-    def forward(
-        self,
-        hidden: Tensor,
-        slide: Sequence[tuple[Tensor, Tensor]],
-        caches: Sequence[LayerCache] | None = None,
-    ) -> Tensor:
-        """hidden [B, L, width] and `view`'s result -> logits [B, L, V]."""
-        logits: Tensor = self.vocabulary(self.states(hidden, slide, caches))
-        return logits
-
+    @abstractmethod
     def states(
         self,
         hidden: Tensor,
@@ -107,7 +78,88 @@ class Decoder(nn.Module):
         caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
         """What the vocabulary projection reads: [B, L, width]."""
+
+    @abstractmethod
+    def groups(self) -> list[Group]:
+        """Name and parts of each group of weights, from input to output."""
+
+    def forward(
+        self,
+        hidden: Tensor,
+        slide: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """hidden [B, L, width] and `view`'s result (empty: no slide) -> logits [B, L, V]."""
+        logits: Tensor = self.vocabulary(self.states(hidden, slide, caches))
+        return logits
+
+    def tie(self, embedding: nn.Embedding) -> None:
+        """Use the token embedding as vocabulary projection."""
+        self.vocabulary.weight = embedding.weight
+
+
+DECODERS: Registry[type[ReportDecoder]] = Registry("decoder type")
+
+
+class _Layer(nn.Module):
+    """Cross-attention to the slide, where there is one, then a causal transformer layer."""
+
+    def __init__(self, width: int, config: DecoderConfig, slide_width: int | None) -> None:
+        super().__init__()
+        self.key_values: KeyValues | None = None
+        self.cross: CrossAttention | None = None
+        if slide_width is not None:
+            self.key_values = KeyValues(width, slide_width, config.heads)
+            self.cross = CrossAttention(width, config.heads, config.dropout)
+        self.causal = SelfAttentionLayer(width, config.heads, config.dropout, causal=True)
+
+    def forward(
+        self, x: Tensor, slide: tuple[Tensor, Tensor] | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        if self.cross is not None:
+            assert slide is not None, "this layer reads a slide"
+            x = x + self.cross(x, slide[0], slide[1])
+        return self.causal(x, cache)
+
+
+@DECODERS.register("scratch")
+class Decoder(ReportDecoder):
+    """Layers over the text encoder's hidden states; every layer also reads the slide."""
+
+    Config = DecoderConfig
+
+    def __init__(
+        self, config: DecoderConfig, width: int, vocab_size: int, slide_width: int | None
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            _Layer(width, config, slide_width) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.vocabulary = nn.Linear(width, vocab_size, bias=False)
+
+    def new_caches(self, batch: int, capacity: int, like: Tensor) -> list[LayerCache]:
+        layers = cast("list[_Layer]", list(self.layers))
+        return [layer.causal.attention.new_cache(batch, capacity, like) for layer in layers]
+
+    def view(self, slide_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+        projections = [layer.key_values for layer in cast("list[_Layer]", list(self.layers))]
+        return [project(slide_tokens) for project in projections if project is not None]
+
+    def states(
+        self,
+        hidden: Tensor,
+        slide: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
         x = hidden
         for i, layer in enumerate(self.layers):
-            x = layer(x, slide[i], caches[i] if caches else None)
+            view = slide[i] if slide else None
+            x = self.run(layer, x, view, caches[i] if caches else None)
         return self.norm(x)
+
+    def groups(self) -> list[Group]:
+        return [
+            *((f"layer_{i}", [layer]) for i, layer in enumerate(self.layers)),
+            ("vocabulary", [self.norm, self.vocabulary]),
+        ]

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import LayerCache, SelfAttentionLayer
+from slidevlm.models.mode import Group
+from slidevlm.models.text.base import TEXT_ENCODERS, PositionEmbedding, TextTower
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,21 @@ class TextConfig:
         if self.width % self.heads:
             raise ConfigError(f"text.width {self.width} does not divide by {self.heads} heads")
 
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer comes from, or "train"."""
+        return self.tokenizer
 
-class PositionEmbedding(nn.Embedding):
-    """Learned positions; a type of their own because weight decay spares them."""
 
-
-class TextEncoder(nn.Module):
+@TEXT_ENCODERS.register("scratch")
+class TextEncoder(TextTower):
     """Causal transformer. A report's embedding is read at its last real token, EOS.
 
     Causality makes every output independent of what stands to the right, so padding changes
     nothing and a prefix can be cached.
     """
+
+    Config = TextConfig
 
     def __init__(self, config: TextConfig, vocab_size: int) -> None:
         super().__init__()
@@ -54,24 +60,31 @@ class TextEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, tokens: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
-        """tokens [B, L] -> hidden states [B, L, width].
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.tokens
 
-        With caches, `tokens` are those after the cached ones.
-        """
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, caches: list[LayerCache] | None = None
+    ) -> Tensor:
         start = caches[0].length if caches else 0
         places = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.dropout(self.tokens(tokens) + self.positions(places))
         for i, layer in enumerate(self.layers):
-            x = layer(x, caches[i] if caches else None)
+            x = self.run(layer, x, caches[i] if caches else None)
         return x
 
     def new_caches(self, batch: int, capacity: int, like: Tensor) -> list[LayerCache]:
-        """Empty caches, one a layer."""
         layers = cast("list[SelfAttentionLayer]", list(self.layers))
         return [layer.attention.new_cache(batch, capacity, like) for layer in layers]
 
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """hidden [B, L, width], mask [B, L] -> [B, width], the state at the last real token."""
         last = mask.sum(1) - 1
         return self.norm(hidden[torch.arange(len(hidden), device=hidden.device), last])
+
+    def groups(self) -> list[Group]:
+        return [
+            ("embeddings", [self.tokens, self.positions]),
+            *((f"layer_{i}", [layer]) for i, layer in enumerate(self.layers)),
+            ("final_norm", [self.norm]),
+        ]

@@ -1,0 +1,232 @@
+"""Any text encoder of Hugging Face's transformers as text tower: type `hf:<folder or name>`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slidevlm.errors import ConfigError
+from slidevlm.models.attention import LayerCache
+from slidevlm.models.mode import Group
+from slidevlm.models.text.base import TEXT_ENCODERS, QueryPool, TextTower
+
+# Models whose first token was trained to stand for the text.
+CLS_FAMILIES = frozenset(
+    (
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "distilbert",
+        "electra",
+        "mpnet",
+        "deberta",
+        "deberta-v2",
+        "albert",
+        "roformer",
+        "longformer",
+        "big_bird",
+        "modernbert",
+        "nomic_bert",
+    )
+)
+_WIDTHS = ("hidden_size", "d_model", "dim", "n_embd", "hidden_dim")
+
+
+@dataclass(frozen=True)
+class HuggingFaceConfig:
+    """The `text` part of a model configuration of type hf:<source>."""
+
+    source: str  # folder or hub name
+    context_length: int = 256  # tokens of a report at most, BOS and EOS included
+    tokenizer: str = ""  # folder or hub name; empty: that of `source`
+    pooling: str = "auto"  # cls; attention: by a learned query; auto: cls for the BERT family
+    pool_heads: int = 8
+    prior_rank: int = 0
+    freeze: bool = False
+    # The folder's config.json, taken when a run begins and kept in the checkpoint.
+    architecture: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ConfigError("text type hf: names no model; write hf:<folder or name>")
+        if self.pooling not in ("auto", "cls", "attention"):
+            raise ConfigError(f"text.pooling {self.pooling!r} is not one of auto, cls, attention")
+        if self.tokenizer == "train":
+            raise ConfigError(
+                "text.tokenizer train: the token vectors of a published model belong to its own "
+                "tokenizer; leave it out"
+            )
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer comes from."""
+        return self.tokenizer or self.source
+
+    @property
+    def width(self) -> int:
+        """Of the hidden states, known with the architecture."""
+        assert self.architecture is not None, "the architecture must be known by now"
+        for key in _WIDTHS:
+            if isinstance(self.architecture.get(key), int):
+                return int(self.architecture[key])
+        raise ConfigError(f"text: {self.source} does not tell its width in config.json")
+
+    @property
+    def pools_cls(self) -> bool:
+        """Whether the first token stands for the text."""
+        if self.pooling != "auto":
+            return self.pooling == "cls"
+        assert self.architecture is not None, "the architecture must be known by now"
+        return self.architecture.get("model_type") in CLS_FAMILIES
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            "a text tower of type hf: needs the package transformers (pip install 'slidevlm[hf]')"
+        ) from None
+    return transformers
+
+
+@TEXT_ENCODERS.register("hf")
+class HuggingFaceTower(TextTower):
+    """A model of transformers, its published code, run without remote code."""
+
+    Config = HuggingFaceConfig
+    causal = False
+
+    def __init__(self, config: HuggingFaceConfig, vocab_size: int) -> None:
+        super().__init__()
+        self._recomputing = False
+        self.width, self.context_length = config.width, config.context_length
+        self.model = _build(config)
+        if vocab_size > self.embedding.num_embeddings:
+            self.model.resize_token_embeddings(vocab_size, mean_resizing=False)
+        places = getattr(self.model.config, "max_position_embeddings", None)
+        if isinstance(places, int) and config.context_length > places:
+            raise ConfigError(
+                f"text.context_length {config.context_length} is more than the {places} positions "
+                f"of {config.source}"
+            )
+        self.pooler = None if config.pools_cls else QueryPool(config.width, config.pool_heads)
+        if config.freeze:
+            self.model.requires_grad_(requires_grad=False)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether the published code recomputes its layers' activations."""
+        return self._recomputing
+
+    @checkpointing.setter
+    def checkpointing(self, wanted: bool) -> None:
+        self._recomputing = wanted
+        if wanted:
+            kind = {"use_reentrant": False}
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
+        else:
+            self.model.gradient_checkpointing_disable()
+
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, caches: list[LayerCache] | None = None
+    ) -> Tensor:
+        assert caches is None, "this tower is not causal"
+        seen = torch.ones_like(tokens) if mask is None else mask.long()
+        return self.model(input_ids=tokens, attention_mask=seen).last_hidden_state
+
+    def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        return hidden[:, 0] if self.pooler is None else self.pooler(hidden, mask)
+
+    def new_caches(self, batch: int, capacity: int, like: Tensor) -> list[LayerCache]:
+        raise AssertionError("this tower is not causal; the schema admits no decoder on it")
+
+    def groups(self) -> list[Group]:
+        layers = _layers(self.model)
+        inside = {id(p) for layer in layers for p in layer.parameters()}
+        before: list[nn.Module | nn.Parameter] = []
+        after: list[nn.Module | nn.Parameter] = []
+        passed = False
+        for parameter in self.model.parameters():
+            if id(parameter) in inside:
+                passed = True
+            else:
+                (after if passed else before).append(parameter)
+        if self.pooler is not None:
+            after.append(self.pooler)
+        groups: list[Group] = [("embeddings", before)]
+        groups += [(f"layer_{i}", [layer]) for i, layer in enumerate(layers)]
+        return [*groups, ("final_norm", after)] if after else groups
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a published model's tensors; rows of tokens that it lacks start at the mean."""
+        mine = self.model.state_dict()
+        for name, tensor in state.items():
+            if name in mine and mine[name].shape != tensor.shape:
+                rows = tensor.mean(0).expand(mine[name].shape).clone()
+                rows[: len(tensor)] = tensor
+                mine[name] = rows
+            elif name in mine:
+                mine[name] = tensor
+        self.model.load_state_dict(mine)
+
+
+def _build(config: HuggingFaceConfig) -> Any:
+    transformers = _transformers()
+    assert config.architecture is not None, "the architecture must be known by now"
+    content = {k: v for k, v in config.architecture.items() if k not in ("auto_map", "model_type")}
+    kind = config.architecture.get("model_type")
+    try:
+        published = transformers.AutoConfig.for_model(kind, **content)
+        model = transformers.AutoModel.from_config(published, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"text: transformers {transformers.__version__} cannot build {config.source} of type "
+            f"{kind!r}: {error}"
+        ) from error
+    if published.is_encoder_decoder:
+        model = model.get_encoder()
+    return _without_pooler(model)
+
+
+def _without_pooler(model: Any) -> Any:
+    """BERT's own pooler feeds a task that is not ours; it would be trained by nothing."""
+    if isinstance(getattr(model, "pooler", None), nn.Module):
+        model.pooler = None
+    return model
+
+
+def published_state(config: HuggingFaceConfig, folder: str) -> dict[str, Tensor]:
+    """The tensors of a folder's weights under this model's names.
+
+    Raises:
+        ConfigError: transformers cannot read them, or they lack some.
+    """
+    transformers = _transformers()
+    try:
+        model, report = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # of many kinds
+        raise ConfigError(f"text: transformers cannot read {folder}: {error}") from error
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
+    if missing:
+        raise ConfigError(f"text: the weights in {folder} lack {', '.join(sorted(missing)[:5])}")
+    return _without_pooler(model).state_dict()
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of the model: its longest list of modules that is not inside another."""
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len) if lists else []
