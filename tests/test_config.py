@@ -195,8 +195,6 @@ def test_what_has_no_effect_yet_is_refused(argument: Any) -> None:
             {"report_to": "tensorboard", "wandb_project_name": "x"},
             "--wandb-project-name works only with --report-to wandb",
         ),
-        ({"report_to": "all,"}, "--report-to all, is not available yet"),
-        ({"report_to": "tensorboard, all"}, "is not available yet"),
         ({"report_to": "mlflow"}, "does not know mlflow"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"lr": -1.0}, "--lr must be at least 0"),
