@@ -1,7 +1,7 @@
 """A run on the tcga data beside simple baselines: retrieval, classification, organs in reports.
 
     slidevlm train --config examples/tcga.yaml --name tcga
-    slidevlm evaluate logs/tcga --probe --eval-metric-bootstraps 1000 --save-captions \\
+    slidevlm evaluate logs/tcga --probe --eval-metric-bootstraps 1000 --no-save-captions \\
         --few-shot-examples DATA/few_shot_1.json DATA/few_shot_4.json DATA/few_shot_16.json
     python benchmarks/tcga.py logs/tcga [DATA]
 
