@@ -19,6 +19,7 @@ from slidevlm.app.fitting import fit
 from slidevlm.app.folders import claimed_folder, config_name, evaluation_prefix
 from slidevlm.app.judging import Judge
 from slidevlm.app.outputs import Outcome
+from slidevlm.app.preparing import prepare
 from slidevlm.app.trained import Trained, model_for
 from slidevlm.app.weights import Start, start_of
 from slidevlm.config import (
@@ -122,6 +123,7 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
     data = open_data(config)
     prefix = evaluation_prefix(config, folder)  # before the run writes a config.yaml
     trained = model_for(config, data, start, precision.device)
+    prepare(config, trained)
     new = folder is not None and dist.is_main()
     with Run(folder if new else None, sorted(config.reports), _told_until(config, start)) as run:
         run.write(config_name(config, folder), to_yaml(config))

@@ -15,7 +15,7 @@ from slidevlm.eval import Task
 from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.prompts import read_labels, read_prompts
 from slidevlm.eval.survival import read_survival
-from slidevlm.eval.tasks.captions import captions
+from slidevlm.eval.tasks.captions import Captions
 from slidevlm.eval.tasks.few_shot import FewShot, read_few_shot, resolve_examples
 from slidevlm.eval.tasks.probe import fit_probes
 from slidevlm.eval.tasks.retrieval import Retrieval
@@ -139,5 +139,5 @@ class Suite:
         if probe is not None and self.survival is not None:
             tasks.append(fit_survival(probe.train, self.survival, self.bootstrap))
         if generated:
-            tasks.append(captions)
+            tasks.append(Captions(self.bootstrap))
         return tasks

@@ -8,13 +8,23 @@ import numpy as np
 import pytest
 
 from slidevlm.batch import Predictions
-from slidevlm.eval.tasks.captions import captions
+from slidevlm.eval.bootstrap import Bootstrap
+from slidevlm.eval.tasks.captions import Captions
 from slidevlm.eval.text_metrics import bleu, cider, rouge
 
 NAMES = {
-    *(f"captions/{n}" for n in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")),
-    "captions/length_ratio",
-    "captions/most_frequent_share",
+    f"captions/{name}"
+    for name in (
+        *(f"bleu_{n}" for n in (1, 2, 3, 4)),
+        *("rouge_l", "cider", "cider_plain", "meteor_exact_stem", "keyword_jaccard"),
+        *("exact_match", "same_tokens", "repetition_4", "distinct_1", "distinct_2"),
+        *("length_ratio", "most_frequent_share"),
+        *(
+            f"clinical/{field}/{score}"
+            for field in ("site", "procedure", "type", "grade", "stage", "margin", "lymph_nodes")
+            for score in ("precision", "recall", "f1")
+        ),
+    )
 }
 
 
@@ -28,7 +38,7 @@ def predictions(generated: tuple[str, ...] | None, reports: tuple[str, ...]) -> 
 def test_scores_are_those_of_the_tokens() -> None:
     generated = ("Breast, biopsy; carcinoma grade II.", "Normal colon.", "normal COLON")
     reports = ("Breast biopsy: carcinoma, grade I", "Normal colon!", "Polyp of the colon")
-    metrics = captions(predictions(generated, reports)).metrics
+    metrics = Captions()(predictions(generated, reports)).metrics
     assert set(metrics) == NAMES
     ours = [
         ["breast", "biopsy", "carcinoma", "grade", "ii"],
@@ -51,20 +61,20 @@ def test_scores_are_those_of_the_tokens() -> None:
 
 def test_generated_and_true_are_not_exchanged() -> None:
     few, many = ("a",), ("a b c d",)
-    assert captions(predictions(few, many)).metrics["captions/length_ratio"] == 0.25
-    assert captions(predictions(many, few)).metrics["captions/length_ratio"] == 4
-    assert captions(predictions(many, few)).metrics["captions/bleu_1"] == pytest.approx(0.25)
+    assert Captions()(predictions(few, many)).metrics["captions/length_ratio"] == 0.25
+    assert Captions()(predictions(many, few)).metrics["captions/length_ratio"] == 4
+    assert Captions()(predictions(many, few)).metrics["captions/bleu_1"] == pytest.approx(0.25)
 
 
 def test_one_report_for_every_slide_is_seen() -> None:
     reports = tuple(f"report {i}" for i in range(4))
-    metrics = captions(predictions(("x", "x", "y", "x"), reports)).metrics
+    metrics = Captions()(predictions(("x", "x", "y", "x"), reports)).metrics
     assert metrics["captions/most_frequent_share"] == 0.75
 
 
 def test_perfect_reports() -> None:
     reports = ("tumour of the left lung", "normal tissue of the colon")
-    metrics = captions(predictions(reports, reports)).metrics
+    metrics = Captions()(predictions(reports, reports)).metrics
     for name in ("bleu_1", "bleu_4", "rouge_l", "length_ratio"):
         assert metrics[f"captions/{name}"] == pytest.approx(1.0, abs=1e-8)
     assert metrics["captions/cider"] == pytest.approx(10.0)
@@ -75,12 +85,28 @@ def test_perfect_reports() -> None:
     [(("", ""), ("a report", "another")), (("text", "."), ("...", "!")), (("",), (".",))],
 )
 def test_empty_texts_give_numbers(generated: tuple[str, ...], reports: tuple[str, ...]) -> None:
-    metrics = captions(predictions(generated, reports)).metrics
+    metrics = Captions()(predictions(generated, reports)).metrics
     assert set(metrics) == NAMES
-    assert all(math.isfinite(value) for value in metrics.values())
+    undefined = {name for name, value in metrics.items() if not math.isfinite(value)}
+    assert undefined <= {n for n in NAMES if "/clinical/" in n or "/distinct_" in n}
     assert metrics["captions/rouge_l"] == metrics["captions/cider"] == 0.0
 
 
 def test_without_generated_reports_it_is_a_mistake_to_ask() -> None:
     with pytest.raises(AssertionError, match="generated reports"):
-        captions(predictions(None, ("a",)))
+        Captions()(predictions(None, ("a",)))
+
+
+def test_intervals_of_every_score_by_patient() -> None:
+    reports = tuple(f"lung, biopsy; adenoma, grade {i % 3 + 1}" for i in range(12))
+    generated = (*reports[1:], "colon")
+    result = Captions(Bootstrap(50))(predictions(generated, reports))
+    assert result.resampled.keys() == result.metrics.keys() == NAMES
+    low, high = Bootstrap(50).interval(result.resampled["captions/rouge_l"])
+    assert low < result.metrics["captions/rouge_l"] < high
+    assert len(result.columns["captions/rouge_l"]) == 12
+    mean = sum(result.columns["captions/rouge_l"]) / 12
+    assert result.metrics["captions/rouge_l"] == pytest.approx(mean)
+    again = Captions(Bootstrap(50))(predictions(generated, reports))
+    for name, values in result.resampled.items():
+        assert np.array_equal(values, again.resampled[name], equal_nan=True)

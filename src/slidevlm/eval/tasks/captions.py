@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import dataclass, field
 
 from slidevlm.batch import Predictions
+from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.task import TaskResult
-from slidevlm.eval.text_metrics import bleu, cider, rouge
-from slidevlm.eval.text_metrics.ngrams import tokenize
+from slidevlm.eval.text_metrics.scoring import Scoring
 
 
-def captions(predictions: Predictions) -> TaskResult:
-    """BLEU-1..4, ROUGE-L, CIDEr, length ratio, and the share of the most frequent report.
+@dataclass(frozen=True)
+class Captions:
+    """Task: every score of `text_metrics.scoring`, and what it says of single reports.
 
-    A share near 1 tells that the model writes one report for every slide.
+    `most_frequent_share` near 1 tells that the model writes one report for every slide.
     """
-    assert predictions.generated is not None, "this task needs generated reports"
-    ours = [tokenize(text) for text in predictions.generated]
-    theirs = [tokenize(text) for text in predictions.reports]
-    values: dict[str, float] = {}
-    for score in (bleu, rouge, cider):
-        values |= score.score(score.statistics(ours, theirs))
-    written = sum(len(t) for t in ours)
-    values["length_ratio"] = written / max(1, sum(len(t) for t in theirs))
-    values["most_frequent_share"] = Counter(predictions.generated).most_common(1)[0][1] / len(ours)
-    return TaskResult({f"captions/{name}": value for name, value in values.items()})
+
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    scoring: Scoring = field(default_factory=Scoring)
+
+    def __call__(self, predictions: Predictions) -> TaskResult:
+        """Metrics `captions/<score>`."""
+        assert predictions.generated is not None, "this task needs generated reports"
+        counted = self.scoring.count(predictions.generated, predictions.reports)
+        result = TaskResult({f"captions/{k}": v for k, v in counted.scores().items()})
+        for name in ("rouge_l", "cider"):
+            result.columns[f"captions/{name}"] = counted.means[name].tolist()
+        if self.bootstrap:
+            units = self.bootstrap.units(predictions)
+            drawn = self.bootstrap.values(units, counted.values)
+            result.resampled.update({f"captions/{k}": v for k, v in drawn.values.items()})
+        return result

@@ -30,10 +30,14 @@ def statistics(
 
 def score(statistics: np.ndarray) -> dict[str, float]:
     """`bleu_1` .. `bleu_4` of the corpus whose rows these are."""
-    sums = statistics.sum(0)
-    matches, totals = sums[:_ORDER], sums[_ORDER : 2 * _ORDER]
+    return {name: float(value) for name, value in finish(statistics.sum(0)).items()}
+
+
+def finish(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Sums [..., 10] of the statistics of corpora -> their `bleu_1` .. `bleu_4`, each [...]."""
+    matches, totals = sums[..., :_ORDER], sums[..., _ORDER : 2 * _ORDER]
     precision = (matches + _TINY) / (totals + _SMALL)
-    geometric = np.exp(np.cumsum(np.log(precision)) / np.arange(1, _ORDER + 1))
-    ratio = (sums[-2] + _TINY) / (sums[-1] + _SMALL)
-    brevity = np.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    return {f"bleu_{n + 1}": float(geometric[n] * brevity) for n in range(_ORDER)}
+    geometric = np.exp(np.cumsum(np.log(precision), axis=-1) / np.arange(1, _ORDER + 1))
+    ratio = (sums[..., -2] + _TINY) / (sums[..., -1] + _SMALL)
+    brevity = np.where(ratio < 1, np.exp(1 - 1 / np.minimum(ratio, 1)), 1.0)
+    return {f"bleu_{n + 1}": geometric[..., n] * brevity for n in range(_ORDER)}

@@ -1,4 +1,8 @@
-"""CIDEr-D (Vedantam et al., 2015), the form that pycocoevalcap's `Cider` computes."""
+"""CIDEr and CIDEr-D (Vedantam et al., 2015), one reference a report.
+
+`cider` is what pycocoevalcap's `Cider` computes: the D form, with counts clipped to the reference's
+and a Gaussian penalty on the difference of lengths. `cider_plain` is the cosine alone, times 10.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +20,29 @@ _ORDER, _SIGMA = 4, 6.0
 def statistics(
     generated: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
 ) -> np.ndarray:
-    """[N] CIDEr of each report; document frequencies are those of all references given."""
+    """[N] CIDEr-D of each report; document frequencies are those of all references given."""
+    return both(generated, references)[:, 0]
+
+
+def both(generated: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """[N, 2] CIDEr-D and CIDEr of each report."""
     theirs = [[ngrams(r, n) for n in range(1, _ORDER + 1)] for r in references]
     frequency: Counter[tuple[str, ...]] = Counter(g for r in theirs for n in r for g in n)
     log_n = math.log(len(references)) if references else 0.0
     values = []
     for candidate, reference, counts in zip(generated, references, theirs, strict=True):
         penalty = math.exp(-((len(candidate) - len(reference)) ** 2) / (2 * _SIGMA**2))
-        total = 0.0
+        total = plain = 0.0
         for n in range(_ORDER):
             ours = _weigh(ngrams(candidate, n + 1), frequency, log_n)
             other = _weigh(counts[n], frequency, log_n)
             dot = sum(min(w, other[g]) * other[g] for g, w in ours.items() if g in other)
             norms = _norm(ours) * _norm(other)
             total += dot / norms * penalty if norms else dot * penalty
-        values.append(10 * total / _ORDER)
-    return np.array(values, dtype=np.float64)
+            product = sum(w * other[g] for g, w in ours.items() if g in other)
+            plain += product / norms if norms else product
+        values.append((10 * total / _ORDER, 10 * plain / _ORDER))
+    return np.array(values, dtype=np.float64).reshape(-1, 2)
 
 
 def score(statistics: np.ndarray) -> dict[str, float]:
