@@ -8,7 +8,6 @@ kernels and need the whole matrix. How bags of different lengths are attended to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -70,16 +69,22 @@ class KeyValues(nn.Module):
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """[..., N, C] -> key and value, each [..., H, N, d]."""
         key, value = self.project(self.norm(context)).chunk(2, dim=-1)
-        shape = (*key.shape[:-1], self.heads, -1)
-        return key.reshape(shape).transpose(-2, -3), value.reshape(shape).transpose(-2, -3)
+        key = key.unflatten(-1, (self.heads, -1))
+        value = value.unflatten(-1, (self.heads, -1))
+        return key.transpose(-2, -3), value.transpose(-2, -3)
 
     def of_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` of tile features [T, C] of any float type, which need no gradient.
 
-        No normalised copy of the features is kept, and keys and values are apart in memory.
+        No normalised copy of the features is kept, and keys and values are apart in memory. A
+        projection that is more than its weight (LoRA, quantised) is called as any other.
         """
+        if type(self.project) is not nn.Linear:
+            narrow = features.to(self.norm.weight.dtype)
+            key, value = self(narrow)
+            return key, value
         key, value = normalised_linear(features, self.norm, self.project.weight.chunk(2))
-        shape = (len(features), self.heads, -1)
+        shape = (features.shape[0], self.heads, -1)
         return key.view(shape).transpose(0, 1), value.view(shape).transpose(0, 1)
 
 
@@ -122,13 +127,14 @@ class CrossAttention(nn.Module):
         return self._merge(ragged_cross_attention(self._queries(x), key, value, lengths))
 
 
-@dataclass
 class LayerCache:
     """Keys and values of the tokens so far, [B, H, capacity, d], of which `length` are filled."""
 
-    key: Tensor
-    value: Tensor
-    length: int = 0
+    # Written out, as torch.jit.script has no source of what @dataclass makes.
+    def __init__(self, key: Tensor, value: Tensor, length: int = 0) -> None:
+        self.key = key
+        self.value = value
+        self.length = length
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new [B, H, n, d] and return all so far."""
@@ -167,8 +173,8 @@ class SelfAttention(nn.Module):
         """
         batch, length, width = x.shape
         projected = self.project(self.norm(x)).view(batch, length, 3, self.heads, -1)
-        query, key, value = projected.permute(2, 0, 3, 1, 4)
-        causal = self.causal and length > 1
+        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        causal = self.causal and (cache is None or length > 1)
         if cache is not None:
             assert length == 1 or cache.length == 0, "a prompt goes into an empty cache"
             key, value = cache.append(key, value)
@@ -220,9 +226,9 @@ class TileAttention(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """x [T, width]; `attend` takes query, key, value [H, T, d] -> [T, width]."""
-        projected = self.project(self.norm(x)).view(len(x), 3, self.heads, -1)
+        projected = self.project(self.norm(x)).view(x.shape[0], 3, self.heads, -1)
         attended = attend(*projected.permute(1, 2, 0, 3))
-        return self.dropout(self.out(attended.transpose(0, 1).reshape(len(x), -1)))
+        return self.dropout(self.out(attended.transpose(0, 1).flatten(1)))
 
 
 class TileLayer(nn.Module):

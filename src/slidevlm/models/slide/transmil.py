@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags
 from slidevlm.models.attention import OwnStart
 from slidevlm.models.linear import wide
+from slidevlm.models.mode import CountsRows
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     Group,
@@ -43,7 +44,7 @@ class TransMILConfig:
         check_least(2, width=self.width)
 
 
-class NystromAttention(OwnStart):
+class NystromAttention(OwnStart, CountsRows):
     """Self-attention of one sequence through landmarks (Xiong et al., Nystromformer, 2021).
 
     Zeros before the sequence make its length a multiple of the landmarks; a convolution along the
@@ -98,7 +99,7 @@ def pseudo_inverse(matrices: Tensor, iterations: int) -> Tensor:
     return inverse
 
 
-class PPEG(nn.Module):
+class PPEG(CountsRows):
     """Positions from convolutions of three sizes over the square image of tiles, added to it."""
 
     def __init__(self, width: int) -> None:
@@ -116,7 +117,7 @@ class PPEG(nn.Module):
         return torch.cat([x[:1], image[0].flatten(1).T])
 
 
-class _Layer(nn.Module):
+class _Layer(CountsRows):
     """Nystrom attention as a residual branch."""
 
     def __init__(self, config: TransMILConfig) -> None:
