@@ -16,7 +16,13 @@ from slidevlm.models import CoCa, build_model, create_model, from_dict, zoo
 from slidevlm.models.slide.base import FourierPositions, moments
 
 LENGTHS = (7, 1, 30, 3)
-NAMES = [name for name in zoo.names() if "large" not in name]
+NAMES = [
+    name
+    for name in zoo.names()
+    if zoo.load(name).text_type == "scratch"
+    and zoo.load(name).family != "lm"
+    and "large" not in name
+]
 
 
 def model_for(name: str = "coca_tiny", width: int = 12, vocab: int = 50) -> CoCa:
