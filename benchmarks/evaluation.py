@@ -144,7 +144,7 @@ def everything(n: int) -> None:
     examples = {
         c: tuple(s for s in train.specimen_ids if both.classes[s] == (c,))[:16] for c in names
     }
-    tasks: dict[str, Callable[[], Task]] = {
+    tasks: dict[str, Callable[[], Task | None]] = {
         "retrieval": lambda: Retrieval(bootstrap),
         "zero-shot": lambda: ZeroShot(ClassTexts(names, texts), labels, bootstrap),
         "slide retrieval": lambda: SlideRetrieval(labels, bootstrap),
@@ -153,7 +153,9 @@ def everything(n: int) -> None:
     }
     for name, make in tasks.items():
         began = time.perf_counter()
-        found = evaluate(predictions, [make()])
+        task = make()
+        assert task is not None
+        found = evaluate(predictions, [task])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
             f"{name:16s} {len(found.metrics):3d} metrics  {time.perf_counter() - began:6.0f} s  "

@@ -189,9 +189,12 @@ def test_what_has_no_effect_yet_is_refused(argument: Any) -> None:
         ({"val_gen_num_beams": 5}, "5 does not divide into --val-gen-num-beam-groups 3"),
         ({"val_gen_num_beam_groups": 4}, "--val-gen-num-beams 6 does not divide into"),
         ({"val_gen_top_k": 0, "val_gen_num_beams": 4}, "4 does not divide into"),
-        ({"report_to": "wandb"}, "--report-to wandb is not available yet"),
-        ({"report_to": "all,"}, "--report-to all, is not available yet"),
-        ({"report_to": "tensorboard, all"}, "is not available yet"),
+        ({"report_to": "mlflow"}, "--report-to does not know mlflow; it knows tensorboard, wandb"),
+        ({"wandb_notes": "x"}, "--wandb-notes works only with --report-to wandb"),
+        (
+            {"report_to": "tensorboard", "wandb_project_name": "x"},
+            "--wandb-project-name works only with --report-to wandb",
+        ),
         ({"report_to": "mlflow"}, "does not know mlflow"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"lr": -1.0}, "--lr must be at least 0"),
@@ -229,6 +232,17 @@ def test_what_has_no_effect_yet_is_refused(argument: Any) -> None:
         ({"resume": "latest"}, "--resume latest needs --name"),
         ({"resume": "latest", "name": "a", "logs": "None"}, "--logs is None"),
         ({"name": "../up"}, "must be the name of one folder"),
+        ({"lock_image_unlocked_groups": 1}, "unlocked-groups belongs to --lock-image"),
+        ({"lock_image_freeze_bn_stats": True}, "freeze-bn-stats belongs to --lock-image"),
+        ({"lock_image": True, "lock_text_unlocked_layers": 2}, "layers belongs to --lock-text"),
+        ({"lock_text_freeze_layer_norm": True}, "layer-norm belongs to --lock-text"),
+        ({"lock_text": True, "lock_text_unlocked_layers": -1}, "must be at least 0"),
+        ({"torchscript": True, "torchcompile": True}, "--torchscript, --torchcompile: give one"),
+        ({"trace": True, "torchcompile": True, "test": True}, "--torchcompile, --trace: give one"),
+        ({"trace": True, "train_split": "x"}, "--trace is for evaluation alone"),
+        ({"torchscript": True, "grad_checkpointing": True}, "--torchscript keeps its activations"),
+        ({"use_bnb_linear": "int4"}, "'int4' is not one of int8, int8-frozen, nf4, fp4, Linear8"),
+        ({"use_bnb_linear": "nf4", "torchcompile": True}, "--use-bnb-linear and --torchcompile"),
         ({"val_split": ("a/x.txt", "b/x.txt")}, "must differ"),
         ({"val_split": ("a/test.txt",)}, "must differ"),
     ],
@@ -240,9 +254,19 @@ def test_checks_before_data_is_opened(values: dict[str, Any], message: str) -> N
 
 def test_one_message_lists_every_problem() -> None:
     with pytest.raises(ConfigError) as caught:
-        validate(with_values(Config(), {"batch_size": 0, "lock_image": True, "train_split": "no"}))
+        validate(
+            with_values(
+                Config(), {"batch_size": 0, "lock_image_unlocked_groups": 1, "train_split": "no"}
+            )
+        )
     text = str(caught.value)
-    for part in ("4 problems", "--batch-size", "--lock-image", "--train-split", "no data"):
+    for part in (
+        "4 problems",
+        "--batch-size",
+        "belongs to --lock-image",
+        "--train-split",
+        "no data",
+    ):
         assert part in text
 
 

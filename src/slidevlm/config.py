@@ -14,6 +14,8 @@ from typing import Any
 
 from slidevlm.errors import ConfigError
 
+SINKS = ("tensorboard", "wandb")  # of --report-to
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -161,20 +163,55 @@ class Model:
     )
     pretrained: str | None = arg(
         None,
-        "weights to start from: a checkpoint (.pt) of slidevlm or the folder of a run; every "
-        "tensor must match",
+        "weights to start from: a checkpoint (.pt, .safetensors) of slidevlm or MOSAIC, a run "
+        "folder, a Hugging Face folder, hf-hub:owner/name, or a tag of one's own; into another "
+        "--model goes what matches by name and shape, and a table says what did",
     )
-    lock_image: bool = arg(False, "freeze the image tower", pending=True)
-    lock_image_unlocked_groups: int = arg(0, "last groups left trainable", pending=True)
-    lock_image_freeze_bn_stats: bool = arg(False, "freeze BatchNorm statistics", pending=True)
-    lock_text: bool = arg(False, "freeze the text tower", pending=True)
-    lock_text_unlocked_layers: int = arg(0, "last layers left trainable", pending=True)
-    lock_text_freeze_layer_norm: bool = arg(False, "freeze LayerNorm weights too", pending=True)
-    use_bnb_linear: str | None = arg(None, "linear layers of bitsandbytes", pending=True)
-    torchscript: bool = arg(False, "torch.jit.script the model", pending=True)
-    torchcompile: bool = arg(False, "torch.compile the model", pending=True)
-    trace: bool = arg(False, "torch.jit.trace the model for evaluation", pending=True)
-    grad_checkpointing: bool = arg(False, "recompute activations in backward", pending=True)
+    lock_image: bool = arg(
+        False,
+        "freeze the image tower: slide encoder, pooler and projection; frozen layers run without "
+        "dropout",
+    )
+    lock_image_unlocked_groups: int = arg(
+        0, "last groups of the image tower that --lock-image leaves trainable", minimum=0
+    )
+    lock_image_freeze_bn_stats: bool = arg(
+        False, "BatchNorm layers that --lock-image froze keep their running mean and variance"
+    )
+    lock_text: bool = arg(
+        False,
+        "freeze the text tower: token and position vectors, layers, projection; the weights of "
+        "LayerNorms stay trainable; frozen layers run without dropout",
+    )
+    lock_text_unlocked_layers: int = arg(
+        0, "last layers of the text tower that --lock-text leaves trainable", minimum=0
+    )
+    lock_text_freeze_layer_norm: bool = arg(
+        False, "--lock-text freezes the weights of LayerNorms, too"
+    )
+    use_bnb_linear: str | None = arg(
+        None,
+        "linear layers of bitsandbytes (extra bnb): int8 multiplies integers of 8 bits and trains; "
+        "int8-frozen, nf4 and fp4 keep frozen layers (of LoRA, or locked) in 8 or 4 bits; or a "
+        "class of bitsandbytes.nn: Linear8bitLt, Linear4bit, LinearNF4, LinearFP4",
+    )
+    torchscript: bool = arg(
+        False,
+        "torch.jit.script the model's parts that compute on tensors; not a Hugging Face tower",
+    )
+    torchcompile: bool = arg(
+        False, "torch.compile the model's parts that compute on tensors, for any lengths"
+    )
+    trace: bool = arg(
+        False,
+        "torch.jit.trace encode_image and encode_text for any number of tiles and tokens; for "
+        "--test alone",
+    )
+    grad_checkpointing: bool = arg(
+        False,
+        "compute activations again in the backward pass instead of keeping them: the same "
+        "gradients, less memory, more time",
+    )
 
 
 @dataclass(frozen=True)
@@ -267,15 +304,21 @@ class Logging:
     """logging: what is told and kept."""
 
     logs: str = arg("./logs/", "folder of the run folders; None writes nothing at all")
-    log_local: bool = arg(False, "a log file on every node", pending=True)
+    log_local: bool = arg(
+        False, "the first process of every node writes its log to out-<rank>.log in the run folder"
+    )
     name: str | None = arg(
         None, "name of the run folder", default_text="date, time and the main settings"
     )
-    report_to: str = arg("", "tensorboard, besides the metrics.jsonl that is always written")
-    wandb_notes: str = arg("", "notes of the wandb run", pending=True)
-    wandb_project_name: str = arg("open-clip", "project of the wandb run", pending=True)
+    report_to: str = arg(
+        "",
+        "tensorboard, wandb, both (with a comma) or all, besides the metrics.jsonl that is always "
+        "written; wandb works without a network where WANDB_MODE is offline",
+    )
+    wandb_notes: str = arg("", "notes of the wandb run")
+    wandb_project_name: str = arg("open-clip", "project of the wandb run")
     log_every_n_steps: int = arg(100, "optimizer steps between two log lines", minimum=1)
-    log_memory: bool = arg(False, "peak memory with each log line", pending=True)
+    log_memory: bool = arg(False, "peak memory of the process and of the device with each log line")
     debug: bool = arg(False, "debug level, anomaly detection, tracebacks")
     copy_codebase: bool = arg(False, "run from a copy of the package", pending=True)
 
@@ -435,6 +478,11 @@ class Config:
         return frozenset(r.strip() for r in self.logging.report_to.split(",")) - {""}
 
     @property
+    def sinks(self) -> list[str]:
+        """What --report-to asks for, `all` spelt out."""
+        return sorted(SINKS if "all" in self.reports else self.reports)
+
+    @property
     def beam_search(self) -> bool:
         """Whether --save-captions searches with beams instead of drawing tokens."""
         asked = bool(self.given & BEAM_ARGUMENTS) and "val_gen_top_k" not in self.given
@@ -464,6 +512,18 @@ GROUPS: dict[str, type] = {
 }
 
 BEAM_ARGUMENTS = frozenset(("val_gen_num_beams", "val_gen_num_beam_groups"))
+
+# --use-bnb-linear -> what is done; bitsandbytes' own classes by their names.
+BNB_LINEAR: Mapping[str, str] = {
+    "int8": "int8",
+    "int8-frozen": "int8-frozen",
+    "nf4": "nf4",
+    "fp4": "fp4",
+    "Linear8bitLt": "int8",
+    "Linear4bit": "fp4",
+    "LinearFP4": "fp4",
+    "LinearNF4": "nf4",
+}
 
 # (lr, beta1, beta2, eps), as the specification gives them for models with "vit" in their name.
 ADAM_VIT = (5e-4, 0.9, 0.98, 1e-6)
@@ -504,6 +564,15 @@ def given_values(config: Config) -> dict[str, Any]:
         for name, group in GROUPS.items()
         for f in fields(group)
         if f.name in config.given
+    }
+
+
+def all_values(config: Config) -> dict[str, Any]:
+    """{field name: value} of everything, given or not."""
+    return {
+        f.name: getattr(getattr(config, name), f.name)
+        for name, group in GROUPS.items()
+        for f in fields(group)
     }
 
 
@@ -582,8 +651,6 @@ def _pending(config: Config) -> Iterator[str]:
             yield f"{flag} is not available yet; leave it out"
         elif value in spec.pending_values:
             yield f"{flag} {value} is not available yet; choose another value"
-    if config.reports & {"wandb", "all"}:
-        yield f"--report-to {config.logging.report_to} is not available yet; use tensorboard"
 
 
 def _values(entries: Iterable[tuple[str, Any, Any, Spec]]) -> Iterator[str]:
@@ -710,6 +777,30 @@ def _resuming(config: Config) -> Iterator[str]:
             yield "--resume latest needs --name, the run to go on with"
 
 
+def _model(config: Config) -> Iterator[str]:
+    model = config.model
+    of_locks = {
+        "lock_image": ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats"),
+        "lock_text": ("lock_text_unlocked_layers", "lock_text_freeze_layer_norm"),
+    }
+    for lock, details in of_locks.items():
+        for detail in details:
+            if getattr(model, detail) and not getattr(model, lock):
+                yield f"--{detail.replace('_', '-')} belongs to --{lock.replace('_', '-')}"
+    ways = [f"--{w}" for w in ("torchscript", "torchcompile", "trace") if getattr(model, w)]
+    if len(ways) > 1:
+        yield f"{', '.join(ways)}: give one of them"
+    if model.torchscript and model.grad_checkpointing:
+        yield "--torchscript keeps its activations; give --grad-checkpointing with --torchcompile"
+    if model.trace and not config.evaluation.test:
+        yield "--trace is for evaluation alone; give --test, or --torchcompile for training"
+    if model.use_bnb_linear is not None and model.use_bnb_linear not in BNB_LINEAR:
+        known = ", ".join(BNB_LINEAR)
+        yield f"--use-bnb-linear {model.use_bnb_linear!r} is not one of {known}"
+    if model.use_bnb_linear is not None and ways:
+        yield f"--use-bnb-linear and {ways[0]}: its products are not torch's; give one of them"
+
+
 def _combinations(config: Config) -> Iterator[str]:
     yield from _sources(config)
     yield from _pairs(config)
@@ -743,12 +834,19 @@ def _combinations(config: Config) -> Iterator[str]:
                     f"--{field_name.replace('_', '-')} works only with --lr-scheduler "
                     "const-cooldown and without --skip-scheduler"
                 )
+    yield from _model(config)
     weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight
     if not any(weights):
         yield "both loss weights are 0; nothing would be trained"
-    bad = config.reports - {"tensorboard", "wandb", "all"}
+    bad = config.reports - {*SINKS, "all"}
     if bad:
-        yield f"--report-to does not know {', '.join(sorted(bad))}; it knows tensorboard"
+        yield (
+            f"--report-to does not know {', '.join(sorted(bad))}; it knows {', '.join(SINKS)}, all"
+        )
+    if "wandb" not in config.sinks:
+        for field_name in ("wandb_notes", "wandb_project_name"):
+            if field_name in config.given:
+                yield f"--{field_name.replace('_', '-')} works only with --report-to wandb"
     yield from _resuming(config)
     name = config.logging.name
     if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):

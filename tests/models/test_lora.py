@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags, Batch
 from slidevlm.errors import ConfigError
 from slidevlm.models import CoCa, build_model, from_dict, zoo
+from slidevlm.models.attention import KeyValues
 from slidevlm.models.lora import LoRAConfig, LoRALinear, add_lora, merge_lora, plain_names
 from slidevlm.precision import resolve
 from slidevlm.train.optim import adamw
@@ -178,3 +179,21 @@ def test_what_cannot_be_is_refused(entry: object, message: str) -> None:
 def test_two_entries_about_one_part_are_refused() -> None:
     with pytest.raises(ConfigError, match="two entries are about text.layers"):
         coca(TEXT, LoRAConfig("text.layers", ["outer"]))
+
+
+def test_tile_features_read_as_they_are_pass_through_the_product() -> None:
+    """The path that reads features without a copy knows a projection's weight alone."""
+    torch.manual_seed(0)
+    plain = nn.ModuleDict({"part": KeyValues(8, 6, 2)})
+    adapted = copy.deepcopy(plain)
+    add_lora(adapted, [LoRAConfig("part", ["project"])])
+    features = torch.randn(7, 6).half()
+    for a, b in zip(*(m["part"].of_features(features) for m in (plain, adapted)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    shaken(adapted["part"].project)
+    expected = adapted["part"](features.float())
+    for a, b in zip(adapted["part"].of_features(features), expected, strict=True):
+        assert torch.equal(a, b)
+    key, _ = adapted["part"].of_features(features)
+    key.sum().backward()
+    assert adapted["part"].project.lora_b.grad.abs().sum() > 0

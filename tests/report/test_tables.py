@@ -21,18 +21,21 @@ SCORES = [
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_a_table_fits_the_terminal(width: int) -> None:
     lines = score_table(SCORES, "table", width).splitlines()
-    needed = 5 + 16 + 5 + 14 + 3 + 8  # the other columns, and as little of the names as is shown
+    needed = 16 + 5 + 14 + 3 + 6  # the other columns, and as little of the names as is shown
     assert max(map(len, lines)) <= max(width, needed)
-    assert len(lines) == 5 and lines[0].split() == ["split", "metric", "value", "interval", "n"]
-    assert "0.412 to 0.588" in lines[2] and lines[3].split()[2] == "123"
-    assert lines[4].split()[2] == "-"
-    assert (LONG in lines[4]) == (width == 200)
-    assert width == 200 or lines[4].split()[1].endswith("accuracy")
+    assert lines[0].split() == ["metric", "value", "interval", "n"]
+    assert lines[2] == "test: image_to_text" and lines[3].split()[0] == "R@10"
+    assert "0.412 to 0.588" in lines[3] and lines[4].split()[:2] == ["mean_rank", "123"]
+    assert len(lines) == 7 and lines[6].split()[-2:] == ["-", "191"]
+    assert ("balanced_accuracy" in lines[6]) == (width >= 60)
+    assert (lines[5] == "test: " + LONG.rpartition("/")[0]) == (width >= 80)
 
 
-def test_without_intervals_there_is_no_column() -> None:
-    plain = [Score("val", "loss/caption", 1.5, None, None, 7)]
-    assert score_table(plain, "table").splitlines()[0].split() == ["split", "metric", "value", "n"]
+def test_a_task_is_named_again_for_another_split() -> None:
+    two = [Score(s, "loss/caption", 1.5, None, None, 7) for s in ("val", "test")]
+    lines = score_table(two, "table").splitlines()
+    assert lines[0].split() == ["metric", "value", "n"], "no interval, no column"
+    assert [x for x in lines if "loss" in x] == ["val: loss", "test: loss"]
 
 
 def test_markdown() -> None:
@@ -53,17 +56,8 @@ def test_latex() -> None:
 
 
 def test_differences() -> None:
-    found = [Difference("test", "MRR", 0.5, 0.25, 0.1, 0.4, 0.002, 0.01)]
+    found = [Difference("test", "image_to_text/MRR", 0.5, 0.25, 0.1, 0.4, 0.002, 0.01)]
     lines = difference_table(found, "table").splitlines()
-    assert lines[2].split() == [
-        "test",
-        "MRR",
-        "0.500",
-        "0.250",
-        "0.250",
-        "0.100",
-        "to",
-        "0.400",
-        "0.002",
-        "0.010",
-    ]
+    assert lines[2] == "test: image_to_text"
+    values = "MRR 0.500 0.250 0.250 0.100 to 0.400 0.002 0.010"
+    assert lines[3].split() == values.split()

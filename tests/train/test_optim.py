@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from slidevlm.errors import CheckpointError
 from slidevlm.models import CoCa, build_model, create_model, zoo
 from slidevlm.train.optim import adamw, load_state, parameter_groups
 
@@ -140,3 +141,27 @@ def test_a_resumed_optimizer_has_the_moments_of_the_old_and_its_own_settings() -
         assert was[key]["step"] == now[key]["step"] == 1
         assert torch.equal(was[key]["exp_avg"], now[key]["exp_avg"])
         assert torch.equal(was[key]["exp_avg_sq"], now[key]["exp_avg_sq"])
+
+
+def test_moments_of_other_parameters_are_refused() -> None:
+    """The bare error of torch is none a user could mend, and equal counts would go unnoticed."""
+
+    def optimizer(frozen: str) -> torch.optim.AdamW:
+        model = model_of("coca")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+        return adamw(model, lr=0.1, betas=(0.9, 0.99), eps=1e-8, decay=0.1)
+
+    whole, locked = optimizer("none"), optimizer("text.")
+    with pytest.raises(CheckpointError, match=r"no longer are, such as text\..*same --lock-\*"):
+        load_state(locked, whole.state_dict())
+    with pytest.raises(CheckpointError, match="are trained now that were not, such as text"):
+        load_state(whole, locked.state_dict())
+    same_count = adamw(model_of("coca"), lr=0.1, betas=(0.9, 0.99), eps=1e-8, decay=0.1)
+    state = same_count.state_dict()
+    state["param_groups"][0]["names"][0] = "another"
+    with pytest.raises(CheckpointError, match="1 no longer are, such as another"):
+        load_state(whole, state)
+    for group in state["param_groups"]:
+        del group["names"]  # as in a checkpoint of before
+    load_state(whole, state)

@@ -103,7 +103,8 @@ class Outputs:
         details = {split: result.details for split, (_, result) in results.items()}
         content = {"about": stored.about, "metrics": outcome.metrics, "details": details}
         self.run.write_json(f"{name}.json", content)
-        self.run.write(f"{name}.md", summary(model, results, self.bootstrap))
+        page = summary(model, results, self.bootstrap)
+        self.run.write(f"{name}.md", page + _origin(stored.about))
         self._json("metrics.json", stored, {"metrics": table(found)})
         self._tasks(stored, results, found)
         save(stored, self.run.folder / f"{self.prefix}{FILE}")
@@ -144,16 +145,24 @@ def table(found: list[Score]) -> dict[str, dict[str, float | int | None]]:
     return {s.name: {"value": s.value, "lo": s.lo, "hi": s.hi, "n": s.n} for s in found}
 
 
+def _origin(about: dict[str, Any]) -> str:
+    """The last lines of a page."""
+    data = ", ".join(f"{split} `{value}`" for split, value in about["data_hash"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
+    return f"\nModel `{about['model_hash']}`; data {data}; {versions}.\n"
+
+
 def _csv(stored: Stored, results: Results) -> str:
-    """A row a specimen: reports and what each task said of it."""
+    """A row a specimen: reports and what each task said of it; the first row tells the origin."""
     names = list(dict.fromkeys(n for _, result in results.values() for n in result.columns))
     file = io.StringIO()
-    for key in ("model_hash", "data_hash", "versions"):
-        file.write(f"# {key}: {json.dumps(stored.about.get(key))}\n")
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["split", "specimen", "patient", "report", "generated", *names])
+    writer.writerow(["split", "specimen", "patient", "report", "generated", *names, "about"])
+    origin = json.dumps(stored.about)
     for split, (predictions, result) in results.items():
-        writer.writerows(_rows(split, predictions, result, names))
+        for row in _rows(split, predictions, result, names):
+            writer.writerow([*row, origin])
+            origin = ""
     return file.getvalue()
 
 

@@ -78,6 +78,10 @@ class Suite:
         self.labels = [labels for _, labels in self.zero_shot] or [
             read_labels(Path(file)) for file in files
         ]
+        if several := [one.name for one in self.labels if evaluation.probe and one.several]:
+            raise DataError(
+                f"--probe needs one class a specimen; {', '.join(several)} has lists of classes"
+            )
         table = evaluation.survival_table
         self.survival = None if table is None else read_survival(Path(table))
         self.few_shot = [
@@ -119,15 +123,18 @@ class Suite:
                 tasks.append(SlideRetrieval(labels, self.bootstrap))
         for file in self.few_shot:
             assert support is not None, "the examples have been embedded"
-            examples = resolve_examples(file, support)
+            lenient = self.config.data.skip_bad_specimens
+            examples = resolve_examples(file, support, lenient=lenient)
             tasks += [
                 FewShot(file.name, support, examples, labels, self.bootstrap)
                 for labels in file.labels
+                if examples
             ]
         if probe is not None:
             tasks += [
-                fit_probes(probe.train, probe.validation, labels, self.bootstrap)
+                fitted
                 for labels in self.labels
+                if (fitted := fit_probes(probe.train, probe.validation, labels, self.bootstrap))
             ]
         if probe is not None and self.survival is not None:
             tasks.append(fit_survival(probe.train, self.survival, self.bootstrap))

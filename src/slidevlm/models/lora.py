@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,8 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """A linear layer with frozen weights `base`, and the trainable `lora_a` and `lora_b`."""
 
+    __jit_unused_properties__: ClassVar[list[str]] = ["weight", "bias"]
+
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -58,6 +61,16 @@ class LoRALinear(nn.Module):
         """[..., in] -> [..., out]."""
         low = F.linear(self.dropout(x), self.lora_a)
         return self.base(x) + self.scaling * F.linear(low, self.lora_b)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], of the whole layer without dropout, with its graph."""
+        return self.base.weight + self.scaling * (self.lora_b @ self.lora_a)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out] of the base."""
+        return self.base.bias
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

@@ -63,3 +63,10 @@ class Recomputing(nn.Module):
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
+
+
+class CountsRows(nn.Module):
+    """A part that computes with the number of its rows, as a number.
+
+    A graph of it would hold for that number alone, so it is neither compiled nor scripted.
+    """

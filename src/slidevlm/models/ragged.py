@@ -51,7 +51,7 @@ def ragged_cross_attention(
     """
     if FLASH is not None and flash_serves(query):
         return flash_cross(FLASH, query, key, value, lengths)
-    keys, values = _bags(key, lengths), _bags(value, lengths)
+    keys, values = bags_of(key, lengths, 1), bags_of(value, lengths, 1)
     outputs = [
         F.scaled_dot_product_attention(q[None], k[None], v[None])
         for q, k, v in zip(query, keys, values, strict=True)
@@ -77,7 +77,7 @@ def ragged_self_attention(
     """
     if FLASH is not None and flash_serves(query):
         return flash_self(FLASH, query, key, value, lengths)
-    parts = zip(*(_bags(t, lengths) for t in (query, key, value)), strict=True)
+    parts = zip(*(bags_of(t, lengths, 1) for t in (query, key, value)), strict=True)
     outputs = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in parts]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
@@ -106,6 +106,8 @@ def distance_attention(
     Returns:
         [H, T, d].
     """
+    if torch.jit.is_tracing():
+        raise RuntimeError("scores by distance are made for as many rows at a time as fit")
     outputs = []
     start = 0
     for length in lengths:
@@ -199,6 +201,7 @@ def flash_serves(query: Tensor) -> bool:
     width = query.shape[-1]
     return (
         query.is_cuda
+        and not torch.jit.is_tracing()  # it takes lengths as numbers
         and query.dtype in (torch.float16, torch.bfloat16)
         and width <= FLASH_HEAD_WIDTH
         and width % 8 == 0
@@ -240,6 +243,9 @@ def first_rows(lengths: Sequence[int], device: torch.device) -> Tensor:
     return first.to(device, non_blocking=True)
 
 
-def _bags(rows: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
-    """[H, T, d] -> B views [H, N, d]. A single bag needs no split, whose backward copies."""
-    return (rows,) if len(lengths) == 1 else rows.split(list(lengths), dim=1)
+def bags_of(rows: Tensor, lengths: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
+    """T rows along `dim` -> B views of each bag's rows.
+
+    A single bag needs no split, whose backward copies, and whose trace would hold its length.
+    """
+    return (rows,) if len(lengths) == 1 else rows.split(list(lengths), dim=dim)

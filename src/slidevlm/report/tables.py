@@ -80,19 +80,27 @@ def _latex(text: str) -> str:
 
 
 def _terminal(header: Row, rows: Sequence[Row], width: int) -> str:
-    """Columns of their content's width; the second, of names, gives way, its middle left out."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    rest = sum(widths) - widths[1] + 2 * (len(widths) - 1)
-    widths[1] = min(widths[1], max(_SHORTEST, width - rest))
-    lines = []
-    for row in (header, *rows):
-        cells = [_short(cell, widths[i]) for i, cell in enumerate(row)]
-        padded = [
-            cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i])
-            for i, cell in enumerate(cells)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    """Split and task once above their metrics, so that names are whole on a narrow terminal too."""
+    cells = [(row[1].rpartition("/")[2], *row[2:]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(("metric", *header[2:]), *cells, strict=True)]
+    widths[0] += 2  # indented below the task
+    rest = sum(widths[1:]) + 2 * (len(widths) - 1)
+    widths[0] = min(widths[0], max(_SHORTEST, width - rest))
+    lines, above = [_line(("metric", *header[2:]), widths)], ""
+    lines.append("-" * (widths[0] + rest))
+    for row, mine in zip(rows, cells, strict=True):
+        task = f"{row[0]}: {row[1].rpartition('/')[0]}"
+        if task != above:
+            lines.append(_short(task, max(width, widths[0] + rest)))
+            above = task
+        lines.append(_line((f"  {mine[0]}", *mine[1:]), widths))
+    return "\n".join(lines)
+
+
+def _line(cells: Row, widths: Sequence[int]) -> str:
+    first, *others = (_short(cell, w) for cell, w in zip(cells, widths, strict=True))
+    padded = [cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True)]
+    return "  ".join([first.ljust(widths[0]), *padded]).rstrip()
 
 
 def _short(text: str, width: int) -> str:

@@ -58,7 +58,7 @@ def case(n: int, seed: int, ties: bool) -> tuple[np.ndarray, list[str | None], l
     return image, classes, [f"p{random.integers(max(2, n // 2))}" for _ in range(n)]
 
 
-@pytest.mark.parametrize("n", [4, 7, 30, 60])
+@pytest.mark.parametrize("n", [2, 3, 7, 30, 60])
 @pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("elements", [1, 100, 10**7])
 def test_every_metric_is_that_of_the_loop(

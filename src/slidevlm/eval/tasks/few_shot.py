@@ -61,24 +61,44 @@ def read_few_shot(path: Path, known: Sequence[Labels]) -> FewShotFile:
     return FewShotFile(path.stem, examples, fitting)
 
 
-def resolve_examples(file: FewShotFile, support: Predictions) -> dict[str, tuple[str, ...]]:
+def resolve_examples(
+    file: FewShotFile, support: Predictions, *, lenient: bool = False
+) -> dict[str, tuple[str, ...]]:
     """Specimens of each class: a name is that of a specimen or, failing that, of a patient.
 
+    Args:
+        file: names of specimens or patients.
+        support: what has been embedded.
+        lenient: leave out what `support` lacks, since bad specimens are dropped; nothing is left
+            where a class has no other examples.
+
     Raises:
-        DataError: `support` has neither.
+        DataError: `support` lacks a name.
     """
     own: dict[str, list[str]] = {}
     for specimen, patient in zip(support.specimen_ids, support.patient_ids, strict=True):
         own.setdefault(patient, []).append(specimen)
     own |= {specimen: [specimen] for specimen in support.specimen_ids}
     lacking = [s for found in file.examples.values() for s in found if s not in own]
-    if lacking:
+    if lacking and lenient:
+        log.warning(
+            "few-shot examples %s: %d could not be used, such as %s; %s",
+            file.name,
+            len(lacking),
+            lacking[0],
+            "the others are"
+            if all(set(found) - set(lacking) for found in file.examples.values())
+            else "a class has no other, so the file is left out",
+        )
+        if not all(set(found) - set(lacking) for found in file.examples.values()):
+            return {}
+    elif lacking:
         raise DataError(
             f"few-shot examples {file.name}: {len(lacking)} specimens have no features here, such "
             f"as {lacking[0]!r}; leave them out or add them to the data"
         )
     return {
-        c: tuple(dict.fromkeys(s for name in found for s in own[name]))
+        c: tuple(dict.fromkeys(s for name in found for s in own.get(name, ())))
         for c, found in file.examples.items()
     }
 

@@ -125,8 +125,8 @@ class Probes:
 
 def fit_probes(
     train: Predictions, validation: Sequence[Predictions], labels: Labels, bootstrap: Bootstrap
-) -> Probes:
-    """Fit the probes of a label file to a training split.
+) -> Probes | None:
+    """Fit the probes of a label file to a training split; None where it has fewer than 2 classes.
 
     Args:
         train: embeddings to learn from.
@@ -135,17 +135,19 @@ def fit_probes(
         bootstrap: of the result.
 
     Raises:
-        DataError: fewer than two classes in the training split, or several a specimen.
+        DataError: embeddings that are not finite.
     """
-    if labels.several:
-        raise DataError(f"--probe: {labels.name} has several classes a specimen; probes need one")
+    assert not labels.several, "the suite has refused such label files"
     found = labelled(train, labels, labels.names)
     classes = tuple(labels.names[c] for c in np.unique(found.y_true)) if len(found) else ()
     if len(classes) < 2:
-        raise DataError(
-            f"--probe: the training split has {len(classes)} classes of {labels.name}; a probe "
-            "learns to tell at least 2 apart"
+        log.warning(
+            "--probe: the training split has %d classes of %s, and a probe learns to tell at least "
+            "2 apart; left out",
+            len(classes),
+            labels.name,
         )
+        return None
     examples = _examples(train, labels, classes)
     assert examples is not None, "it has two classes"
     judges = [one for split in validation if (one := _examples(split, labels, classes))]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slidevlm.batch import Bags
 from slidevlm.models.linear import wide
+from slidevlm.models.ragged import bags_of
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     Group,
@@ -77,11 +78,8 @@ class ABMIL(SlideEncoder):
         """Bags -> [B, branches, width]."""
         normed = self.input_norm(bags.features.to(self.project.weight.dtype))
         tiles, scores = self.run(self._score, normed)  # [T, width], [T, branches]
-        lengths = list(bags.lengths)
-        tokens = [
-            weights.softmax(0).T.to(tile.dtype) @ tile
-            for weights, tile in zip(wide(scores).split(lengths), tiles.split(lengths), strict=True)
-        ]
+        parts = zip(*(bags_of(t, bags.lengths) for t in (wide(scores), tiles)), strict=True)
+        tokens = [weights.softmax(0).T.to(tile.dtype) @ tile for weights, tile in parts]
         return torch.stack(tokens)
 
     def groups(self) -> list[Group]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.models.attention import OwnStart
-from slidevlm.models.linear import normalised_linear
+from slidevlm.models.linear import is_plain, normalised_linear
 from slidevlm.models.mode import Group, Recomputing
+from slidevlm.models.ragged import bags_of
 from slidevlm.registry import Registry
 
 
@@ -93,6 +94,15 @@ class TileEmbedding(nn.Module):
         self.project = nn.Linear(tile_width, width)
 
     def forward(self, features: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            tiles = self.project(self.norm(features.to(self.norm.weight.dtype)))
+        else:
+            tiles = self._in_one(features)
+        return tiles
+
+    def _in_one(self, features: Tensor) -> Tensor:
+        if not is_plain(self.project):  # more than its weight: LoRA, quantised
+            return self.project(self.norm(features.to(self.norm.weight.dtype)))
         weights, bias = (self.project.weight,), self.project.bias
         return normalised_linear(features, self.norm, weights, bias)[0]
 
@@ -155,7 +165,7 @@ def moments(features: Tensor, lengths: tuple[int, ...]) -> Tensor:
     The deviation of identical tiles (or of one) is 0, with gradient 0.
     """
     rows = []
-    for bag in features.split(list(lengths)):
+    for bag in bags_of(features, lengths):
         mean = bag.mean(0)
         variance = (bag - mean).square().mean(0)
         rows.append(torch.cat([mean, (variance + 1e-12).sqrt() - 1e-6]))

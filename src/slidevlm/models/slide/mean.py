@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slidevlm.batch import Bags
+from slidevlm.models.ragged import bags_of
 from slidevlm.models.slide.base import SLIDE_ENCODERS, Group, SlideEncoder, check_least
 
 
@@ -37,7 +38,7 @@ class Mean(SlideEncoder):
         """Bags -> [B, 1, width]."""
         # The sum of 16-bit features needs more bits than they have.
         dtype = self.norm.weight.dtype
-        means = [bag.mean(0, dtype=dtype) for bag in bags.features.split(list(bags.lengths))]
+        means = [bag.mean(0, dtype=dtype) for bag in bags_of(bags.features, bags.lengths)]
         return self.project(self.norm(torch.stack(means)))[:, None]
 
     def groups(self) -> list[Group]:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slidevlm.batch import Bags
-from slidevlm.models.attention import OwnStart
 from slidevlm.models.linear import wide
+from slidevlm.models.mode import CountsRows
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     Group,
@@ -43,7 +43,7 @@ class TransMILConfig:
         check_least(2, width=self.width)
 
 
-class NystromAttention(OwnStart):
+class NystromAttention(CountsRows):
     """Self-attention of one sequence through landmarks (Xiong et al., Nystromformer, 2021).
 
     Zeros before the sequence make its length a multiple of the landmarks; a convolution along the
@@ -60,10 +60,6 @@ class NystromAttention(OwnStart):
         self.along = nn.Conv2d(
             config.heads, config.heads, (33, 1), padding=(16, 0), groups=config.heads, bias=False
         )
-
-    def reset(self) -> None:
-        """The branch starts at 0."""
-        nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, width] -> [n, width]."""
@@ -98,7 +94,7 @@ def pseudo_inverse(matrices: Tensor, iterations: int) -> Tensor:
     return inverse
 
 
-class PPEG(nn.Module):
+class PPEG(CountsRows):
     """Positions from convolutions of three sizes over the square image of tiles, added to it."""
 
     def __init__(self, width: int) -> None:
@@ -116,7 +112,7 @@ class PPEG(nn.Module):
         return torch.cat([x[:1], image[0].flatten(1).T])
 
 
-class _Layer(nn.Module):
+class _Layer(CountsRows):
     """Nystrom attention as a residual branch."""
 
     def __init__(self, config: TransMILConfig) -> None:

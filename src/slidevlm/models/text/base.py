@@ -89,7 +89,7 @@ class QueryPool(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """hidden [B, L, width], mask [B, L], True on real tokens -> [B, width]."""
-        query = self._heads(self.query(self.token).expand(len(hidden), 1, -1))
+        query = self._heads(self.query(self.token).expand(hidden.shape[0], 1, -1))
         key, value = self._heads(self.key(hidden)), self._heads(self.value(hidden))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
         return self.norm(self.out(attended.transpose(1, 2).flatten(2)))[:, 0]

@@ -80,7 +80,7 @@ class TextEncoder(TextTower):
 
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         last = mask.sum(1) - 1
-        return self.norm(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        return self.norm(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
 
     def groups(self) -> list[Group]:
         return [

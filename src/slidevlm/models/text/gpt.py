@@ -239,7 +239,8 @@ class GptLayer(OwnStart):
         if cache is not None:
             assert x.shape[1] == 1 or cache.length == 0, "a prompt goes into an empty cache"
             key, value = cache.append(key, value)
-        x = x + self.dropout(self.self_attention(normal, key, value, causal=x.shape[1] > 1))
+        causal = cache is None or x.shape[1] > 1
+        x = x + self.dropout(self.self_attention(normal, key, value, causal=causal))
         if self.cross_attention is not None and self.cross_norm is not None:
             assert slide is not None, "this layer reads a slide"
             read = self.cross_attention(self.cross_norm(x), slide[0], slide[1], causal=False)
@@ -310,7 +311,7 @@ class GptTower(TextTower):
         if self.pooler is not None:
             return self.pooler(hidden, mask)
         last = mask.sum(1) - 1
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
     def groups(self) -> list[Group]:
         final: list[nn.Module | nn.Parameter] = [self.norm]

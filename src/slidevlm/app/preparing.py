@@ -1,0 +1,74 @@
+"""What the model arguments make of a model that has its weights: locked, quantised, compiled."""
+
+from __future__ import annotations
+
+import logging
+
+from slidevlm.app.trained import Trained
+from slidevlm.config import BNB_LINEAR, Config
+from slidevlm.errors import ConfigError
+from slidevlm.models import CoCa, Model
+from slidevlm.models.compile import compile_regions, script_regions
+from slidevlm.models.freeze import lock_image, lock_text, nothing_to_train
+from slidevlm.models.mode import Recomputing
+from slidevlm.models.quantize import quantise_linears
+from slidevlm.models.trace import trace
+
+log = logging.getLogger("slidevlm")
+
+
+def prepare(config: Config, trained: Trained) -> None:
+    """Change the model as the arguments say; after its weights are there, before the optimizer.
+
+    Raises:
+        ConfigError: what the model cannot be or have.
+    """
+    model, wanted = trained.model, config.model
+    training = not config.evaluation.test
+    if training:
+        _lock(config, model)
+    if wanted.use_bnb_linear is not None:
+        kind = BNB_LINEAR[wanted.use_bnb_linear]
+        changed = quantise_linears(model, kind, training=training)
+        log.info("--use-bnb-linear %s: %d linear layers changed", wanted.use_bnb_linear, changed)
+    if wanted.grad_checkpointing:
+        for module in model.modules():
+            if isinstance(module, Recomputing):
+                module.checkpointing = True
+    if wanted.torchcompile:
+        log.info("--torchcompile: %s", ", ".join(compile_regions(model)))
+    if wanted.torchscript:
+        log.info("--torchscript: %s", ", ".join(script_regions(model)))
+    if wanted.trace:
+        if not isinstance(model, CoCa):
+            raise ConfigError(
+                f"--trace: model {wanted.model} encodes neither images nor texts; leave it out"
+            )
+        trace(model)
+
+
+def _lock(config: Config, model: Model) -> None:
+    wanted = config.model
+    if wanted.lock_image:
+        if not isinstance(model, CoCa):
+            raise ConfigError(f"--lock-image: model {wanted.model} has no image tower")
+        lock_image(
+            model,
+            wanted.lock_image_unlocked_groups,
+            freeze_statistics=wanted.lock_image_freeze_bn_stats,
+        )
+    if wanted.lock_text:
+        lock_text(
+            model,
+            wanted.lock_text_unlocked_layers,
+            freeze_layer_norm=wanted.lock_text_freeze_layer_norm,
+        )
+    if nothing_to_train(model, with_captions=config.loss.coca_caption_loss_weight > 0):
+        raise ConfigError(
+            f"model {wanted.model}: everything is frozen and nothing is left to train; lock one "
+            "tower, or leave some groups or layers unlocked"
+        )
+    if wanted.lock_image or wanted.lock_text:
+        counts = [p.numel() for p in model.parameters() if p.requires_grad]
+        whole = sum(p.numel() for p in model.parameters())
+        log.info("%.2f of %.2f million parameters train", sum(counts) / 1e6, whole / 1e6)
