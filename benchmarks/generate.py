@@ -94,7 +94,7 @@ class Uncached(nn.Module):
         hidden = self.inner.text(kept.tokens)
         view = self.inner._view(kept.slide.repeat_interleave(beams, 0))
         image = kept.image.repeat_interleave(beams, 0)
-        return self.inner._write(hidden, image, view)[:, -1]
+        return self.inner._write(hidden, image, view, None)[:, -1]
 
 
 class Watched:
@@ -135,8 +135,8 @@ def measure(size: str, form: str, batch: int, repeats: int) -> None:
     decoding = Decoding(1, 2, 0, max_tokens=tokens, min_tokens=tokens, **FORMS[form])
     short = Decoding(1, 2, 0, max_tokens=3, min_tokens=3, **FORMS[form])
     slow_model = Uncached(model)
-    for each in (model, slow_model):  # first calls allocate
-        seconds_of(each, 1, short)
+    for either in (model, slow_model):  # first calls allocate
+        seconds_of(either, 1, short)
     fast, slow, flat = [], [], []
     for _ in range(repeats):
         watched = Watched(model)

@@ -1,7 +1,7 @@
 """Scores of a tcga run's generated reports, with intervals, beside two baselines.
 
     slidevlm train --config examples/tcga.yaml --name tcga
-    python benchmarks/reports.py logs/tcga [DATA]
+    python -m benchmarks.reports logs/tcga [DATA]
 
 DATA is the folder of the data, by default ../shared/data/tcga. The baselines: for every slide the
 same report, made of the most frequent words of the training reports, as many as these have in the
@@ -20,8 +20,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from benchmarks.tcga import Cohort
 from sklearn.preprocessing import StandardScaler, normalize
-from tcga import Cohort
 
 from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.text_metrics.ptb import tokenize

@@ -19,15 +19,15 @@ import torch
 from slidevlm.app.cohorts import open_path
 from slidevlm.app.devices import choose_device
 from slidevlm.app.outputs import model_hash
+from slidevlm.app.pretrained import read_pretrained
 from slidevlm.app.trained import Trained, restore, same_data
-from slidevlm.app.weights import load_pretrained
 from slidevlm.config import Config, with_values
 from slidevlm.data.cases import Case, CaseStore
 from slidevlm.data.dataset import BadSpecimens, BagDataset, StopAtBad, make_loader
 from slidevlm.data.reports import ID_COLUMNS, read_text_file, read_utf8
 from slidevlm.data.sampling import EvalBatches
 from slidevlm.data.splits import find, read_identifiers
-from slidevlm.errors import ConfigError, DataError
+from slidevlm.errors import CheckpointError, ConfigError, DataError
 from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.scores import Score
 from slidevlm.eval.text_metrics.clinical import read_extractor
@@ -79,7 +79,7 @@ def caption(asked: Captioning) -> int:
     if asked.output is not None:
         _check_output(asked.output)
     Decoding(1, 2, 0, **asked.decoding)  # wrong settings are told before a model is read
-    trained = restore(load_pretrained(str(asked.model)))
+    trained = _trained(asked.model)
     tokenizer = trained.tokenizer
     decoding = Decoding(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, **asked.decoding)
     store = open_path(asked.source, asked.hdf5_feature_attribute, asked.slide_table)
@@ -107,6 +107,16 @@ def caption(asked: Captioning) -> int:
     partial.path.unlink()
     print(f"wrote {asked.output}: {len(records)} reports")
     return len(records)
+
+
+def _trained(path: Path) -> Trained:
+    state = read_pretrained(str(path)).state
+    if state is None:
+        raise CheckpointError(
+            f"{path} has weights, but no configuration and tokenizer of slidevlm beside them; give "
+            "the folder of a run or one of its checkpoints"
+        )
+    return restore(state)
 
 
 def _check_output(output: Path) -> None:
