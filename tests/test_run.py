@@ -7,16 +7,27 @@ import io
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slidevlm import run as module
 from slidevlm.errors import ConfigError
-from slidevlm.run import Bar, Run, configure_logging, environment, write_text
+from slidevlm.run import (
+    Bar,
+    Run,
+    WandbSettings,
+    configure_logging,
+    environment,
+    log_to,
+    peak_memory,
+    write_text,
+)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -254,12 +265,40 @@ def test_a_bar_shows_on_a_terminal_and_nowhere_else(monkeypatch: pytest.MonkeyPa
         (True, False, logging.ERROR),
     ],
 )
-def test_who_says_what(log: logging.Logger, debug: bool, main: bool, level: int) -> None:
+def test_who_says_what(
+    log: logging.Logger,
+    debug: bool,
+    main: bool,
+    level: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     log.handlers[:] = []
     for _ in range(2):
         configure_logging(debug=debug, main=main)
-    assert log.level == level
     assert len(log.handlers) == 1, "a second run in one process does not say everything twice"
+    levels = (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR)
+    for number in levels:
+        log.log(number, "of level %d", number)
+    told = [int(line.split()[-1]) for line in capsys.readouterr().err.splitlines()]
+    assert told == [number for number in levels if number >= level]
+    own = logging.getLogger("slidevlm.test_run.own")
+    own.setLevel(logging.WARNING)
+    own.warning("of every process")
+    own.setLevel(logging.NOTSET)
+    assert "of every process" in capsys.readouterr().err
+
+
+def test_a_log_of_this_process_alone(tmp_path: Path, log: logging.Logger) -> None:
+    log.handlers[:] = []
+    configure_logging(debug=False, main=False)
+    with log_to(tmp_path / "new" / "out-3.log"):
+        log.info("step 7")
+    log.info("later")
+    with log_to(None):
+        log.info("nowhere")
+    text = (tmp_path / "new" / "out-3.log").read_text()
+    assert text.endswith("INFO step 7\n") and text.count("\n") == 1
+    assert len(log.handlers) == 1
 
 
 def test_a_log_file_alone_does_not_silence_the_terminal(
@@ -269,3 +308,85 @@ def test_a_log_file_alone_does_not_silence_the_terminal(
     with Run(tmp_path):
         configure_logging(debug=False, main=True)
         assert len(log.handlers) == 2
+
+
+# --- memory and wandb -----------------------------------------------------------------------
+
+
+def test_peak_memory_is_that_of_the_process() -> None:
+    before = peak_memory()["memory_mb"]
+    assert 20 < before < 100_000
+    block = np.ones(int(max(before, 300)) * 2**17)  # as much again, in 8 bytes a number
+    assert peak_memory()["memory_mb"] > before
+    del block
+    status = Path("/proc/self/status")
+    if status.exists():
+        kilobytes = int(status.read_text().split("VmHWM:")[1].split()[0])
+        assert peak_memory()["memory_mb"] == pytest.approx(kilobytes / 1024, rel=0.02)
+
+
+def wandb_records(folder: Path) -> list[Any]:
+    """What the runs under a folder hold: protocol buffers in LevelDB's log format."""
+    from wandb.proto import wandb_internal_pb2
+
+    records = []
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, parts, at = file.read_bytes(), b"", 7  # behind the file's own header
+        while at + 7 <= len(data):
+            if 32768 - at % 32768 < 7:  # too little of the block for a header
+                at += 32768 - at % 32768
+                continue
+            size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+            parts += data[at + 7 : at + 7 + size]
+            at += 7 + size
+            if kind in (1, 4):  # whole, or the last part
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(parts)
+                records.append(record)
+                parts = b""
+    return records
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+@pytest.mark.usefixtures("offline")
+def test_wandb_gets_everything_and_a_run_that_goes_on_is_the_same_run(tmp_path: Path) -> None:
+    settings = WandbSettings("pathology", "first try", {"lr": 1e-3, "val_split": ("a", "b")})
+    with Run(tmp_path / "night", ["wandb"], None, settings) as run:
+        run.log("train", 1, {"loss": 0.5})
+        run.log("train", 2, {"loss": 0.25, "learning_rate": 1e-4})
+        run.text("val/report", 2, "tumour <5 mm> & margin")
+    time.sleep(1.1)  # wandb names folders by the second
+    with Run(tmp_path / "night", ["wandb"], 1, settings) as run:
+        run.log("train", 2, {"loss": 0.25})
+    records = wandb_records(tmp_path / "night")
+    runs = [r.run for r in records if r.WhichOneof("record_type") == "run"]
+    assert {(r.project, r.display_name, r.notes) for r in runs} == {
+        ("pathology", "night", "first try")
+    }
+    assert {r.run_id for r in runs} == {(tmp_path / "night" / "wandb_id.txt").read_text().strip()}
+    told = {u.key: json.loads(u.value_json) for r in runs for u in r.config.update}
+    assert told["lr"] == 1e-3 and told["val_split"] == ["a", "b"]
+    rows = [
+        {
+            item.key or ".".join(item.nested_key): json.loads(item.value_json)
+            for item in r.history.item
+        }
+        for r in records
+        if r.WhichOneof("record_type") == "history"
+    ]
+    numbers = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert numbers == [(1, 0.5), (2, 0.25), (2, 0.25)]
+    (page,) = (tmp_path / "night").glob("wandb/offline-run-*/files/media/html/**/*.html")
+    assert "tumour &lt;5 mm&gt; &amp; margin" in page.read_text()
+
+
+def test_wandb_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"slidevlm\[wandb\]"):
+        Run(tmp_path, ["wandb"], None, WandbSettings("p", "", {}))

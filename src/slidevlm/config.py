@@ -14,6 +14,8 @@ from typing import Any
 
 from slidevlm.errors import ConfigError
 
+SINKS = ("tensorboard", "wandb")  # of --report-to
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -161,8 +163,9 @@ class Model:
     )
     pretrained: str | None = arg(
         None,
-        "weights to start from: a checkpoint (.pt) of slidevlm or the folder of a run; every "
-        "tensor must match",
+        "weights to start from: a checkpoint (.pt, .safetensors) of slidevlm or MOSAIC, a run "
+        "folder, a Hugging Face folder, hf-hub:owner/name, or a tag of one's own; into another "
+        "--model goes what matches by name and shape, and a table says what did",
     )
     lock_image: bool = arg(
         False,
@@ -301,15 +304,21 @@ class Logging:
     """logging: what is told and kept."""
 
     logs: str = arg("./logs/", "folder of the run folders; None writes nothing at all")
-    log_local: bool = arg(False, "a log file on every node", pending=True)
+    log_local: bool = arg(
+        False, "the first process of every node writes its log to out-<rank>.log in the run folder"
+    )
     name: str | None = arg(
         None, "name of the run folder", default_text="date, time and the main settings"
     )
-    report_to: str = arg("", "tensorboard, besides the metrics.jsonl that is always written")
-    wandb_notes: str = arg("", "notes of the wandb run", pending=True)
-    wandb_project_name: str = arg("open-clip", "project of the wandb run", pending=True)
+    report_to: str = arg(
+        "",
+        "tensorboard, wandb, both (with a comma) or all, besides the metrics.jsonl that is always "
+        "written; wandb works without a network where WANDB_MODE is offline",
+    )
+    wandb_notes: str = arg("", "notes of the wandb run")
+    wandb_project_name: str = arg("open-clip", "project of the wandb run")
     log_every_n_steps: int = arg(100, "optimizer steps between two log lines", minimum=1)
-    log_memory: bool = arg(False, "peak memory with each log line", pending=True)
+    log_memory: bool = arg(False, "peak memory of the process and of the device with each log line")
     debug: bool = arg(False, "debug level, anomaly detection, tracebacks")
     copy_codebase: bool = arg(False, "run from a copy of the package", pending=True)
 
@@ -469,6 +478,11 @@ class Config:
         return frozenset(r.strip() for r in self.logging.report_to.split(",")) - {""}
 
     @property
+    def sinks(self) -> list[str]:
+        """What --report-to asks for, `all` spelt out."""
+        return sorted(SINKS if "all" in self.reports else self.reports)
+
+    @property
     def beam_search(self) -> bool:
         """Whether --save-captions searches with beams instead of drawing tokens."""
         asked = bool(self.given & BEAM_ARGUMENTS) and "val_gen_top_k" not in self.given
@@ -553,6 +567,15 @@ def given_values(config: Config) -> dict[str, Any]:
     }
 
 
+def all_values(config: Config) -> dict[str, Any]:
+    """{field name: value} of everything, given or not."""
+    return {
+        f.name: getattr(getattr(config, name), f.name)
+        for name, group in GROUPS.items()
+        for f in fields(group)
+    }
+
+
 def with_adam_defaults(config: Config) -> Config:
     """Fill --lr, --beta1, --beta2 and --eps where not given."""
     # A configuration of one's own is named by its file, not by the folders above it.
@@ -628,8 +651,6 @@ def _pending(config: Config) -> Iterator[str]:
             yield f"{flag} is not available yet; leave it out"
         elif value in spec.pending_values:
             yield f"{flag} {value} is not available yet; choose another value"
-    if config.reports & {"wandb", "all"}:
-        yield f"--report-to {config.logging.report_to} is not available yet; use tensorboard"
 
 
 def _values(entries: Iterable[tuple[str, Any, Any, Spec]]) -> Iterator[str]:
@@ -817,9 +838,15 @@ def _combinations(config: Config) -> Iterator[str]:
     weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight
     if not any(weights):
         yield "both loss weights are 0; nothing would be trained"
-    bad = config.reports - {"tensorboard", "wandb", "all"}
+    bad = config.reports - {*SINKS, "all"}
     if bad:
-        yield f"--report-to does not know {', '.join(sorted(bad))}; it knows tensorboard"
+        yield (
+            f"--report-to does not know {', '.join(sorted(bad))}; it knows {', '.join(SINKS)}, all"
+        )
+    if "wandb" not in config.sinks:
+        for field_name in ("wandb_notes", "wandb_project_name"):
+            if field_name in config.given:
+                yield f"--{field_name.replace('_', '-')} works only with --report-to wandb"
     yield from _resuming(config)
     name = config.logging.name
     if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):

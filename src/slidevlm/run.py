@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import math
@@ -9,7 +10,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -78,6 +81,61 @@ class TensorBoard:
         self._writer.close()
 
 
+@dataclass(frozen=True)
+class WandbSettings:
+    """What a wandb run is told besides the numbers."""
+
+    project: str
+    notes: str
+    config: Mapping[str, Any]
+
+
+class Wandb:
+    """A run of Weights & Biases, its files under <run>/wandb. WANDB_MODE=offline needs no network.
+
+    A run that goes on is the same wandb run: its id is kept in the run folder.
+    """
+
+    def __init__(self, folder: Path, settings: WandbSettings) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                "--report-to wandb needs the extra: pip install 'slidevlm[wandb]'"
+            ) from error
+        self._wandb = wandb
+        kept = folder / "wandb_id.txt"
+        try:
+            self._run = wandb.init(
+                project=settings.project,
+                name=folder.name,
+                notes=settings.notes or None,
+                config=dict(settings.config),
+                dir=str(folder),
+                id=kept.read_text(encoding="utf-8").strip() if kept.exists() else None,
+                resume="allow",
+                settings=wandb.Settings(console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"--report-to wandb: {error}; log in with `wandb login`, or set WANDB_MODE=offline "
+                "and send the run later with `wandb sync`"
+            ) from error
+        write_text(kept, self._run.id + "\n")
+        # Its own counter never goes back, as the steps of a killed run do.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **{f"{kind}/{k}": v for k, v in values.items()}})
+
+    def text(self, name: str, step: int, content: str) -> None:
+        shown = self._wandb.Html(f"<pre>{html.escape(content)}</pre>")
+        self._run.log({"step": step, name: shown})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 class Run:
     """A run folder, or nothing at all: every method works either way.
 
@@ -86,10 +144,15 @@ class Run:
         report_to: names of further sinks.
         resumed_step: the step that training goes on from; later lines of metrics.jsonl, which a
             killed process left, are dropped. None for a new run.
+        wandb: for the sink of that name.
     """
 
     def __init__(
-        self, folder: Path | None, report_to: Sequence[str] = (), resumed_step: int | None = None
+        self,
+        folder: Path | None,
+        report_to: Sequence[str] = (),
+        resumed_step: int | None = None,
+        wandb: WandbSettings | None = None,
     ) -> None:
         self.folder = folder
         self._sinks: list[Sink] = []
@@ -102,8 +165,10 @@ class Run:
         self._sinks.append(JsonLines(folder / METRICS))
         if "tensorboard" in report_to:
             self._sinks.append(TensorBoard(folder / "tensorboard", resumed_step))
-        self._handler = logging.FileHandler(folder / "out.log", encoding="utf-8")
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        if "wandb" in report_to:
+            assert wandb is not None, "the sink needs its settings"
+            self._sinks.append(Wandb(folder, wandb))
+        self._handler = _log_file(folder / "out.log")
         log.addHandler(self._handler)
 
     @property
@@ -253,11 +318,63 @@ class _Terminal(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
+def _of_every_process(record: logging.LogRecord) -> bool:
+    own = logging.getLogger(record.name)
+    return record.levelno >= logging.ERROR or (own is not log and own.level > 0)
+
+
 def configure_logging(*, debug: bool, main: bool) -> None:
-    """Log to stderr: everything from the first process, errors alone from the others."""
-    if not any(isinstance(h, _Terminal) for h in log.handlers):
-        handler = _Terminal()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
+    """Log to stderr: everything from the first process, errors alone from the others.
+
+    Loggers with a level of their own are heard from every process.
+    """
+    for handler in [h for h in log.handlers if isinstance(h, _Terminal)]:
+        log.removeHandler(handler)
+    terminal = _Terminal()
+    terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    if not main:
+        terminal.addFilter(_of_every_process)
+    log.addHandler(terminal)
     log.propagate = False
-    log.setLevel((logging.DEBUG if debug else logging.INFO) if main else logging.ERROR)
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def _log_file(path: Path) -> logging.Handler:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler
+
+
+@contextmanager
+def log_to(path: Path | None) -> Iterator[None]:
+    """Within, the log of this process is also written to a file; None: it is not."""
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = _log_file(path)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak of resident memory of this process, and of what torch has taken on the device, MB."""
+    import torch
+
+    found = {"memory_mb": _peak_resident_mb()}
+    if torch.cuda.is_available():
+        found["device_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
+
+
+def _peak_resident_mb() -> float:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

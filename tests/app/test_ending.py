@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -142,3 +143,23 @@ def test_two_processes_end_together_and_go_on(cohort, tmp_path):
     assert saved.name.startswith("step_")
     go_on(words)
     assert same(final(logs / "run"), final(logs / "whole"))
+
+
+def test_two_processes_log_their_memory_and_node(cohort, tmp_path):
+    words = command(cohort, tmp_path, "run", 2, epochs=1)
+    done = subprocess.run(
+        [*words, "--log-memory", "--log-local"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [x for x in told if x["kind"] == "train"]
+    assert len(steps) == 3 and all(50 < x["memory_mb"] < 5000 for x in steps)
+    # One node: its first process alone has a file.
+    logs = {f.name for f in (tmp_path / "run").glob("out*.log")}
+    assert logs == {"out.log", "out-0.log"}
+    assert "step 3/3" in (tmp_path / "run" / "out-0.log").read_text()

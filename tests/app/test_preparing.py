@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from slidevlm.app import train
+from slidevlm.app.preparing import prepare
+from slidevlm.app.trained import Trained
 from slidevlm.config import Config, with_values
 from slidevlm.data.synthetic import DemoCohort, synthesize
 from slidevlm.errors import CheckpointError, ConfigError
-from slidevlm.models import zoo
+from slidevlm.models import build_model, from_dict, zoo
 from slidevlm.train import checkpoint as ckpt
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -154,3 +156,23 @@ def test_quantised_runs_resume_exactly(
 def test_frozen_forms_need_frozen_layers(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="is for frozen layers, and none is"):
         run(settings, use_bnb_linear="nf4")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lock_image": True}, "--lock-image: model .* has no image tower"),
+        ({"trace": True, "test": True}, "--trace: model .* encodes neither images nor texts"),
+    ],
+)
+def test_a_language_model_has_no_image_tower(values: dict[str, Any], message: str) -> None:
+    content = {
+        "family": "lm",
+        "tile_width": 6,
+        "text": {"type": "scratch", "width": 16, "layers": 1, "heads": 2},
+        "decoder": {"layers": 1, "heads": 2},
+    }
+    config = from_dict(content, "here")
+    trained = Trained(build_model(config, 20), config, None, siglip=False, unit=None)
+    with pytest.raises(ConfigError, match=message):
+        prepare(with_values(Config(), values), trained)

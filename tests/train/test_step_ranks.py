@@ -20,6 +20,7 @@ from slidevlm.batch import Bags, Batch
 from slidevlm.errors import DataError, TrainingError
 from slidevlm.losses import caption_loss_sum, contrastive_loss
 from slidevlm.models import CoCa, create_model
+from slidevlm.models.freeze import lock_image, lock_text
 from slidevlm.precision import resolve
 from slidevlm.train.optim import adamw
 from slidevlm.train.step import MAX_SKIPPED_IN_A_ROW, Objective, Step, softmax_term
@@ -89,6 +90,7 @@ def work(folder: Path) -> None:
         terms = step_for(model, weights).gradients(mine)
         results[case] = {n: p.grad for n, p in model.named_parameters()}
         results[case]["loss"] = terms.loss
+    results["frozen"] = frozen_step([batch_of(range(3 * rank, 3 * rank + 3))])
     results["nothing"] = nothing()
     results["rows"] = dist.gather_rows(torch.full((rank * 2, 3), float(rank)))
     results["none"] = [tuple(t.shape) for t in dist.gather_rows(torch.zeros(0, 0))]
@@ -99,6 +101,15 @@ def work(folder: Path) -> None:
         results["refused"] = str(error)
     torch.save(results, folder / f"{rank}.pt")
     dist.stop()
+
+
+def frozen_step(batches: list[Batch]) -> dict[str, Tensor]:
+    """All weights after a step with a locked image tower but for its end, and a locked text."""
+    model = tiny()
+    lock_image(model, 1, freeze_statistics=False)
+    lock_text(model, 0, freeze_layer_norm=False)
+    step_for(model, (1.0, 2.0))(batches, 1e-2)
+    return model.state_dict()
 
 
 def refuse() -> str:
@@ -177,6 +188,19 @@ def test_unequal_ranks_have_the_gradient_of_all_specimens(results: list[dict], c
             torch.testing.assert_close(
                 found.double(), value.double(), atol=1e-6, rtol=1e-4, msg=name
             )
+
+
+def test_a_step_with_frozen_towers_is_that_of_one_process(results: list[dict]) -> None:
+    before = tiny().state_dict()
+    alone = frozen_step([batch_of(range(6))])
+    for rank in (0, 1):
+        for name, value in results[rank]["frozen"].items():
+            torch.testing.assert_close(value, alone[name], atol=1e-6, rtol=0, msg=name)
+            if name.startswith(("slide.", "text.")) and "norm" not in name:
+                assert torch.equal(value, before[name]), name
+        assert not torch.equal(
+            results[rank]["frozen"]["slide_project.weight"], before["slide_project.weight"]
+        )
 
 
 def test_a_step_without_any_specimen_moves_nothing(results: list[dict]) -> None:

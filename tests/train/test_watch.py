@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ class Rig:
         start: Progress | None = None,
         metrics: dict[str, float] | None = None,
         keeper: dict[str, Any] | None = None,
+        memory: Callable[[], dict[str, float]] | None = None,
         **options: Any,
     ) -> None:
         self.run = Run(folder)
@@ -110,6 +112,7 @@ class Rig:
             start or Progress(),
             metrics or {},
             self.interrupts,
+            memory or dict,
         )
 
     def evaluate(self, epoch: int, captions: bool, step: int) -> dict[str, float]:
@@ -173,6 +176,17 @@ def test_log_lines_have_all_fields_every_n_steps_and_at_the_end(tmp_path: Path) 
     assert first["kind"] == "train" and first["learning_rate"] == 0.125
     assert (first["loss"], first["contrastive_loss"], first["caption_loss"]) == (1.5, 0.5, 0.25)
     assert (first["logit_scale"], first["gradient_norm"]) == (14.0, 2.0)
+
+
+def test_memory_stands_in_a_line_where_it_is_asked_for(
+    tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig(tmp_path, memory=lambda: {"memory_mb": 512.25, "device_memory_mb": 7.0})
+    rig.step(2)
+    (told_line,) = told(tmp_path)
+    assert (told_line["memory_mb"], told_line["device_memory_mb"]) == (512.25, 7.0)
+    assert "  memory 512 MB  device_memory 7 MB" in messages.text
+    assert "tiles/s" in messages.text
 
 
 def test_a_line_sums_up_the_steps_since_the_last_line(

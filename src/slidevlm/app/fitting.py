@@ -23,7 +23,7 @@ from slidevlm.data.sampling import TrainBatches
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.flags import to_yaml
 from slidevlm.precision import Precision
-from slidevlm.run import CHECKPOINTS, Run
+from slidevlm.run import CHECKPOINTS, Run, peak_memory
 from slidevlm.train import checkpoint as ckpt
 from slidevlm.train import schedule
 from slidevlm.train.interrupt import Interrupts
@@ -132,6 +132,7 @@ def fit(
         progress,
         {} if start.training is None else start.training.metrics,
         interrupts,
+        peak_memory if config.logging.log_memory else dict,
     )
     try:
         end = run_loop(step, loader, batches, plan, watcher, progress)

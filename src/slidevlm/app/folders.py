@@ -79,3 +79,10 @@ def default_name(config: Config) -> str:
             f"p_{config.optim.precision}",
         ]
     )
+
+
+def local_log(config: Config, folder: Path | None) -> Path | None:
+    """Where --log-local writes: a file of the first process of every node."""
+    if folder is None or not config.logging.log_local or dist.local_rank() != 0:
+        return None
+    return folder / f"out-{dist.rank()}.log"

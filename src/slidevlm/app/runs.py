@@ -16,7 +16,7 @@ from slidevlm.app.cohorts import Data, open_data
 from slidevlm.app.datasets import bag_dataset
 from slidevlm.app.devices import choose_device, with_device
 from slidevlm.app.fitting import fit
-from slidevlm.app.folders import claimed_folder, config_name, evaluation_prefix
+from slidevlm.app.folders import claimed_folder, config_name, evaluation_prefix, local_log
 from slidevlm.app.judging import Judge
 from slidevlm.app.outputs import Outcome
 from slidevlm.app.preparing import prepare
@@ -24,6 +24,7 @@ from slidevlm.app.trained import Trained, model_for
 from slidevlm.app.weights import Start, start_of
 from slidevlm.config import (
     Config,
+    all_values,
     given_values,
     validate,
     with_adam_defaults,
@@ -34,7 +35,7 @@ from slidevlm.errors import ConfigError
 from slidevlm.flags import read_yaml, to_yaml
 from slidevlm.precision import Precision
 from slidevlm.precision import resolve as resolve_precision
-from slidevlm.run import Run, configure_logging, environment
+from slidevlm.run import Run, WandbSettings, configure_logging, environment, log_to
 from slidevlm.train.interrupt import Interrupts
 
 log = logging.getLogger("slidevlm")
@@ -125,7 +126,14 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
     trained = model_for(config, data, start, precision.device)
     prepare(config, trained)
     new = folder is not None and dist.is_main()
-    with Run(folder if new else None, sorted(config.reports), _told_until(config, start)) as run:
+    wandb = WandbSettings(
+        config.logging.wandb_project_name, config.logging.wandb_notes, all_values(config)
+    )
+    told_until = _told_until(config, start)
+    with (
+        log_to(local_log(config, folder)),
+        Run(folder if new else None, config.sinks, told_until, wandb) as run,
+    ):
         run.write(config_name(config, folder), to_yaml(config))
         run.write("tokenizer.json", trained.tokenizer.to_json())
         run.write_json("model.json", trained.config.to_dict())

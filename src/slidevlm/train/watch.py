@@ -65,6 +65,7 @@ class RunWatcher:
         start: where training goes on.
         metrics: of the last evaluation before that; none for a new run.
         interrupts: signals that ask for an end.
+        memory: further numbers of a log line, in MB.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class RunWatcher:
         start: Progress,
         metrics: Mapping[str, float],
         interrupts: Interrupts,
+        memory: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self.run, self.keeper, self.state = run, keeper, state
+        self.memory = memory
         self.interrupts = interrupts
         self.stops = False
         self._retry_at: float | None = None
@@ -122,10 +125,12 @@ class RunWatcher:
             "data_seconds": self._data_seconds / steps,
             "step_seconds": self._step_seconds / steps,
         }
+        memory = self.memory()
+        values |= memory
         self.run.log("train", step, values)
         log.info(
             "epoch %d  step %d/%d  loss %.4f (contrastive %.4f, caption %.4f)  scale %.2f  "
-            "rate %.2e  norm %.2f  %.1f samples/s  data %.3f s  step %.3f s",
+            "rate %.2e  norm %.2f  %.1f samples/s  %.0f tiles/s  data %.3f s  step %.3f s%s",
             line.progress.epoch + 1,
             step,
             self._total,
@@ -136,8 +141,10 @@ class RunWatcher:
             line.rate,
             values["gradient_norm"],
             values["samples_per_second"],
+            values["tiles_per_second"],
             values["data_seconds"],
             values["step_seconds"],
+            "".join(f"  {k.removesuffix('_mb')} {v:.0f} MB" for k, v in memory.items()),
         )
         self._bar.update(step, self._note(line))
         self._reset(step)
