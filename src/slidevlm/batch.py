@@ -101,7 +101,8 @@ class Output:
 
     image_embedding: Tensor | None  # [B, E], L2-normalised
     text_embedding: Tensor | None  # [B, E], L2-normalised
-    logits: Tensor | None  # [B, L - 1, V], position i predicts token i + 1
+    # [B, L - 1, V], position i predicts token i + 1; or [n, V], only where that token is real
+    logits: Tensor | None
     logit_scale: Tensor  # [], the multiplier of the cosine itself (not its logarithm)
     logit_bias: Tensor | None  # [], for the sigmoid loss
 

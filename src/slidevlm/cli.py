@@ -21,6 +21,10 @@ commands:
   train            train a model on bags of tile features and reports
   evaluate         evaluate a trained run
   demo             synthesize a cohort, train on it, evaluate: a first look in minutes
+  models list      the shipped configurations
+  models show      a model's parts, groups for locking, memory of a step
+  models new       copy a configuration to a file of one's own
+  models export    a trained model as a folder in Hugging Face's form
   data inspect     what a file or a folder of features is
   data check       report on a whole cohort before it is trained on
   data convert     any cohort -> one HDF5 file of which few tiles of many are read fast
@@ -324,6 +328,96 @@ def _split(argv: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
+class _NoArguments:
+    """arguments: none."""
+
+
+MODELS_LIST_HELP = "List the shipped model configurations, names for --model."
+
+
+def _models_list(argv: Sequence[str]) -> None:
+    parse_into(_NoArguments, argv, "slidevlm models list", MODELS_LIST_HELP)
+    from slidevlm.model_commands import list_models
+
+    list_models()
+
+
+@dataclass(frozen=True)
+class _ShowArguments:
+    """arguments: the model, and the step whose memory is told."""
+
+    model: str = arg("", "name of a shipped configuration, or file of one", positional=True)
+    tiles: int = arg(10_000, "tiles of the bag", minimum=1)
+    tokens: int | None = arg(
+        None, "tokens of the report", minimum=2, default_text="the model's context"
+    )
+
+
+SHOW_HELP = """\
+Show a model: parameters of each part, the groups that --lock-image-unlocked-groups and
+--lock-text-unlocked-layers count from the output, and the memory of a training step. No weights are
+made and nothing is downloaded, save the config.json of a text tower of type hf."""
+SHOW_EPILOG = """\
+example:
+  slidevlm models show coca_stage_1 --tiles 50000
+"""
+
+
+def _models_show(argv: Sequence[str]) -> None:
+    arguments = parse_into(_ShowArguments, argv, "slidevlm models show", SHOW_HELP, SHOW_EPILOG)
+    from slidevlm.model_commands import show
+
+    show(arguments.model, arguments.tiles, arguments.tokens)
+
+
+@dataclass(frozen=True)
+class _NewArguments:
+    """arguments: what is copied, and where to."""
+
+    model: str = arg("", "name of a shipped configuration, or file of one", positional=True)
+    file: str = arg("", "file to write, ending in .json", positional=True)
+
+
+def _models_new(argv: Sequence[str]) -> None:
+    arguments = parse_into(
+        _NewArguments,
+        argv,
+        "slidevlm models new",
+        "Copy a model configuration to a file of one's own.",
+        "example:\n  slidevlm models new coca_stage_1 mine.json\n",
+    )
+    from slidevlm.model_commands import new
+
+    new(arguments.model, Path(arguments.file))
+
+
+@dataclass(frozen=True)
+class _ExportArguments:
+    """arguments: what is exported, and where to."""
+
+    source: str = arg("", "run folder or checkpoint, as --pretrained takes it", positional=True)
+    folder: str = arg("", "new folder", positional=True)
+
+
+EXPORT_HELP = """\
+Write a trained model as a folder: model.safetensors, config.json and the tokenizer, in Hugging
+Face's form. LoRA is merged. --pretrained reads the folder, or the .safetensors file alone."""
+
+
+def _models_export(argv: Sequence[str]) -> None:
+    arguments = parse_into(
+        _ExportArguments,
+        argv,
+        "slidevlm models export",
+        EXPORT_HELP,
+        "example:\n  slidevlm models export logs/first exported\n",
+    )
+    from slidevlm.model_commands import export_model
+
+    export_model(arguments.source, Path(arguments.folder))
+
+
+@dataclass(frozen=True)
 class _DemoArguments:
     """arguments: where and how long."""
 
@@ -359,6 +453,10 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("train",): _train,
     ("evaluate",): _evaluate,
     ("demo",): _demo,
+    ("models", "list"): _models_list,
+    ("models", "show"): _models_show,
+    ("models", "new"): _models_new,
+    ("models", "export"): _models_export,
     ("data", "inspect"): _inspect,
     ("data", "check"): _check,
     ("data", "convert"): _convert,

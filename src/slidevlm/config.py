@@ -163,8 +163,9 @@ class Model:
     )
     pretrained: str | None = arg(
         None,
-        "weights to start from: a checkpoint (.pt) of slidevlm or the folder of a run; every "
-        "tensor must match",
+        "weights to start from: a checkpoint (.pt, .safetensors) of slidevlm or MOSAIC, a run "
+        "folder, a Hugging Face folder, hf-hub:owner/name, or a tag of one's own; into another "
+        "--model goes what matches by name and shape, and a table says what did",
     )
     lock_image: bool = arg(
         False,

@@ -11,11 +11,18 @@ from torch import nn
 
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
+from slidevlm.losses import caption_loss_sum
 from slidevlm.models import CoCa, build_model, create_model, from_dict, zoo
 from slidevlm.models.slide.base import FourierPositions, moments
 
 LENGTHS = (7, 1, 30, 3)
-NAMES = [name for name in zoo.names() if "large" not in name]
+NAMES = [
+    name
+    for name in zoo.names()
+    if zoo.load(name).text_type == "scratch"
+    and zoo.load(name).family != "lm"
+    and "large" not in name
+]
 
 
 def model_for(name: str = "coca_tiny", width: int = 12, vocab: int = 50) -> CoCa:
@@ -266,6 +273,20 @@ def test_half_precision_features_are_read_as_they_are() -> None:
     same = Bags(bags.features.half().float(), bags.lengths, bags.positions, None, "um")
     with torch.no_grad():
         assert torch.equal(model.encode_image(half), model.encode_image(same))
+
+
+@pytest.mark.parametrize("name", ["coca_tiny", "coca_small_cohort"])
+def test_logits_of_real_tokens_are_those_of_all_at_their_places(name: str) -> None:
+    model, bags = model_for(name), bags_for()
+    tokens = torch.randint(3, 50, (4, 9))
+    mask = torch.arange(9) < torch.tensor([9, 2, 5, 1])[:, None]
+    output = model(bags, tokens, mask)
+    packed = model(bags, tokens, mask, only_real=True)
+    assert packed.logits.shape == (8 + 1 + 4, 50)
+    torch.testing.assert_close(packed.logits, output.logits[mask[:, 1:]])
+    torch.testing.assert_close(
+        caption_loss_sum(packed.logits, tokens, mask), caption_loss_sum(output.logits, tokens, mask)
+    )
 
 
 def pooled(pooling: str, slide_tokens: int, embed_dim: int = 32) -> CoCa:

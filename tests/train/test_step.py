@@ -32,12 +32,14 @@ class Recorded(nn.Module):
         self.log_scale = nn.Parameter(torch.as_tensor(inputs[scale]).double())
         self.bias = nn.Parameter(torch.as_tensor(inputs["bias"]).double()) if bias else None
 
-    def forward(self, bags: Bags, tokens: Tensor, mask: Tensor, *, with_logits: bool) -> Output:
+    def forward(
+        self, bags: Bags, tokens: Tensor, mask: Tensor, *, with_logits: bool, only_real: bool
+    ) -> Output:
         rows = bags.features[:, 0].long()
         return Output(
             self.image[rows],
             self.text[rows],
-            self.logits[rows] if with_logits else None,
+            self.logits[rows][mask[:, 1:]] if with_logits else None,
             self.log_scale.exp(),
             self.bias,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 
 from slidevlm import dist
 from slidevlm.app.cohorts import Data
-from slidevlm.app.weights import Start
+from slidevlm.app.pretrained import Pretrained
+from slidevlm.app.weights import Start, differences
 from slidevlm.config import Config
 from slidevlm.data.cases import Bag
 from slidevlm.data.statistics import tile_moments, token_table
 from slidevlm.data.tokenizer import Tokenizer
-from slidevlm.errors import CheckpointError, DataError
+from slidevlm.errors import CheckpointError, ConfigError, DataError
 from slidevlm.models import (
     CoCa,
     Model,
@@ -27,7 +29,11 @@ from slidevlm.models import (
     resolve,
     zoo,
 )
+from slidevlm.models.lora import merge_lora
+from slidevlm.models.matching import Match, load, match
 from slidevlm.train import checkpoint as ckpt
+
+log = logging.getLogger("slidevlm")
 
 
 @dataclass
@@ -62,7 +68,7 @@ def model_for(config: Config, data: Data, start: Start, device: torch.device) ->
         _same_model(config, saved)
         _same_data(trained, width, unit)
     else:
-        trained = _new_model(config, data, width, unit)
+        trained = _new_model(config, data, width, unit, start.pretrained)
     dist.broadcast_parameters(trained.model.to(device))
     return trained
 
@@ -100,14 +106,10 @@ def _same_model(config: Config, saved: ckpt.ModelState) -> None:
         raise CheckpointError(f"the checkpoint was trained {word} --siglip; do the same here")
     if "model" not in config.given:
         return
-    # Read and written again, it has the keys that came after the checkpoint.
-    had = from_dict(saved.config, "the checkpoint's model").to_dict()
-    wanted = zoo.load(config.model.model).to_dict() | {"tile_width": had["tile_width"]}
-    if wanted != had:
-        differs = [k for k in wanted.keys() | had.keys() if wanted.get(k) != had.get(k)]
+    if differs := differences(config.model.model, saved):
         raise CheckpointError(
             f"--model {config.model.model} is not the checkpoint's model: "
-            f"{', '.join(sorted(differs))} differ; leave --model out to take the checkpoint's"
+            f"{', '.join(differs)} differ; leave --model out to take the checkpoint's"
         )
 
 
@@ -126,29 +128,119 @@ def _same_data(trained: Trained, width: int, unit: str | None) -> None:
         )
 
 
-def _new_model(config: Config, data: Data, width: int, unit: str | None) -> Trained:
-    model_config = zoo.load(config.model.model)
-    if model_config.tile_width not in (None, width):
+def _new_model(
+    config: Config, data: Data, width: int, unit: str | None, pretrained: Pretrained | None
+) -> Trained:
+    """A model of --model, or of the configuration that came with foreign weights."""
+    where = f"--model {config.model.model}"
+    if pretrained is not None and pretrained.config and "model" not in config.given:
+        where = f"--pretrained {pretrained.name}"
+        model_config = from_dict(pretrained.config, where)
+    elif pretrained is not None and "model" not in config.given:
+        raise ConfigError(
+            f"--pretrained {pretrained.name} does not say which model its weights are of; give "
+            "--model"
+        )
+    else:
+        model_config = zoo.load(config.model.model)
+    if model_config.family != "lm" and model_config.tile_width not in (None, width):
         raise DataError(
-            f"--model {config.model.model} wants tiles of width {model_config.tile_width}, this "
-            f"data's are {width} wide"
+            f"{where} wants tiles of width {model_config.tile_width}, this data's are {width} wide"
         )
     model_config = resolve(replace(model_config, tile_width=width))
-    assert data.train is not None, "validate has made sure of a training split"
-    reports, text = data.train.reports, model_config.text
     # Made by the first process alone: the others must have exactly the same one.
-    made = dist.from_main(lambda: new_tokenizer(text, reports).to_json())
+    made = dist.from_main(lambda: _tokenizer_for(model_config, data, pretrained).to_json())
     tokenizer = Tokenizer.from_json(made)
     torch.manual_seed(config.evaluation.seed)
     model = build_model(model_config, tokenizer.vocab_size, siglip=config.loss.siglip)
     if dist.is_main():  # the others get them with the parameters
-        seed, rank = config.evaluation.seed, model_config.text.prior_rank
+        _first_weights(config, data, model, model_config, tokenizer, pretrained)
+    return Trained(model, model_config, tokenizer, config.loss.siglip, unit)
+
+
+def _first_weights(
+    config: Config,
+    data: Data,
+    model: Model,
+    model_config: ModelConfig,
+    tokenizer: Tokenizer,
+    pretrained: Pretrained | None,
+) -> None:
+    """Published language models, statistics of the training split, pretrained weights."""
+    found = None
+    if pretrained is not None:
+        weights = _plain_weights(pretrained)
+        found = match(model, weights, _of_other_tokens(model, pretrained, tokenizer))
+        _tell(config, pretrained, found)
+    if found is None or not found.complete:
         load_sources(model, model_config)
         if isinstance(model, CoCa):
+            assert data.train is not None, "an evaluation has complete weights"
+            seed, rank = config.evaluation.seed, model_config.text.prior_rank
             moments = tile_moments(data.store, data.train.cases, seed)
             table = token_table(tokenizer, data.train.reports, rank, seed) if rank else None
             model.start_from(*moments, table)
-    return Trained(model, model_config, tokenizer, config.loss.siglip, unit)
+    if found is not None:
+        load(model, weights, found)
+
+
+def _tell(config: Config, pretrained: Pretrained, found: Match) -> None:
+    """Log what of pretrained weights is loaded.
+
+    Raises:
+        CheckpointError: nothing, or not all of a model that is not to be trained.
+    """
+    if not found.found:
+        raise CheckpointError(
+            f"--pretrained {pretrained.name}: nothing in it has name and shape of a tensor of the "
+            f"model:\n{found.table()}"
+        )
+    if config.evaluation.test and not found.complete:
+        raise CheckpointError(
+            f"--pretrained {pretrained.name} does not fill the model that --test evaluates:\n"
+            f"{found.table()}"
+        )
+    log.info("--pretrained %s:\n%s", pretrained.name, found.table())
+
+
+def _plain_weights(pretrained: Pretrained) -> dict[str, torch.Tensor]:
+    """Those of a model of ours with LoRA merged: they fit a model with another or none."""
+    state = pretrained.state
+    if state is None or not state.config.get("lora"):
+        return pretrained.weights
+    model = restore(state).model
+    merge_lora(model)
+    return model.state_dict()
+
+
+def _of_other_tokens(model: Model, pretrained: Pretrained, tokenizer: Tokenizer) -> set[str]:
+    """Tensors with a row for each token, where the weights were made with another tokenizer."""
+    state = pretrained.state
+    if state is None or Tokenizer.from_json(state.tokenizer).to_json() == tokenizer.to_json():
+        return set()
+    of_tokens = ("text.tokens.", "text.model.", "decoder.vocabulary.", "prior.table")
+    return {
+        name
+        for name, tensor in model.state_dict().items()
+        if name.startswith(of_tokens) and tensor.ndim and len(tensor) == tokenizer.vocab_size
+    }
+
+
+def _tokenizer_for(
+    model_config: ModelConfig, data: Data, pretrained: Pretrained | None
+) -> Tokenizer:
+    """The tokenizer that token vectors of pretrained weights were made with, or a new one."""
+    if model_config.text.tokenizer_source == "train":
+        if pretrained is not None and pretrained.state is not None:
+            before = from_dict(pretrained.state.config, f"--pretrained {pretrained.name}")
+            if before.text.tokenizer_source == "train":
+                return Tokenizer.from_json(pretrained.state.tokenizer)
+        if data.train is None:
+            raise CheckpointError(
+                "these weights come without a tokenizer; they cannot be evaluated"
+            )
+    reports = () if data.train is None else data.train.reports
+    return new_tokenizer(model_config.text, reports)
 
 
 def new_tokenizer(text: Any, reports: Sequence[str]) -> Tokenizer:

@@ -6,8 +6,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from slidevlm.app.pretrained import Pretrained, read_pretrained
 from slidevlm.config import Config
-from slidevlm.errors import CheckpointError, ConfigError
+from slidevlm.errors import CheckpointError
+from slidevlm.models import from_dict, zoo
 from slidevlm.run import CHECKPOINTS
 from slidevlm.train import checkpoint as ckpt
 
@@ -18,8 +20,9 @@ log = logging.getLogger("slidevlm")
 class Start:
     """What a run begins with: nothing, weights, or a whole state."""
 
-    model: ckpt.ModelState | None = None
+    model: ckpt.ModelState | None = None  # of just this model
     training: ckpt.TrainState | None = None
+    pretrained: Pretrained | None = None  # of another one, or without all that belongs to it
 
 
 def start_of(config: Config, folder: Path | None) -> Start:
@@ -37,22 +40,29 @@ def start_of(config: Config, folder: Path | None) -> Start:
     elif resume is not None:
         log.info("going on from %s", resume)
         return Start(*ckpt.load(Path(resume)))
-    if pretrained is not None:
-        return Start(load_pretrained(pretrained))
-    return Start()
+    if pretrained is None:
+        return Start()
+    weights = read_pretrained(pretrained)
+    if weights.state is None or _another(config, weights.state):
+        return Start(pretrained=weights)
+    return Start(weights.state)
 
 
-def load_pretrained(name: str) -> ckpt.ModelState:
-    """Weights from a checkpoint file or the newest checkpoint of a run folder."""
-    path = Path(name)
-    if path.is_dir():
-        found = ckpt.newest(path / CHECKPOINTS)
-        if found is None:
-            raise CheckpointError(f"--pretrained: no checkpoint in {path / CHECKPOINTS}")
-        return found[1]
-    if path.suffix == ".pt":
-        return ckpt.load(path)[0]
-    raise ConfigError(
-        f"--pretrained {name!r} is neither a run folder nor a .pt checkpoint here; other forms "
-        "are not available yet"
-    )
+def _another(config: Config, saved: ckpt.ModelState) -> bool:
+    """Whether --model names another model than the weights are of."""
+    return "model" in config.given and bool(differences(config.model.model, saved))
+
+
+def differences(model: str, saved: ckpt.ModelState) -> list[str]:
+    """Keys in which a model's configuration differs from that of a checkpoint.
+
+    What is known only when a run begins (the tile width, the shape of an hf tower) is not compared.
+    """
+    # Read and written again, it has the keys that came after the checkpoint.
+    had = from_dict(saved.config, "the checkpoint's model").to_dict()
+    wanted = zoo.load(model).to_dict()
+    if wanted["tile_width"] == "auto":
+        wanted["tile_width"] = had["tile_width"]
+    if wanted["text"].get("architecture", "") is None:
+        wanted["text"]["architecture"] = had["text"].get("architecture")
+    return sorted(k for k in wanted.keys() | had.keys() if wanted.get(k) != had.get(k))

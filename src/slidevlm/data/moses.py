@@ -56,7 +56,7 @@ class MosesBackend:
             ) from None
         if unknown not in vocab:
             raise ConfigError(f"the vocabulary has no token {unknown} for what is not in it")
-        self._vocab, self._unknown = dict(vocab), unknown
+        self._vocab, self.unknown = dict(vocab), unknown
         self._pieces = {number: piece for piece, number in self._vocab.items()}
         self._merges = list(merges)
         self._ranks = {pair: rank for rank, pair in enumerate(self._merges)}
@@ -86,7 +86,7 @@ class MosesBackend:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of ids; of a single one also the space after it."""
         assert not skip_special_tokens
-        text = "".join(self._pieces.get(i, self._unknown).replace(END, " ") for i in ids)
+        text = "".join(self._pieces.get(i, self.unknown).replace(END, " ") for i in ids)
         if len(ids) == 1:
             return _plain(text.rstrip(" ")) + " " * text.endswith(" ")
         joined: str = self._detokenizer.detokenize(text.split())
@@ -110,8 +110,14 @@ class MosesBackend:
     def to_str(self) -> str:
         """All of it as JSON, which `from_content` reads."""
         merges = [" ".join(pair) for pair in self._merges]
-        content = {"vocab": self._vocab, "merges": merges, "unknown": self._unknown}
+        content = {"vocab": self._vocab, "merges": merges, "unknown": self.unknown}
         return json.dumps({"moses": content}, ensure_ascii=False)
+
+    def files(self) -> dict[str, str]:
+        """vocab.json and merges.txt, as `from_files` reads them."""
+        merges = "".join(f"{first} {second} 1\n" for first, second in self._merges)
+        vocab = json.dumps(self._vocab, ensure_ascii=False)
+        return {"vocab.json": vocab, "merges.txt": merges}
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> MosesBackend:
@@ -128,7 +134,7 @@ class MosesBackend:
     def _word(self, word: str) -> list[int]:
         """Ids of a word of Moses."""
         if word not in self._words:
-            unknown = self._vocab[self._unknown]
+            unknown = self._vocab[self.unknown]
             self._words[word] = [self._vocab.get(piece, unknown) for piece in self._split(word)]
         return self._words[word]
 

@@ -181,6 +181,18 @@ class Tokenizer:
         content = {"special_tokens": asdict(self.special), "tokenizer": json.loads(text)}
         return json.dumps(content, ensure_ascii=False)
 
+    def files(self) -> dict[str, str]:
+        """Name -> content of the files by which Hugging Face's libraries know it."""
+        names = {f"{role}_token": token for role, token in asdict(self.special).items()}
+        if isinstance(self._backend, MosesBackend):
+            own = self._backend.files()
+            unknown = {"unk_token": self._backend.unknown}
+            settings = {"tokenizer_class": "BioGptTokenizer", **names, **unknown}
+        else:
+            own = {"tokenizer.json": self._backend.to_str()}
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        return {**own, "tokenizer_config.json": json.dumps(settings, indent=1) + "\n"}
+
     def __getstate__(self) -> dict[str, Any]:
         return {"json": self.to_json()}
 

@@ -99,7 +99,7 @@ def _share(
             continue
         batch = cpu_batch.to(precision.device)
         with precision.autocast():
-            output = model(batch.bags, batch.tokens, batch.token_mask)
+            output = model(batch.bags, batch.tokens, batch.token_mask, only_real=True)
         if output.image_embedding is not None:  # a language model embeds nothing
             images.append(output.image_embedding)
             texts.append(output.text_embedding)

@@ -12,7 +12,8 @@ def caption_loss_sum(logits: Tensor, tokens: Tensor, token_mask: Tensor) -> Tens
     A mean of each micro-batch would weight short reports more than long ones.
 
     Args:
-        logits: [B, L - 1, V]; position i predicts token i + 1.
+        logits: [B, L - 1, V]; position i predicts token i + 1. Or [n, V], only the n of them whose
+            next token is real, row by row.
         tokens: [B, L].
         token_mask: [B, L]; padding is told by the mask, never by its id.
 
@@ -21,6 +22,6 @@ def caption_loss_sum(logits: Tensor, tokens: Tensor, token_mask: Tensor) -> Tens
     """
     real = token_mask[:, 1:]
     # Only real positions are turned to float32: the logits are the largest tensor of a step.
-    picked = logits[real]  # [real tokens, V]
+    picked = logits if logits.ndim == 2 else logits[real]  # [real tokens, V]
     picked = picked if picked.dtype.itemsize > 4 else picked.float()
     return F.cross_entropy(picked, tokens[:, 1:][real], reduction="sum")

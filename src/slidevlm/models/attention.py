@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slidevlm.models.linear import normalised_linear
+from slidevlm.models.linear import (
+    geglu_linear,
+    gelu_linear,
+    is_plain,
+    is_replaced,
+    norm_linear,
+    normalised_linear,
+    outside_autograd,
+)
 from slidevlm.models.ragged import ragged_cross_attention
 
 # query, key and value [H, T, d] -> [H, T, d]
@@ -43,6 +51,13 @@ class GEGLU(nn.Module):
         a, b = self.inner(x).chunk(2, dim=-1)
         return self.dropout(self.outer(a * F.gelu(b)))
 
+    def after(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        """`self(norm(x))`, of which only x and one product are kept."""
+        if outside_autograd() or is_replaced(self):
+            y: Tensor = self(norm(x))
+            return y
+        return self.dropout(geglu_linear(norm_linear(x, norm, self.inner), self.outer))
+
 
 class FeedForward(nn.Module):
     """Feed-forward layer without a gate: `W_out gelu(W_in x)`."""
@@ -56,19 +71,40 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.outer(F.gelu(self.inner(x))))
 
+    def after(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        """`self(norm(x))`, of which only x and one product are kept."""
+        if outside_autograd() or is_replaced(self):
+            y: Tensor = self(norm(x))
+            return y
+        return self.dropout(gelu_linear(norm_linear(x, norm, self.inner), self.outer))
 
-class KeyValues(nn.Module):
+
+class _Projecting(nn.Module):
+    """What is normalised and projected before anything else."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(inputs)
+        self.project = nn.Linear(inputs, outputs, bias=False)
+
+    def _projected(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            projected = self.project(self.norm(x))
+        else:
+            projected = norm_linear(x, self.norm, self.project)
+        return projected
+
+
+class KeyValues(_Projecting):
     """Normalise and project a context to keys and values."""
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
-        super().__init__()
+        super().__init__(context_width, 2 * width)
         self.heads = heads
-        self.norm = nn.LayerNorm(context_width)
-        self.project = nn.Linear(context_width, 2 * width, bias=False)
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """[..., N, C] -> key and value, each [..., H, N, d]."""
-        key, value = self.project(self.norm(context)).chunk(2, dim=-1)
+        key, value = self._projected(context).chunk(2, dim=-1)
         key = key.unflatten(-1, (self.heads, -1))
         value = value.unflatten(-1, (self.heads, -1))
         return key.transpose(-2, -3), value.transpose(-2, -3)
@@ -79,7 +115,7 @@ class KeyValues(nn.Module):
         No normalised copy of the features is kept, and keys and values are apart in memory. A
         projection that is more than its weight (LoRA, quantised) is called as any other.
         """
-        if type(self.project) is not nn.Linear:
+        if not is_plain(self.project):
             narrow = features.to(self.norm.weight.dtype)
             key, value = self(narrow)
             return key, value
@@ -101,7 +137,11 @@ class CrossAttention(nn.Module):
 
     def _queries(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        return self.query(self.norm(x)).view(batch, length, self.heads, -1).transpose(1, 2)
+        if torch.jit.is_scripting():
+            query = self.query(self.norm(x))
+        else:
+            query = norm_linear(x, self.norm, self.query)
+        return query.view(batch, length, self.heads, -1).transpose(1, 2)
 
     def _merge(self, attended: Tensor) -> Tensor:
         """[B, H, L, d] -> [B, L, width]."""
@@ -155,14 +195,12 @@ class LayerCache:
             part.copy_(part.index_select(0, rows))
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(_Projecting):
     """Residual branch of self-attention, causal or full, with a cache for generation."""
 
     def __init__(self, width: int, heads: int, dropout: float, *, causal: bool) -> None:
-        super().__init__()
+        super().__init__(width, 3 * width)
         self.heads, self.causal = heads, causal
-        self.norm = nn.LayerNorm(width)
-        self.project = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -172,7 +210,7 @@ class SelfAttention(nn.Module):
         With a cache, x are the tokens after those cached; more than one only when it is empty.
         """
         batch, length, width = x.shape
-        projected = self.project(self.norm(x)).view(batch, length, 3, self.heads, -1)
+        projected = self._projected(x).view(batch, length, 3, self.heads, -1)
         query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
         causal = self.causal and (cache is None or length > 1)
         if cache is not None:
@@ -207,26 +245,28 @@ class SelfAttentionLayer(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         x = x + self.attention(x, cache)
-        return x + self.feed_forward(self.norm(x))
+        if torch.jit.is_scripting():
+            added = self.feed_forward(self.norm(x))
+        else:
+            added = self.feed_forward.after(self.norm, x)
+        return x + added
 
 
-class TileAttention(nn.Module):
+class TileAttention(_Projecting):
     """Residual branch in which the tiles of a bag attend to each other.
 
     How they do is a function of the caller's: whole bags, windows, by distance, dilated.
     """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
+        super().__init__(width, 3 * width)
         self.heads = heads
-        self.norm = nn.LayerNorm(width)
-        self.project = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """x [T, width]; `attend` takes query, key, value [H, T, d] -> [T, width]."""
-        projected = self.project(self.norm(x)).view(x.shape[0], 3, self.heads, -1)
+        projected = self._projected(x).view(x.shape[0], 3, self.heads, -1)
         attended = attend(*projected.permute(1, 2, 0, 3))
         return self.dropout(self.out(attended.transpose(0, 1).flatten(1)))
 
@@ -242,7 +282,7 @@ class TileLayer(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         x = x + self.attention(x, attend)
-        return x + self.feed_forward(self.norm(x))
+        return x + self.feed_forward.after(self.norm, x)
 
 
 class AttentionPooler(nn.Module):

@@ -112,7 +112,13 @@ class CoCa(Resting):
             self.prior.set_table(table)
 
     def forward(
-        self, bags: Bags, tokens: Tensor, token_mask: Tensor, *, with_logits: bool = True
+        self,
+        bags: Bags,
+        tokens: Tensor,
+        token_mask: Tensor,
+        *,
+        with_logits: bool = True,
+        only_real: bool = False,
     ) -> Output:
         """One pass over a batch.
 
@@ -121,13 +127,16 @@ class CoCa(Resting):
             tokens: [B, L], BOS ... EOS and padding.
             token_mask: [B, L], True on real tokens.
             with_logits: skip the decoder where its output is not wanted.
+            only_real: logits only where the next token is real, [n, V], row by row. The projection
+                to the vocabulary is a large part of a step, and most of a batch is padding.
         """
         slide, image = self.see(bags)
         hidden, text = self.read(tokens, token_mask)
         logits = None
         if with_logits and self.decoder is not None:
             # The state at EOS predicts nothing.
-            logits = self._write(hidden[:, :-1], image, self._view(slide))
+            real = token_mask[:, 1:] if only_real else None
+            logits = self._write(hidden[:, :-1], image, self._view(slide), real)
         return Output(
             image_embedding=image,
             text_embedding=text,
@@ -201,14 +210,29 @@ class CoCa(Resting):
             embedding = self.prior(tokens, mask, embedding)
         return F.normalize(embedding.float(), dim=-1)
 
-    def _write(self, hidden: Tensor, image: Tensor, view: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """hidden [B, L, width], image embedding [B, E], `_view`'s result -> logits [B, L, V]."""
+    def _write(
+        self,
+        hidden: Tensor,
+        image: Tensor,
+        view: list[tuple[Tensor, Tensor]],
+        real: Tensor | None,
+    ) -> Tensor:
+        """Logits from hidden [B, L, width], the image embedding [B, E] and `_view`'s result.
+
+        [B, L, V]; or [n, V] at the n places where `real` [B, L] is True.
+        """
         assert self.decoder is not None
         if self.gist is not None:
             hidden = hidden + self.gist(image)[:, None]
-        logits: Tensor = self.decoder(hidden, view)
+        states = self.decoder.states(hidden, view)
+        if real is not None:
+            states = states[real]
+        logits: Tensor = self.decoder.vocabulary(states)
         words = self._words(image)
-        return logits if words is None else logits + words[:, None]
+        if words is None:
+            return logits
+        words = words[:, None] if real is None else words.repeat_interleave(real.sum(1), 0)
+        return logits + words
 
     def _words(self, image: Tensor) -> Tensor | None:
         """What the slide's embedding [B, E] adds to every token's logits: [B, V], or nothing."""

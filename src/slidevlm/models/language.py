@@ -44,10 +44,19 @@ class LanguageModel(Resting):
             self.decoder.tie(self.text.embedding)
 
     def forward(
-        self, bags: Bags, tokens: Tensor, token_mask: Tensor, *, with_logits: bool = True
+        self,
+        bags: Bags,
+        tokens: Tensor,
+        token_mask: Tensor,
+        *,
+        with_logits: bool = True,
+        only_real: bool = False,
     ) -> Output:
         """tokens, mask [B, L] -> logits [B, L - 1, V]; the bags are not read."""
-        logits = self.decoder(self.text(tokens, token_mask)[:, :-1], ()) if with_logits else None
+        logits = None
+        if with_logits:
+            states = self.decoder.states(self.text(tokens, token_mask)[:, :-1], ())
+            logits = self.decoder.vocabulary(states[token_mask[:, 1:]] if only_real else states)
         return Output(None, None, logits, self.log_scale.exp(), None)
 
     def start(self, bags: Bags, capacity: int) -> tuple[None, LanguageCache]:

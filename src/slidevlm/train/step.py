@@ -139,7 +139,11 @@ class Step:
     def _forward(self, batch: Batch, *, with_logits: bool) -> Output:
         with self.precision.autocast():
             output: Output = self.model(
-                batch.bags, batch.tokens, batch.token_mask, with_logits=with_logits
+                batch.bags,
+                batch.tokens,
+                batch.token_mask,
+                with_logits=with_logits,
+                only_real=True,
             )
         return output
 

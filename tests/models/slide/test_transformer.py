@@ -45,7 +45,9 @@ def written_out(encoder: Transformer, bags: Bags, scores_of: Any) -> Tensor:
         )  # [H, T, d]
         out = scores_of(i, q, k).softmax(-1) @ v
         x = x + attention.out(out.transpose(0, 1).flatten(1))
-        x = x + layer.feed_forward(layer.norm(x))
+        part = layer.feed_forward
+        a, b = part.inner(layer.norm(x)).chunk(2, -1)
+        x = x + part.outer(a * torch.nn.functional.gelu(b))
     return torch.cat([encoder.pool(bag[None]) for bag in x.split(LENGTHS)])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.models.attention import OwnStart
-from slidevlm.models.linear import normalised_linear
+from slidevlm.models.linear import is_plain, normalised_linear
 from slidevlm.models.mode import Group, Recomputing
 from slidevlm.models.ragged import bags_of
 from slidevlm.registry import Registry
@@ -101,7 +101,7 @@ class TileEmbedding(nn.Module):
         return tiles
 
     def _in_one(self, features: Tensor) -> Tensor:
-        if type(self.project) is not nn.Linear:  # more than its weight: LoRA, quantised
+        if not is_plain(self.project):  # more than its weight: LoRA, quantised
             return self.project(self.norm(features.to(self.norm.weight.dtype)))
         weights, bias = (self.project.weight,), self.project.bias
         return normalised_linear(features, self.norm, weights, bias)[0]

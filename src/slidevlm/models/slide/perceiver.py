@@ -83,14 +83,15 @@ class _Read(OwnStart):
         super().__init__()
         heads = config.cross_heads or config.heads
         self.residual = config.query_residual
+        self.silent = config.query_residual and config.moments
         self.key_values = KeyValues(config.width, context_width, heads)
         self.attention = CrossAttention(config.width, heads, config.dropout)
         self.norm = nn.LayerNorm(config.width)
         self.feed_forward = GEGLU(config.width, 4.0, config.dropout, config.cross_hidden)
 
     def reset(self) -> None:
-        """Without residual sum nothing would pass at 0."""
-        if not self.residual:
+        """At 0 the latents would be the same for all bags, unless they have the moments."""
+        if not self.silent:
             nn.init.normal_(self.attention.out.weight, std=self.attention.out.in_features**-0.5)
 
     def forward(
@@ -98,7 +99,7 @@ class _Read(OwnStart):
     ) -> Tensor:
         attended = self.attention.ragged(latents, key, value, lengths)
         latents = latents + attended if self.residual else attended
-        return latents + self.feed_forward(self.norm(latents))
+        return latents + self.feed_forward.after(self.norm, latents)
 
 
 def _self_layer(config: PerceiverConfig) -> SelfAttentionLayer:

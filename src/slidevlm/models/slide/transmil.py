@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slidevlm.batch import Bags
-from slidevlm.models.attention import OwnStart
 from slidevlm.models.linear import wide
 from slidevlm.models.mode import CountsRows
 from slidevlm.models.slide.base import (
@@ -44,7 +43,7 @@ class TransMILConfig:
         check_least(2, width=self.width)
 
 
-class NystromAttention(OwnStart, CountsRows):
+class NystromAttention(CountsRows):
     """Self-attention of one sequence through landmarks (Xiong et al., Nystromformer, 2021).
 
     Zeros before the sequence make its length a multiple of the landmarks; a convolution along the
@@ -61,10 +60,6 @@ class NystromAttention(OwnStart, CountsRows):
         self.along = nn.Conv2d(
             config.heads, config.heads, (33, 1), padding=(16, 0), groups=config.heads, bias=False
         )
-
-    def reset(self) -> None:
-        """The branch starts at 0."""
-        nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, width] -> [n, width]."""

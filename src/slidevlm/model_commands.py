@@ -1,0 +1,196 @@
+"""The commands on models: list, show, new, export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from slidevlm.app.export import export
+from slidevlm.batch import Bags
+from slidevlm.errors import ConfigError
+from slidevlm.models import Model, ModelConfig, build_model, resolve, zoo
+from slidevlm.models.mode import Group
+from slidevlm.models.text.huggingface import HuggingFaceConfig
+from slidevlm.report.plain import shortened, table
+from slidevlm.run import configure_logging, write_text
+
+_TILE_WIDTH = 1024  # where a configuration takes it from the data
+_TOWERS = ("slide", "text", "decoder")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one training step with one bag in float32."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # AdamW's two moments
+    activations: int | None  # None: they depend on where the tiles lie
+
+    @property
+    def total(self) -> int | None:
+        """All of it."""
+        if self.activations is None:
+            return None
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def list_models() -> None:
+    """Print every shipped configuration and what it is."""
+    rows = []
+    for name in zoo.names():
+        content = json.loads(_text_of(name))
+        rows.append((name, content["family"], *shortened([content["description"]], 110)))
+    print(table(("model", "family", "what"), rows))
+
+
+def _text_of(name: str) -> str:
+    return resources.files(zoo.__name__).joinpath(f"{name}.json").read_text(encoding="utf-8")
+
+
+def show(name: str, tiles: int, tokens: int | None) -> None:
+    """Print a model's parts, its groups for locking, and the memory of a training step."""
+    config = zoo.load(name)
+    known = config.tile_width is not None
+    config = resolve(replace(config, tile_width=config.tile_width or _TILE_WIDTH))
+    with torch.device("meta"):
+        model = build_model(config, vocabulary(config))
+    print(f"{name}: family {config.family}, embedding {config.embed_dim} wide")
+    if config.family != "lm":
+        width = "" if known else " (taken from the data; assumed here)"
+        print(f"tiles {config.tile_width} wide{width}")
+    print(f"vocabulary {vocabulary(config)}, reports of {config.text.context_length} tokens\n")
+    print(table(("part", "parameters", "trainable"), parts(model)))
+    for tower in _TOWERS:
+        rows = [(group, _count(_parameters(part))) for group, part in groups(model, tower)]
+        if rows:
+            print(f"\n{tower}: groups from input to output")
+            print(table(("group", "parameters"), rows))
+    length = tokens or config.text.context_length
+    print("\n" + _memory_lines(memory(config, tiles, length), tiles, length))
+
+
+def vocabulary(config: ModelConfig) -> int:
+    """Tokens of the vocabulary, at most: a trained tokenizer may have fewer."""
+    text = config.text
+    if isinstance(text, HuggingFaceConfig):
+        assert text.architecture is not None, "resolve has found it"
+        return int(text.architecture["vocab_size"])
+    return int(text.vocab_size)
+
+
+def parts(model: nn.Module) -> list[tuple[str, int, int]]:
+    """(part, parameters, trainable ones) of a model, and their sum. Tied ones count once."""
+    rows, seen = [], set[int]()
+    members = [(name, list(part.parameters())) for name, part in model.named_children()]
+    own = [p for _, p in model.named_parameters(recurse=False)]
+    for name, parameters in [*members, ("temperature and weights", own)]:
+        new = [p for p in parameters if id(p) not in seen]
+        seen |= {id(p) for p in new}
+        if new:
+            rows.append((name, _count(new), _count([p for p in new if p.requires_grad])))
+    return [*rows, ("all", sum(r[1] for r in rows), sum(r[2] for r in rows))]
+
+
+def groups(model: Model, tower: str) -> list[Group]:
+    """The groups of a tower; none where the model lacks it."""
+    part = getattr(model, tower) if tower in dict(model.named_children()) else None
+    return [] if part is None else list(part.groups())
+
+
+def _parameters(members: Sequence[nn.Module | nn.Parameter]) -> list[nn.Parameter]:
+    return [p for m in members for p in (m.parameters() if isinstance(m, nn.Module) else [m])]
+
+
+def _count(parameters: Sequence[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def memory(config: ModelConfig, tiles: int, tokens: int) -> Memory:
+    """What one training step holds, counted in a pass over tensors without content.
+
+    Activations are what autograd keeps for the backward pass; what a kernel needs while it runs,
+    at most a few of the largest tensors, comes on top.
+    """
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+    with FakeTensorMode():
+        model = build_model(config, vocabulary(config))
+        model.train()
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients = sum(p.numel() * p.element_size() for p in trained)
+        bags = Bags(
+            torch.zeros(tiles, config.tile_width or 1), (tiles,), torch.zeros(tiles, 2), None, "um"
+        )
+        words = torch.zeros(1, tokens, dtype=torch.int64)
+        try:
+            kept = _kept(model, bags, words)
+        except DynamicOutputShapeException:
+            kept = None
+    return Memory(weights, gradients, 2 * gradients, kept)
+
+
+def _kept(model: Model, bags: Bags, tokens: Tensor) -> int:
+    """Bytes of all tensors that the backward pass would need, each storage once."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage()._cdata
+        if place not in own:
+            kept[place] = tensor  # held, so that no later one gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(bags, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _memory_lines(found: Memory, tiles: int, tokens: int) -> str:
+    rows = [
+        ("weights", _megabytes(found.weights)),
+        ("gradients", _megabytes(found.gradients)),
+        ("AdamW", _megabytes(found.optimizer)),
+        ("activations", _megabytes(found.activations)),
+        ("together", _megabytes(found.total)),
+    ]
+    text = f"MB in float32 of a training step with a bag of {tiles} tiles and {tokens} tokens\n"
+    text += table(("of", "MB"), rows)
+    if found.activations is None:
+        text += "\nactivations depend on where the tiles lie (windows of neighbours)"
+    return text
+
+
+def _megabytes(count: int | None) -> float | str:
+    return "not known" if count is None else round(count / 1e6, 1)
+
+
+def new(name: str, file: Path) -> None:
+    """Write a shipped configuration to a file, to be edited and given to --model.
+
+    Raises:
+        ConfigError: no such model, or the file exists.
+    """
+    if file.suffix != ".json":
+        raise ConfigError(f"{file} must end in .json, as --model wants it")
+    if file.exists():
+        raise ConfigError(f"{file} exists; choose another name")
+    zoo.load(name)
+    text = _text_of(name) if name in zoo.names() else Path(name).read_text(encoding="utf-8")
+    write_text(file, text)
+    print(f"wrote {file}; edit it and train with --model {file}")
+
+
+def export_model(source: str, folder: Path) -> None:
+    """Write a trained model as a folder, and say what is in it."""
+    configure_logging(debug=False, main=True)
+    for path in export(source, folder):
+        print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"use it by --pretrained {folder}")

@@ -1,0 +1,1 @@
+"""Other projects' checkpoints, under our names. One file a project."""
