@@ -155,7 +155,7 @@ def test_what_cannot_be_written(run, cohort, tmp_path, capsys) -> None:
     assert "no file or folder" in failing(
         ["caption", run, tmp_path / "no", "--output", out], capsys
     )
-    assert "no checkpoint" in failing(["caption", tmp_path, bad, "--output", out], capsys)
+    assert "neither a run folder" in failing(["caption", tmp_path, bad, "--output", out], capsys)
     assert "shorten the prompt" in failing([*base, out, "--prompt", "word " * 90], capsys)
     assert not out.exists()
 
