@@ -400,6 +400,21 @@ def test_impossible_combinations(settings: dict[str, Any]) -> None:
     asked = {k: v for k, v in settings.items() if k != "test_split"}
     with pytest.raises(ConfigError, match="judged by --test-split"):
         train(with_values(Config(), {**asked, "probe": True}))
+    table = settings["test_split"]
+    with pytest.raises(ConfigError, match="--survival-table is for --probe"):
+        train(with_values(Config(), {**settings, "survival_table": table}))
+
+
+def test_probes_of_several_classes_are_refused_before_any_work(
+    settings: dict[str, Any], cohort: DemoCohort, tmp_path: Path
+) -> None:
+    truth = json.loads(cohort.labels(LABELS).read_text())
+    path = tmp_path / "several.json"
+    path.write_text(json.dumps({s: [c] for s, c in truth.items()}))
+    more = {"zsc_specimen_class_mapping": (str(path),), "few_shot_examples": None, "probe": True}
+    with pytest.raises(DataError, match="--probe needs one class a specimen; several has lists"):
+        train(with_values(Config(), {**settings, **more, "name": "refused"}))
+    assert not (Path(settings["logs"]) / "refused").exists()
 
 
 def test_embeddings_in_the_layout_of_trident(run: Path) -> None:
