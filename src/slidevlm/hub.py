@@ -34,7 +34,10 @@ def find(name: str, files: Sequence[str], argument: str) -> dict[str, Path]:
     if folder.is_dir():
         return {file: folder / file for file in files if (folder / file).is_file()}
     if folder.is_absolute() or not _NAME.fullmatch(name) or name.startswith("."):
-        raise ConfigError(f"{argument}: no folder {name} (looked from {Path.cwd()})")
+        raise ConfigError(
+            f"{argument}: no folder {name} (looked from {Path.cwd()}); wanted are "
+            f"{', '.join(files)} in it"
+        )
     return _from_hub(name, files, argument)
 
 

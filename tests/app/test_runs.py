@@ -492,7 +492,7 @@ def test_a_tokenizer_of_a_folder(settings: dict[str, Any], tmp_path: Path) -> No
     assert saved.tokenizer == (folder / "tokenizer.json").read_text()
     shutil.rmtree(source)
     assert evaluate_run(folder)["val/loss/caption"] == metrics["val/loss/caption"]
-    with pytest.raises(ConfigError, match=r"no tokenizer in .*words .*wanted are tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"no folder .*words .*wanted are tokenizer\.json"):
         train(config_of(settings, model=str(path), name="other"))
 
 

@@ -22,7 +22,12 @@ from slidevlm.models.text.gpt import (
     load_tower,
     our_names,
 )
-from slidevlm.models.text.huggingface import HuggingFaceConfig, HuggingFaceTower, published_state
+from slidevlm.models.text.huggingface import (
+    HuggingFaceConfig,
+    HuggingFaceTower,
+    published_state,
+    text_architecture,
+)
 
 log = logging.getLogger("slidevlm.models")
 
@@ -36,7 +41,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
     text = config.text
     if not isinstance(text, HuggingFaceConfig) or text.architecture is not None:
         return config
-    architecture = hub.read_config(text.source, "text type hf")
+    architecture = text_architecture(hub.read_config(text.source, "text type hf"))
     return replace(config, text=replace(text, architecture=architecture))
 
 

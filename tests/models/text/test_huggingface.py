@@ -43,6 +43,24 @@ def published(kind: str, folder: Path) -> Any:
     return model
 
 
+def test_the_text_part_of_clip(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**small, "intermediate_size": 24, "vocab_size": 30, "max_position_embeddings": 24}
+    vision = {**small, "intermediate_size": 24, "image_size": 8, "patch_size": 4}
+    published_config = transformers.CLIPConfig(
+        text_config={**text, "eos_token_id": 2}, vision_config=vision, projection_dim=8
+    )
+    theirs = transformers.CLIPModel(published_config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = clip(tmp_path)
+    tokens = torch.randint(4, 30, (2, 9))
+    with torch.no_grad():
+        base = theirs.text_model(input_ids=tokens).last_hidden_state
+        torch.testing.assert_close(model.text(tokens, tokens > 0), base, atol=1e-5, rtol=0)
+    assert model.text.width == 16 and model.text.pooler is not None
+
+
 def clip(folder: Path | str, vocab: int = 30, **text: Any) -> Model:
     config = from_dict(
         {

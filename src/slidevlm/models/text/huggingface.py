@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -180,13 +181,22 @@ class HuggingFaceTower(TextTower):
         self.model.load_state_dict(mine)
 
 
+def text_architecture(architecture: Mapping[str, Any]) -> Mapping[str, Any]:
+    """That of the text part, where a config.json is of a model of images and texts (CLIP)."""
+    if "text_config" not in architecture:
+        return architecture
+    content = {k: v for k, v in architecture.items() if k not in ("auto_map", "model_type")}
+    whole = _transformers().AutoConfig.for_model(architecture.get("model_type"), **content)
+    found: dict[str, Any] = json.loads(whole.text_config.to_json_string(use_diff=False))
+    return found
+
+
 def _build(config: HuggingFaceConfig) -> Any:
     transformers = _transformers()
     assert config.architecture is not None, "the architecture must be known by now"
-    content = {k: v for k, v in config.architecture.items() if k not in ("auto_map", "model_type")}
     kind = config.architecture.get("model_type")
     try:
-        published = transformers.AutoConfig.for_model(kind, **content)
+        published = _published_config(config)
         model = transformers.AutoModel.from_config(published, trust_remote_code=False)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -196,6 +206,13 @@ def _build(config: HuggingFaceConfig) -> Any:
     if published.is_encoder_decoder:
         model = model.get_encoder()
     return _without_pooler(model)
+
+
+def _published_config(config: HuggingFaceConfig) -> Any:
+    assert config.architecture is not None, "the architecture must be known by now"
+    content = {k: v for k, v in config.architecture.items() if k not in ("auto_map", "model_type")}
+    kind = config.architecture.get("model_type")
+    return _transformers().AutoConfig.for_model(kind, **content)
 
 
 def _without_pooler(model: Any) -> Any:
@@ -214,7 +231,11 @@ def published_state(config: HuggingFaceConfig, folder: str) -> dict[str, Tensor]
     transformers = _transformers()
     try:
         model, report = transformers.AutoModel.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            config=_published_config(config),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:  # of many kinds
         raise ConfigError(f"text: transformers cannot read {folder}: {error}") from error
