@@ -165,4 +165,8 @@ def stored_predictions(path: Path) -> Path:
 def difference_rows(found: list[Difference]) -> list[Mapping[str, object]]:
     """For comparison.json; null where a number is not defined, as in every JSON file."""
     rows = [{**asdict(d), "difference": d.difference} for d in found]
-    return [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
+    return [{k: None if _undefined(v) else v for k, v in row.items()} for row in rows]
+
+
+def _undefined(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
