@@ -371,7 +371,7 @@ class Evaluation:
     save_captions: bool = arg(
         False,
         "generate reports for the evaluated splits, save them as captions_epoch_N.json and "
-        "score them (BLEU, ROUGE-L, CIDEr; METEOR is not available yet)",
+        "score them (BLEU, ROUGE-L, METEOR, CIDEr, clinical agreement and more)",
     )
     caption_val_frequency: int = arg(1, "epochs between two such generations", minimum=1)
     caption_val_max_seq_len: int = arg(100, "tokens generated at most", minimum=1)

@@ -66,7 +66,7 @@ def model_for(config: Config, data: Data, start: Start, device: torch.device) ->
     if saved is not None:
         trained = restore(saved)
         _same_model(config, saved)
-        _same_data(trained, width, unit)
+        same_data(trained, width, unit)
     else:
         trained = _new_model(config, data, width, unit, start.pretrained)
     dist.broadcast_parameters(trained.model.to(device))
@@ -113,7 +113,8 @@ def _same_model(config: Config, saved: ckpt.ModelState) -> None:
         )
 
 
-def _same_data(trained: Trained, width: int, unit: str | None) -> None:
+def same_data(trained: Trained, width: int, unit: str | None) -> None:
+    """DataError where a model cannot read tiles of this width, or positions in this unit."""
     if trained.config.family == "lm":  # reads no tiles
         return
     if trained.config.tile_width != width:

@@ -1,0 +1,180 @@
+"""Seconds a report: generation with its cache beside the same model without one.
+
+    python benchmarks/generate.py [small] [large] [greedy] [beams] [--threads N] [--batch B]
+
+Random weights, one process, one bag of 2,000 tiles of width 512. Small: 2 + 2 layers x 512,
+vocabulary 8,192, 128 tokens. Large: 12 + 12 layers x 1,024, vocabulary 42,384, 64 tokens. Both with
+a perceiver of 4 blocks x 128 latents, all tokens generated (no report ends early). Beams: 6 in 3
+groups.
+
+Without cache, each token takes the text encoder and the decoder over all tokens so far, and the
+slide's keys and values again, as trainers that generate through the forward pass do; the slide
+itself is encoded once. The two are in turn, and must write the same tokens. The last column is the
+time of the last tokens over that of the first ones with the cache: the latter fifth over the first.
+--batch B gives, besides, seconds a report with the cache for B bags at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slidevlm.batch import Bags
+from slidevlm.models import CoCa, build_model, from_dict
+from slidevlm.models.generate import Decoding, draft
+
+SIZES: dict[str, dict[str, int]] = {
+    "small": {"width": 512, "layers": 2, "heads": 8, "vocabulary": 8_192, "tokens": 128},
+    "large": {"width": 1_024, "layers": 12, "heads": 16, "vocabulary": 42_384, "tokens": 64},
+}
+FORMS: dict[str, dict[str, int]] = {"greedy": {}, "beams": {"beams": 6, "groups": 3}}
+TILES, TILE_WIDTH = 2_000, 512
+
+
+def model_of(size: dict[str, int]) -> CoCa:
+    """A model with random weights, none of them zero."""
+    config = from_dict(
+        {
+            "family": "coca",
+            "embed_dim": 512,
+            "tile_width": TILE_WIDTH,
+            "slide": {"type": "perceiver", "width": 512, "latents": 128, "blocks": 4,
+                      "self_layers": 1, "heads": 8},
+            "text": {"type": "scratch", "width": size["width"], "layers": size["layers"],
+                     "heads": size["heads"], "context_length": 192},
+            "decoder": {"layers": size["layers"], "heads": size["heads"], "slide_tokens": 128},
+        },
+        "benchmark",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model(config, size["vocabulary"])
+    assert isinstance(model, CoCa)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@dataclass
+class _Nothing:
+    """What is kept without a cache: the slides' tokens, and all tokens so far."""
+
+    image: Tensor
+    slide: Tensor
+    tokens: Tensor
+
+    def keep(self, rows: Tensor, slides: Tensor | None = None) -> None:
+        self.tokens = self.tokens[rows]
+        if slides is not None:
+            self.image, self.slide = self.image[slides], self.slide[slides]
+
+    def reorder(self, rows: Tensor, since: int) -> None:
+        self.tokens = self.tokens[rows]
+
+
+class Uncached(nn.Module):
+    """The model's weights, and everything computed again for each token."""
+
+    def __init__(self, model: CoCa) -> None:
+        super().__init__()
+        self.inner, self.text, self.decoder = model, model.text, model.decoder
+
+    def start(self, bags: Bags, capacity: int) -> tuple[Tensor, _Nothing]:
+        slide, image = self.inner.see(bags)
+        return image, _Nothing(image, slide, torch.zeros(len(bags), 0, dtype=torch.int64))
+
+    def step(self, tokens: Tensor, kept: _Nothing) -> Tensor:
+        kept.tokens = torch.cat([kept.tokens, tokens], dim=1)
+        beams = len(kept.tokens) // len(kept.image)
+        hidden = self.inner.text(kept.tokens)
+        view = self.inner._view(kept.slide.repeat_interleave(beams, 0))
+        image = kept.image.repeat_interleave(beams, 0)
+        return self.inner._write(hidden, image, view, None)[:, -1]
+
+
+class Watched:
+    """A model whose steps are timed."""
+
+    def __init__(self, model: Any) -> None:
+        self.inner = model
+        self.seconds: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def step(self, tokens: Tensor, cache: Any) -> Tensor:
+        start = time.perf_counter()
+        logits: Tensor = self.inner.step(tokens, cache)
+        self.seconds.append(time.perf_counter() - start)
+        return logits
+
+
+def bags_of(number: int) -> Bags:
+    """Bags of random tiles."""
+    generator = torch.Generator().manual_seed(1)
+    return Bags(torch.randn(number * TILES, TILE_WIDTH, generator=generator), (TILES,) * number)
+
+
+def seconds_of(model: Any, number: int, decoding: Decoding) -> tuple[float, Any]:
+    """Seconds of one call, and what it wrote."""
+    bags, names = bags_of(number), [f"s{i}" for i in range(number)]
+    start = time.perf_counter()
+    found = draft(model, bags, names, decoding)
+    return time.perf_counter() - start, [d[0].tokens for d in found]
+
+
+def measure(size: str, form: str, batch: int, repeats: int) -> None:
+    """Print one row."""
+    settings = SIZES[size]
+    model, tokens = model_of(settings), settings["tokens"]
+    decoding = Decoding(1, 2, 0, max_tokens=tokens, min_tokens=tokens, **FORMS[form])
+    short = Decoding(1, 2, 0, max_tokens=3, min_tokens=3, **FORMS[form])
+    slow_model = Uncached(model)
+    for either in (model, slow_model):  # first calls allocate
+        seconds_of(either, 1, short)
+    fast, slow, flat = [], [], []
+    for _ in range(repeats):
+        watched = Watched(model)
+        seconds, written = seconds_of(watched, 1, decoding)
+        fast.append(seconds)
+        fifth = len(watched.seconds) // 5
+        first, last = watched.seconds[1 : fifth + 1], watched.seconds[-fifth:]
+        flat.append(sum(last) / sum(first))
+        seconds, again = seconds_of(slow_model, 1, decoding)
+        slow.append(seconds)
+        assert written == again, "cached and uncached write different tokens"
+    middle = repeats // 2
+    a, b = sorted(fast)[middle], sorted(slow)[middle]
+    row = f"| {size} | {form} | {a:.2f} | {b:.2f} | {b / a:.1f} | {sorted(flat)[middle]:.2f} |"
+    if batch > 1:
+        each = seconds_of(model, batch, decoding)[0] / batch
+        row += f" {each:.2f} | {b / each:.1f} |"
+    print(row, flush=True)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", nargs="*", default=[])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=1)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    print(f"torch {torch.__version__}, {asked.threads} thread(s)")
+    head = "| model | form | cached s | uncached s | ratio | last / first |"
+    more = f" cached s, {asked.batch} at a time | ratio |" if asked.batch > 1 else ""
+    print(head + more)
+    print("|---" * (head.count("|") - 1 + 2 * bool(more)) + "|")
+    for size in [s for s in SIZES if s in asked.what] or list(SIZES):
+        for form in [f for f in FORMS if f in asked.what] or list(FORMS):
+            measure(size, form, asked.batch, asked.repeats)
+
+
+if __name__ == "__main__":
+    main()

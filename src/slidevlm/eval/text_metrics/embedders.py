@@ -1,0 +1,70 @@
+"""Embeddings of reports for REG2025's score: tf-idf, or a language model from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from slidevlm.errors import ConfigError
+from slidevlm.eval.text_metrics.scoring import Embed
+
+TF_IDF = "tfidf"
+_WORDS = 4096  # of the vocabulary, the most frequent ones
+_TEXTS = 32  # embedded at a time
+
+
+def embedder(name: str, references: Sequence[str]) -> Embed:
+    """`tfidf`, fitted on the references, or the model of a folder in Hugging Face's form.
+
+    Raises:
+        ConfigError: the folder is none, or the package that reads it is not there.
+    """
+    return _tf_idf(references) if name == TF_IDF else _language_model(Path(name))
+
+
+def _tf_idf(references: Sequence[str]) -> Embed:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    words = TfidfVectorizer(max_features=_WORDS, sublinear_tf=True)
+    try:
+        words.fit(references)
+    except ValueError as error:
+        raise ConfigError(f"--embedder tfidf: the references have no words ({error})") from error
+    return lambda texts: np.asarray(words.transform(texts).toarray())
+
+
+def _language_model(folder: Path) -> Embed:
+    """Mean of the last hidden states of a text's tokens."""
+    if not folder.is_dir():
+        raise ConfigError(f"--embedder is tfidf or a folder of a model, and {folder} is neither")
+    try:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise ConfigError(
+            "--embedder FOLDER needs the extra: pip install 'slidevlm[hf]'"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        model = AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--embedder {folder} cannot be used: {error}") from error
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, len(texts), _TEXTS):
+                batch = tokenizer(
+                    list(texts[start : start + _TEXTS]),
+                    padding=True,
+                    truncation=True,
+                    return_tensors="pt",
+                )
+                hidden = model(**batch).last_hidden_state
+                mask = batch["attention_mask"][:, :, None]
+                parts.append((hidden * mask).sum(1) / mask.sum(1).clamp_min(1))
+        return np.asarray(torch.cat(parts).float().numpy())
+
+    return embed

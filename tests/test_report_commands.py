@@ -1,0 +1,227 @@
+"""`slidevlm caption` and `slidevlm score`, from the command line to the files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+import pytest
+
+from slidevlm import report_commands
+from slidevlm.cli import main
+from slidevlm.data.synthetic import DemoCohort, synthesize
+from slidevlm.eval.text_metrics.scoring import Scoring
+from slidevlm.models import generate
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> DemoCohort:
+    return synthesize(tmp_path_factory.mktemp("demo") / "cohort", specimens=60, seed=1)
+
+
+@pytest.fixture(scope="module")
+def run(cohort: DemoCohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    logs = tmp_path_factory.mktemp("logs")
+    words = ["--hdf5_filename", cohort.hdf5, "--hdf5_feature_attribute", "demo"]
+    words += ["--hdf5_text_attribute", "report", "--train-split", cohort.split("train")]
+    words += ["--test-split", cohort.split("test"), "--model", "coca_tiny", "--batch-size", "12"]
+    words += ["--workers", "0", "--epochs", "1", "--lr", "3e-3", "--precision", "fp32"]
+    words += ["--device", "cpu", "--logs", logs, "--name", "run", "--save-captions"]
+    words += ["--caption-val-max-seq-len", "9", "--val-gen-top-k", "1"]
+    assert main(["train", *map(str, words)]) == 0
+    return logs / "run"
+
+
+def caption(run: Path, cohort: DemoCohort, output: object, *more: object) -> int:
+    words = ["caption", run, cohort.hdf5, "--output", output, "--split", cohort.split("test")]
+    words += ["--max-tokens", 9, "--workers", 0, "--device", "cpu", *more]
+    return main([str(word) for word in words])
+
+
+def test_reports_are_those_of_the_evaluation(run: Path, cohort: DemoCohort, tmp_path: Path) -> None:
+    output = tmp_path / "out" / "reports.json"
+    assert caption(run, cohort, output) == 0
+    found = json.loads(output.read_text())
+    evaluated = json.loads((run / "captions_test.json").read_text())
+    assert [(r["id"], r["report"]) for r in found] == [(e["id"], e["generated"]) for e in evaluated]
+    assert all(r["score"] < 0 and len(r["model"]) == 64 for r in found)
+    assert found[0]["decoding"]["max_tokens"] == 9 and found[0]["decoding"]["prompt"] == ""
+    assert [p.name for p in output.parent.iterdir()] == ["reports.json"]
+
+
+def test_csv_text_and_the_terminal_say_the_same(run, cohort, tmp_path, capsys) -> None:
+    for name in ("a.json", "a.csv", "a.txt", "-"):
+        assert caption(run, cohort, tmp_path / name if name != "-" else "-") == 0
+    out = capsys.readouterr().out
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    texts = {r["id"]: r["report"] for r in json.loads((tmp_path / "a.json").read_text())}
+    assert {r["id"]: r["report"] for r in lines} == texts and lines[0]["model"]
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {r["id"]: r["report"] for r in rows} == texts
+    assert json.loads(rows[0]["decoding"])["max_tokens"] == 9 and len(rows[0]["model"]) == 64
+    head, *body = (tmp_path / "a.txt").read_text().splitlines()
+    assert head.startswith("# model ") and "max_tokens" in head
+    assert dict(line.split("\t") for line in body) == {
+        k: " ".join(v.split()) for k, v in texts.items()
+    }
+
+
+def test_beams_a_prompt_and_the_best(run: Path, cohort: DemoCohort, tmp_path: Path) -> None:
+    output = tmp_path / "b.json"
+    more = ("--beams", 4, "--groups", 2, "--best", 3, "--prompt", "organ of origin")
+    assert caption(run, cohort, output, *more) == 0
+    for record in json.loads(output.read_text()):
+        assert record["report"].startswith("organ of origin")
+        scores = [record["score"], *(a["score"] for a in record["alternatives"])]
+        assert 1 < len(scores) <= 3 and scores == sorted(scores, reverse=True)
+    assert record["decoding"]["beams"] == 4
+
+
+def test_draws_are_seeded_and_any_of_their_settings_asks_for_them(run, cohort, tmp_path) -> None:
+    found = []
+    for number, more in enumerate(
+        [("--top-k", 5), ("--top-k", 5), ("--top-k", 5, "--seed", 1), ("--top-p", 0.9), ()]
+    ):
+        output = tmp_path / f"{number}.json"
+        assert caption(run, cohort, output, *more) == 0
+        found.append([r["report"] for r in json.loads(output.read_text())])
+    assert found[0] == found[1] and len({tuple(f) for f in found}) == 4
+
+
+def test_goes_on_where_it_was(run, cohort, tmp_path, monkeypatch, capsys) -> None:
+    whole = tmp_path / "whole.json"
+    assert caption(run, cohort, whole) == 0
+    output, calls = tmp_path / "part.json", []
+
+    def stopping(model, bags, names: Sequence[str], *rest):
+        calls.append(tuple(names))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate.draft(model, bags, names, *rest)
+
+    monkeypatch.setattr(report_commands, "draft", stopping)
+    assert caption(run, cohort, output, "--batch-size", 2) == 130
+    partial = tmp_path / "part.json.partial.jsonl"
+    assert len(partial.read_text().splitlines()) == 5 and not output.exists()
+    with partial.open("a") as file:
+        file.write('{"id": "cut sho')
+    capsys.readouterr()
+    assert caption(run, cohort, output, "--batch-size", 2, "--min-tokens", 3) == 2
+    assert "with other settings; remove it" in capsys.readouterr().err
+    calls.clear()
+    monkeypatch.setattr(report_commands, "draft", generate.draft)
+    assert caption(run, cohort, output, "--batch-size", 2) == 0
+    assert "4 of " in capsys.readouterr().err
+    assert json.loads(output.read_text()) == json.loads(whole.read_text())
+    assert not partial.exists()
+
+
+def test_a_single_bag_file(run: Path, cohort: DemoCohort, tmp_path: Path) -> None:
+    name = cohort.split("test").read_text().split()[0]
+    with h5py.File(cohort.hdf5) as source, h5py.File(tmp_path / "slide.h5", "w") as bag:
+        paths = source["case-index/case_paths"].asstr()[()]
+        group = source[next(p for p in paths if p.endswith(name))]["demo"]
+        bag["feats"] = group["features"][()]  # as STAMP writes it
+        bag["coords"] = group["positions"][()]
+        bag.attrs.update({"unit": "um", "tile_size_um": 256.0, "extractor": "uni"})
+    words = ["caption", run, tmp_path / "slide.h5", "--output", tmp_path / "one.json"]
+    assert main([str(w) for w in [*words, "--workers", 0, "--device", "cpu"]]) == 0
+    assert [r["id"] for r in json.loads((tmp_path / "one.json").read_text())] == ["slide"]
+
+
+def failing(words: Sequence[object], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main([str(word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+def test_what_cannot_be_written(run, cohort, tmp_path, capsys) -> None:
+    base = ["caption", run, cohort.hdf5, "--device", "cpu", "--workers", 0, "--output"]
+    assert "one of .json, .csv, .txt" in failing([*base, tmp_path / "a.html"], capsys)
+    (tmp_path / "there.json").write_text("[]")
+    assert "exists; choose" in failing([*base, tmp_path / "there.json"], capsys)
+    out = tmp_path / "x.json"
+    assert "do not divide" in failing([*base, out, "--beams", 4, "--groups", 3], capsys)
+    assert "draws nothing" in failing([*base, out, "--beams", 4, "--top-k", 3], capsys)
+    assert "writes one report" in failing([*base, out, "--best", 2], capsys)
+    bad = tmp_path / "bad.h5"
+    bad.write_bytes(b"nothing of the kind")
+    assert "bad.h5" in failing(["caption", run, bad, "--output", out], capsys)
+    assert "no file or folder" in failing(
+        ["caption", run, tmp_path / "no", "--output", out], capsys
+    )
+    assert "neither a run folder" in failing(["caption", tmp_path, bad, "--output", out], capsys)
+    assert "shorten the prompt" in failing([*base, out, "--prompt", "word " * 90], capsys)
+    assert not out.exists()
+
+
+# -- score -----------------------------------------------------------------------------------
+
+
+TRUE = {"a": "lung, biopsy; adenocarcinoma", "b": "colon, biopsy; adenoma", "c": "breast; benign"}
+OURS = {"a": "lung, biopsy; adenocarcinoma", "b": "colon; tubular adenoma", "c": "lung; benign"}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    ours, true = tmp_path / "ours.json", tmp_path / "true.csv"
+    ours.write_text(json.dumps([{"id": k, "report": v} for k, v in OURS.items()]))
+    true.write_text("case_id,text\n" + "".join(f'{k},"{v}"\n' for k, v in reversed(TRUE.items())))
+    return ours, true
+
+
+def test_scores_of_two_files(files, tmp_path, capsys) -> None:
+    output = tmp_path / "scores.json"
+    words = ["score", *files, "--bootstraps", 50, "--output", output, "--format", "markdown"]
+    assert main([str(w) for w in words]) == 0
+    content = json.loads(output.read_text())
+    expected = Scoring().count(list(OURS.values()), list(TRUE.values())).scores()
+    assert content["reports"] == 3 and content["scores"].keys() == expected.keys()
+    for name, entry in content["scores"].items():
+        if entry["value"] is not None:
+            assert entry["value"] == pytest.approx(expected[name]), name
+    rouge = content["scores"]["rouge_l"]
+    assert rouge["lo"] < rouge["value"] < rouge["hi"]
+    assert "| rouge_l |" in capsys.readouterr().out.replace("`", "")
+
+
+def test_reg2025_with_an_embedder(files, tmp_path) -> None:
+    output = tmp_path / "scores.json"
+    words = ["score", *files, "--bootstraps", 0, "--embedder", "tfidf", "--output", output]
+    assert main([str(w) for w in words]) == 0
+    scores = json.loads(output.read_text())["scores"]
+    assert 0 < scores["embedding_similarity"]["value"] < 1 and 0 < scores["reg2025"]["value"] < 1
+    assert scores["reg2025"]["lo"] is None
+
+
+def test_captions_of_a_run_stand_beside_the_truth(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "scores.json"
+    words = ["score", run / "captions_test.json", "--bootstraps", 0, "--output", output]
+    assert main([str(w) for w in words]) == 0
+    scores = json.loads(output.read_text())["scores"]
+    metrics = json.loads((run / "test.json").read_text())["metrics"]
+    for name in ("bleu_4", "rouge_l", "cider", "meteor_exact_stem"):
+        assert scores[name]["value"] == pytest.approx(metrics[f"test/captions/{name}"])
+
+
+def test_what_cannot_be_scored(files, tmp_path, capsys) -> None:
+    ours, true = files
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps({"a": "lung", "z": "more"}))
+    assert "lacks 2 of the 3" in failing(["score", few, true], capsys)
+    assert main(["score", str(few), str(true), "--only-common", "--bootstraps", "0"]) == 0
+    assert "2 references have no counterpart" in capsys.readouterr().err
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"x": "lung"}))
+    assert "no name in common" in failing(["score", other, true], capsys)
+    assert "a list of {id, generated, report}" in failing(["score", ours], capsys)
+    assert "is not JSON" in failing(["score", true], capsys)
+    assert "neither" in failing(["score", ours, true, "--embedder", "no"], capsys)
+    assert "no file" in failing(["score", ours, true, "--clinical", "no.yaml"], capsys)
+    assert "meteor-1.5.jar" in failing(["score", ours, true, "--meteor-data", tmp_path], capsys)
+    assert "cannot be read" in failing(["score", tmp_path / "no.json", true], capsys)
