@@ -70,7 +70,14 @@ def test_memory_is_what_a_step_keeps(name: str) -> None:
 def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "show", "coca_small", "--tiles", "500"]) == 0
     text = capsys.readouterr().out
-    for word in ("first_read", "embeddings", "layer_1", "vocabulary", "a bag of 500 tiles"):
+    for word in (
+        "first_read",
+        "pooler and projection",
+        "embeddings",
+        "layer_1",
+        "vocabulary",
+        "a bag of 500 tiles",
+    ):
         assert word in text
     assert main(["models", "show", "coca_vit_stage_1"]) == 0
     assert "depend on where the tiles lie" in capsys.readouterr().out

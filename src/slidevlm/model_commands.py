@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from slidevlm.app.export import export
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
-from slidevlm.models import Model, ModelConfig, build_model, resolve, zoo
+from slidevlm.models import CoCa, Model, ModelConfig, build_model, resolve, zoo
+from slidevlm.models.freeze import image_groups, text_groups
 from slidevlm.models.mode import Group
 from slidevlm.models.text.huggingface import HuggingFaceConfig
 from slidevlm.report.plain import shortened, table
@@ -99,9 +100,12 @@ def parts(model: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def groups(model: Model, tower: str) -> list[Group]:
-    """The groups of a tower; none where the model lacks it."""
-    part = getattr(model, tower) if tower in dict(model.named_children()) else None
-    return [] if part is None else list(part.groups())
+    """The groups of a tower, as the lock arguments count them; none where the model lacks it."""
+    if tower == "text":
+        return text_groups(model)
+    if tower == "slide":
+        return image_groups(model) if isinstance(model, CoCa) else []
+    return [] if model.decoder is None else model.decoder.groups()
 
 
 def _parameters(members: Sequence[nn.Module | nn.Parameter]) -> list[nn.Parameter]:

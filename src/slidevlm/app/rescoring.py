@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -162,5 +163,10 @@ def stored_predictions(path: Path) -> Path:
 
 
 def difference_rows(found: list[Difference]) -> list[Mapping[str, object]]:
-    """For comparison.json."""
-    return [{**asdict(d), "difference": d.difference} for d in found]
+    """For comparison.json; null where a number is not defined, as in every JSON file."""
+    rows = [{**asdict(d), "difference": d.difference} for d in found]
+    return [{k: None if _undefined(v) else v for k, v in row.items()} for row in rows]
+
+
+def _undefined(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
