@@ -159,6 +159,55 @@ def test_stage_1_into_stage_2(
     assert not [n for n in names if "lora" in n or ".base." in n]
 
 
+def write_clip(folder: Path, seed: int, reports: list[str]) -> None:
+    """A tiny model in the form of OpenAI's CLIP, with a tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer.train(reports, 300)
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**small, "intermediate_size": 24, "vocab_size": 300, "max_position_embeddings": 48}
+    vision = {**small, "intermediate_size": 24, "image_size": 8, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    for name, content in tokenizer.files().items():
+        (folder / name).write_text(content)
+
+
+def test_the_text_tower_starts_from_openais_clip(
+    cohort: DemoCohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = ["tumour of grade 2, margins free", "no tumour is seen"] * 9
+    snapshot = tmp_path / "cache/models--openai--clip-vit-base-patch32/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    write_clip(snapshot, 1, reports)
+    write_clip(tmp_path / "another", 2, reports)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    content = zoo.load("coca_tiny").to_dict() | {"family": "clip"}
+    del content["decoder"]
+    content["text"] = {
+        "type": f"hf:{tmp_path / 'another'}",
+        "context_length": 48,
+        "pool_heads": 2,
+    }
+    model = tmp_path / "clip.json"
+    model.write_text(json.dumps(content))
+    still = {"lr": 0.0, "wd": 0.0, "model": str(model)}
+    train(settings_of(cohort, tmp_path, name="own", **still))
+    train(settings_of(cohort, tmp_path, name="openai", pretrained="openai", **still))
+    own, openai = weights_of(tmp_path / "own"), weights_of(tmp_path / "openai")
+    theirs = read_pretrained("openai").weights
+    assert len(theirs) > 20
+    assert all(torch.equal(openai[name], tensor) for name, tensor in theirs.items())
+    layers = [name for name in theirs if "proj.weight" in name or "fc1.weight" in name]
+    assert layers and not any(torch.equal(own[name], openai[name]) for name in layers)
+    with pytest.raises(CheckpointError, match="--model clip_openai_text"):
+        train(settings_of(cohort, tmp_path, name="c", model="coca_tiny", pretrained="openai"))
+
+
 def test_what_cannot_be_used(
     cohort: DemoCohort, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,9 +232,9 @@ def test_what_cannot_be_used(
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", CheckpointError, "neither a run folder .* nor a Hugging Face")
     refused("nowhere", ConfigError, "nothing that is here .* tag of")
-    refused("openai", ConfigError, "hf:openai/clip-vit-base-patch32")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    refused("openai", ConfigError, r"--pretrained openai: .*HF_HUB_OFFLINE is set.*models--openai")
     refused("hf-hub:a/b", ConfigError, "HF_HUB_OFFLINE is set.*model.safetensors.*models--a--b")
     tags = tmp_path / "tags.yaml"
     tags.write_text("a: b\nb: c\n")

@@ -42,16 +42,27 @@ def dirty_memory() -> Iterator[None]:
 
 
 def smaller(name: str) -> Any:
-    """A zoo configuration, narrow tiles, a large one with fewer layers."""
+    """A zoo configuration, narrow tiles, a large one with fewer and narrower layers."""
     config = dataclasses.replace(zoo.load(name), tile_width=TILE_WIDTH)
-    if config.text.width < 512:
-        return config
-    few = {k: v for k, v in FEW.items() if hasattr(config.slide, k)}
     content = config.to_dict()
-    content["slide"] |= few
-    content["text"] |= {"layers": 2}
-    if config.decoder is not None:
-        content["decoder"] |= {"layers": 2}
+    kind = content["text"]["type"]
+    if kind == "scratch" and config.text.width < 512:
+        return config
+    if "slide" in content:
+        content["slide"] |= {k: v for k, v in FEW.items() if hasattr(config.slide, k)}
+    if kind == "scratch":
+        few: dict[str, Any] = {"layers": 2}
+        content["text"] |= few
+    elif kind in ("biogpt", "gpt2"):
+        few = {"inner": 128, "start": 2, "end": 4}
+        content["text"] |= {**few, "start": 0, "end": 2}
+    else:
+        pytest.importorskip("transformers")
+        content["text"]["architecture"] |= {"num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    if "decoder" in content:
+        content["decoder"] |= few
+    for lora in content.get("lora") or ():
+        lora["rank"] = 2
     return from_dict(content, name)
 
 
@@ -115,15 +126,17 @@ def scales(model: CoCa) -> dict[str, float]:
     def keep(name: str) -> Any:
         return lambda module, args, output: found.__setitem__(name, float(output.detach().std()))
 
-    model.slide.register_forward_hook(keep("slide"))
-    for i, layer in enumerate(model.text.layers):
+    if hasattr(model, "slide"):
+        model.slide.register_forward_hook(keep("slide"))
+    for i, layer in enumerate(getattr(model.text, "layers", ())):
         layer.register_forward_hook(keep(f"text.{i}"))
     if model.decoder is not None:
         for i, layer in enumerate(model.decoder.layers):
             layer.register_forward_hook(keep(f"decoder.{i}"))
     output = model.eval()(*inputs())
     if output.logits is not None:
-        found["logits"] = float(output.logits.detach().std())
+        # The median: with tied embeddings a token makes its own logit large, one of 60 here.
+        found["logits"] = float(1.48 * output.logits.detach().abs().median())
     return found
 
 
@@ -133,11 +146,13 @@ def test_activations_neither_grow_nor_vanish_with_depth(name: str) -> None:
     model = build(config)
     found = scales(model)
     # Without tiles of a bag in it, the slide would be the same for all.
-    slides = model.slide(bags_for())
-    assert 0.05 < (slides - slides.mean(0)).std() < 5 and 0.05 < found["slide"] < 5
-    text = [value for key, value in found.items() if key.startswith(("text", "decoder"))]
-    assert all(0.005 < value < 5 for value in text)
-    assert max(text) < 3 * min(text)  # every branch starts at 0
+    if "slide" in found:
+        slides = model.slide(bags_for())
+        assert 0.05 < (slides - slides.mean(0)).std() < 5 and 0.05 < found["slide"] < 5
+    for part in ("text", "decoder"):
+        values = [value for key, value in found.items() if key.startswith(part)]
+        assert all(0.005 < value < 5 for value in values)
+        assert max(values, default=0) <= 3 * min(values, default=0)  # branches start small
     if "logits" in found:  # a guess at first is near uniform: its loss near log V
         assert found["logits"] < 2
 

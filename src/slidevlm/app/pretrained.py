@@ -21,6 +21,7 @@ from slidevlm.models.files import (
     without_wrappers,
 )
 from slidevlm.models.interop import mosaic
+from slidevlm.models.sources import openai_text_weights
 from slidevlm.run import CHECKPOINTS
 from slidevlm.train import checkpoint as ckpt
 
@@ -52,11 +53,7 @@ def read_pretrained(name: str) -> Pretrained:
     if name in tags:
         return replace(read_pretrained(tags[name]), name=name)
     if name == "openai":
-        raise ConfigError(
-            "--pretrained openai: OpenAI's CLIP text encoder is not a text tower of this model; "
-            "name it in the model's configuration instead, as text type "
-            '"hf:openai/clip-vit-base-patch32" (a folder or a hub name), and leave --pretrained out'
-        )
+        return Pretrained(name, {f"text.model.{k}": v for k, v in openai_text_weights().items()})
     if name.startswith(HUB):
         return _hub(name)
     path = Path(name).expanduser()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -56,6 +57,11 @@ def rescore(path: Path, config: Config) -> Outcome:
     Raises:
         SlideVLMError: predictions that cannot be read, or lack what a task needs.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "--predictions scores what is stored, which is work for one process; start it without "
+            "torchrun"
+        )
     configure_logging(debug=config.logging.debug, main=True)
     stored = load(stored_predictions(path))
     validate_evaluation(config)

@@ -23,6 +23,7 @@ from slidevlm.app.preparing import prepare
 from slidevlm.app.trained import Trained, model_for
 from slidevlm.app.weights import Start, start_of
 from slidevlm.config import (
+    BEAM_ARGUMENTS,
     Config,
     all_values,
     given_values,
@@ -101,6 +102,9 @@ def with_run_settings(run: Path, overrides: Config) -> Config:
     unwanted = {"device", "train_split", "num_samples"}
     if given.get("probe"):  # it learns from the training split, which is not evaluated
         unwanted = {"device"}
+    decoding = {"val_gen_top_k", *BEAM_ARGUMENTS}
+    if decoding & given.keys():  # another way to write reports is not mixed with the run's own
+        unwanted |= decoding
     values = {k: v for k, v in values.items() if k not in unwanted}
     place = {"logs": str(run), "name": time.strftime("evaluation-%Y_%m_%d-%H_%M_%S")}
     if "resume" not in given and "pretrained" not in given:

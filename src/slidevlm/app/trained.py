@@ -194,7 +194,7 @@ def _tell(config: Config, pretrained: Pretrained, found: Match) -> None:
     if not found.found:
         raise CheckpointError(
             f"--pretrained {pretrained.name}: nothing in it has name and shape of a tensor of the "
-            f"model:\n{found.table()}"
+            f"model{_remedy(pretrained)}:\n{found.table()}"
         )
     if config.evaluation.test and not found.complete:
         raise CheckpointError(
@@ -202,6 +202,15 @@ def _tell(config: Config, pretrained: Pretrained, found: Match) -> None:
             f"{found.table()}"
         )
     log.info("--pretrained %s:\n%s", pretrained.name, found.table())
+
+
+def _remedy(pretrained: Pretrained) -> str:
+    if pretrained.name != "openai":
+        return ""
+    return (
+        "; OpenAI's CLIP text encoder goes into a text tower of its shape: choose --model "
+        "clip_openai_text, or text type hf:openai/clip-vit-base-patch32 in your own configuration"
+    )
 
 
 def _plain_weights(pretrained: Pretrained) -> dict[str, torch.Tensor]:

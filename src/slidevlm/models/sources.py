@@ -31,6 +31,8 @@ from slidevlm.models.text.huggingface import (
 
 log = logging.getLogger("slidevlm.models")
 
+OPENAI_CLIP = "openai/clip-vit-base-patch32"
+
 
 def resolve(config: ModelConfig) -> ModelConfig:
     """The configuration with what only a published model's folder tells: an hf tower's shape.
@@ -43,6 +45,19 @@ def resolve(config: ModelConfig) -> ModelConfig:
         return config
     architecture = text_architecture(hub.read_config(text.source, "text type hf"))
     return replace(config, text=replace(text, architecture=architecture))
+
+
+def openai_text_weights() -> dict[str, Tensor]:
+    """Weights of the text encoder of OpenAI's CLIP (ViT-B/32), under transformers' names.
+
+    Raises:
+        ConfigError: it is neither in the hub's cache nor to be had from the hub.
+    """
+    argument = "--pretrained openai"
+    architecture = text_architecture(hub.read_config(OPENAI_CLIP, argument))
+    folder = hub.weight_files(OPENAI_CLIP, argument)[0].parent
+    config = HuggingFaceConfig(OPENAI_CLIP, architecture=architecture)
+    return published_state(config, str(folder))
 
 
 def load_sources(model: nn.Module, config: ModelConfig) -> None:
