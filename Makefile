@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 DEMO ?= demo
+TEST_PROCESSES ?= 2
 
 .PHONY: help setup demo test lint types docs clean
 
@@ -24,8 +25,8 @@ demo: $(STAMP) ## synthesize a cohort, train, evaluate; a run folder to look at,
 	rm -rf $(DEMO)/cohort $(DEMO)/runs/demo
 	$(BIN)/slidevlm demo $(DEMO)
 
-test: $(STAMP) ## the whole test suite
-	$(BIN)/python -m pytest -q
+test: $(STAMP) ## the whole test suite, in two processes
+	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check src tests benchmarks scripts
