@@ -69,3 +69,16 @@ def test_synthesize(tmp_path: Path) -> None:
     result = run("data", "synthesize", str(tmp_path / "c"), "--specimens", "30")
     assert result.returncode == 2
     assert "is not empty" in result.stderr and "choose another folder" in result.stderr
+
+
+def test_a_reader_who_has_seen_enough_gets_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slidevlm", "models", "list"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    told = process.stderr.read()
+    assert process.wait() == 141 and told == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ commands:
 
 slidevlm COMMAND --help tells more; --version prints the version.
 exit codes: 0 done, 1 a fault of slidevlm (data check: errors in the data), 2 an error in arguments,
-data or checkpoint, 130 Ctrl-C.
+data or checkpoint, 130 Ctrl-C, 141 the reader of the output has gone.
 """
 
 
@@ -637,7 +638,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: Command, argv: list[str]) -> int:
     try:
-        return command(argv) or 0
+        code = command(argv) or 0
+        sys.stdout.flush()
+        return code
     except SlideVLMError as error:
         if "--debug" in argv:
             raise
@@ -646,6 +649,9 @@ def _run(command: Command, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("slidevlm: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush fails
+        return 141
 
 
 if __name__ == "__main__":
