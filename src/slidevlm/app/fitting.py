@@ -64,21 +64,7 @@ def fit(
     batches = _train_batches(config, dataset)
     pin = precision.device.type == "cuda"
     loader = make_loader(dataset, batches, config.data.workers, pin_memory=pin, bad=judge.bad)
-    optimizer = adamw(
-        trained.model,
-        lr=_known(optim.lr),
-        betas=(_known(optim.beta1), _known(optim.beta2)),
-        eps=_known(optim.eps),
-        decay=optim.wd,
-    )
-    step = Step(
-        trained.model,
-        optimizer,
-        objective,
-        precision,
-        optim.grad_clip_norm,
-        ragged=config.data.skip_bad_specimens,
-    )
+    step = _step(config, trained, objective, precision)
     steps_an_epoch = len(batches) // optim.accum_freq
     plan = Plan(optim.epochs, optim.accum_freq, _schedule(config, steps_an_epoch), precision.device)
     order = {
@@ -96,7 +82,7 @@ def fit(
     ) -> tuple[ckpt.ModelState, ckpt.TrainState]:
         return trained.state(), ckpt.TrainState(
             progress=at,
-            optimizer=optimizer.state_dict(),
+            optimizer=step.optimizer.state_dict(),
             scaler=step.scaler.state_dict(),
             random=dist.gather_objects(ckpt.random_state()),
             order=order,
@@ -106,29 +92,12 @@ def fit(
             threads=torch.get_num_threads(),
         )
 
-    keeper = ckpt.Keeper(
-        None if folder is None else folder / CHECKPOINTS,
-        every_epochs=config.checkpoint.save_frequency,
-        epochs=optim.epochs,
-        most_recent=config.checkpoint.save_most_recent,
-        delete_previous=config.checkpoint.delete_previous_checkpoint,
-    )
-    rhythm = Rhythm(
-        epochs=optim.epochs,
-        steps_an_epoch=steps_an_epoch,
-        log_every_n_steps=config.logging.log_every_n_steps,
-        save_every_n_steps=config.checkpoint.save_every_n_steps,
-        val_frequency=config.evaluation.val_frequency,
-        caption_val_frequency=config.evaluation.caption_val_frequency,
-        eval_grace_period=config.evaluation.eval_grace_period,
-        captions=config.evaluation.save_captions,
-    )
     watcher = RunWatcher(
         run,
-        keeper,
+        _keeper(config, folder),
         state,
         lambda epoch, write, at: judge.epoch(data.vals, epoch, write, at),
-        rhythm,
+        _rhythm(config, steps_an_epoch),
         progress,
         {} if start.training is None else start.training.metrics,
         interrupts,
@@ -143,6 +112,42 @@ def fit(
     if watcher.stops:
         _tell_how_to_go_on(folder, end)
     return Fitted(watcher.metrics, finished=not watcher.stops)
+
+
+def _step(config: Config, trained: Trained, objective: Objective, precision: Precision) -> Step:
+    optim = config.optim
+    optimizer = adamw(
+        trained.model,
+        lr=_known(optim.lr),
+        betas=(_known(optim.beta1), _known(optim.beta2)),
+        eps=_known(optim.eps),
+        decay=optim.wd,
+    )
+    ragged = config.data.skip_bad_specimens
+    return Step(trained.model, optimizer, objective, precision, optim.grad_clip_norm, ragged=ragged)
+
+
+def _keeper(config: Config, folder: Path | None) -> ckpt.Keeper:
+    return ckpt.Keeper(
+        None if folder is None else folder / CHECKPOINTS,
+        every_epochs=config.checkpoint.save_frequency,
+        epochs=config.optim.epochs,
+        most_recent=config.checkpoint.save_most_recent,
+        delete_previous=config.checkpoint.delete_previous_checkpoint,
+    )
+
+
+def _rhythm(config: Config, steps_an_epoch: int) -> Rhythm:
+    return Rhythm(
+        epochs=config.optim.epochs,
+        steps_an_epoch=steps_an_epoch,
+        log_every_n_steps=config.logging.log_every_n_steps,
+        save_every_n_steps=config.checkpoint.save_every_n_steps,
+        val_frequency=config.evaluation.val_frequency,
+        caption_val_frequency=config.evaluation.caption_val_frequency,
+        eval_grace_period=config.evaluation.eval_grace_period,
+        captions=config.evaluation.save_captions,
+    )
 
 
 def _tell_how_to_go_on(folder: Path | None, end: ckpt.Progress) -> None:

@@ -39,9 +39,9 @@ class Outcome:
     folder: Path | None = None  # where it was written
 
 
-def about(config: Config, model: torch.nn.Module | None, splits: Mapping[str, Predictions]) -> dict[
-    str, Any
-]:  # fmt: skip
+def about(
+    config: Config, model: torch.nn.Module | None, splits: Mapping[str, Predictions]
+) -> dict[str, Any]:
     """Hashes of model and data, settings, versions: the origin of every file.
 
     The hash of the data is that of specimens, patients and reports; features are not read for it.

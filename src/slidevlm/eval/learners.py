@@ -186,7 +186,7 @@ def class_mean_episodes(
     members = [np.flatnonzero(train.y == c) for c in range(classes)]
     squares = (queries**2).sum(1)
     order = np.argsort(y, kind="stable")
-    present, starts, sizes = np.unique(y[order], return_index=True, return_counts=True)
+    _, starts, sizes = np.unique(y[order], return_index=True, return_counts=True)
     right: list[np.ndarray] = []
     block = max(
         1, _ELEMENTS // max(1, len(queries) * (classes + 1), k * classes * train.x.shape[1])
@@ -211,7 +211,6 @@ def class_mean_episodes(
         hits = (guess == y[:, None])[order]
         right.append(np.add.reduceat(hits, starts, axis=0, dtype=np.int64))
     hits = np.concatenate(right, 1)  # [classes present, episodes]
-    assert len(present) == len(sizes)
     return Episodes(hits.sum(0) / len(y), (hits / sizes[:, None]).mean(0))
 
 
