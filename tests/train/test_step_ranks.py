@@ -92,8 +92,11 @@ def work(folder: Path) -> None:
         results[case]["loss"] = terms.loss
     results["frozen"] = frozen_step([batch_of(range(3 * rank, 3 * rank + 3))])
     results["nothing"] = nothing()
-    results["rows"] = dist.gather_rows(torch.full((rank * 2, 3), float(rank)))
-    results["none"] = [tuple(t.shape) for t in dist.gather_rows(torch.zeros(0, 0))]
+    rows = dist.rows_of(rank * 2, 3 * rank, ragged=True)
+    results["rows"] = rows.gather(torch.full((rank * 2, rows.width), float(rank)))
+    results["summed"] = rows.scatter_sum(torch.arange(6.0).view(2, 3) * (rank + 1))
+    none = dist.rows_of(0, 0, ragged=True)
+    results["none"] = tuple(none.gather(torch.zeros(0, none.width)).shape)
     results["made"] = dist.from_main(lambda: f"made by {rank}")
     try:
         dist.from_main(refuse)
@@ -211,8 +214,10 @@ def test_a_step_without_any_specimen_moves_nothing(results: list[dict]) -> None:
 def test_rows_and_what_the_first_makes(results: list[dict]) -> None:
     for rank in (0, 1):
         rows = results[rank]["rows"]
-        assert [tuple(r.shape) for r in rows] == [(0, 3), (2, 3)] and (rows[1] == 1).all()
-        assert results[rank]["none"] == [(0, 0), (0, 0)]
+        assert rows.shape == (2, 3) and (rows == 1).all()
+        expected = (torch.zeros(0, 3), 3 * torch.arange(6.0).view(2, 3))[rank]
+        assert torch.equal(results[rank]["summed"], expected)
+        assert results[rank]["none"] == (0, 0)
         assert results[rank]["made"] == "made by 0"
         assert results[rank]["refused"] == "cannot be made"
 
