@@ -24,6 +24,7 @@ from slidevlm.losses import caption_loss_sum
 from slidevlm.models import Model
 from slidevlm.precision import Precision, wide
 from slidevlm.train.contrast import Contrastive, Pairs, Sigmoid, Softmax, way
+from slidevlm.train.optim import set_rate
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -231,8 +232,7 @@ class Step:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         finite = bool(torch.isfinite(norm) & torch.isfinite(terms.loss))
         if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(self.optimizer, rate)
             self.scaler.step(self.optimizer)
             self.model.clamp_scale()
             self._skipped_in_a_row = 0
