@@ -72,7 +72,8 @@ def caption(asked: Captioning) -> int:
 
     def use(batch: Batch) -> list[Record]:
         found = model.write(batch.bags, batch.specimen_ids, decoding, asked.prompt)
-        return [_record(*one) for one in zip(batch.specimen_ids, found, strict=True)]
+        pairs = zip(batch.specimen_ids, found, strict=True)
+        return [_record(name, drafts, decoding.best) for name, drafts in pairs]
 
     if using.output is None:
         return to_terminal(model, cohort, "writing reports", about, use)
@@ -84,7 +85,7 @@ def caption(asked: Captioning) -> int:
     return len(records)
 
 
-def _record(specimen: str, drafts: Sequence[Report]) -> Record:
+def _record(specimen: str, drafts: Sequence[Report], best: int) -> Record:
     texts = [
         {
             "report": one.text,
@@ -93,7 +94,7 @@ def _record(specimen: str, drafts: Sequence[Report]) -> Record:
         }
         for one in drafts
     ]
-    others = {"alternatives": texts[1:]} if len(texts) > 1 else {}
+    others = {"alternatives": texts[1:]} if best > 1 else {}
     return {"id": specimen, **texts[0], **others}
 
 

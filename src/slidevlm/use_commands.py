@@ -92,7 +92,7 @@ def embed(asked: Embedding) -> int:
 def _about(using: Using, model: SlideModel) -> dict[str, Any]:
     return {
         "model": model.hash,
-        "tiles": using.image_features_cutoff,
+        "image_features_cutoff": using.image_features_cutoff,
         "precision": model.computes_in,
     }
 
@@ -117,7 +117,9 @@ def _known(output: Path, about: Mapping[str, Any]) -> list[Record]:
         return []
     there = load_embeddings(output)
     differs = [
-        key for key in dict.fromkeys([*about, *there.about]) if about.get(key) != there.about.get(key)
+        key
+        for key in dict.fromkeys([*about, *there.about])
+        if about.get(key) != there.about.get(key)
     ]
     if differs:
         raise ConfigError(
@@ -198,6 +200,8 @@ def classify(asked: Classifying) -> int:
 
 
 def _prompts(given: Sequence[str]) -> Prompts:
+    if not given:
+        raise ConfigError("--prompts names the classes; give a file of them, or two or more texts")
     if len(given) > 1:
         return prompts_of(given)
     if not Path(given[0]).is_file():
@@ -211,7 +215,9 @@ def _prompts(given: Sequence[str]) -> Prompts:
 def _formatted(records: Sequence[Record], about: Mapping[str, Any], output: Path) -> str:
     """JSON: `about` and the specimens. CSV: a column a class; the first row tells the origin."""
     if output.suffix.lower() == ".json":
-        return json.dumps({"about": about, "specimens": records}, indent=1, ensure_ascii=False) + "\n"
+        return (
+            json.dumps({"about": about, "specimens": records}, indent=1, ensure_ascii=False) + "\n"
+        )
     classes = list(about["prompts"])
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")

@@ -1,8 +1,8 @@
 """Embeddings of a cohort in one file: HDF5, NPZ or Parquet, told by its ending.
 
 All three hold the same: `specimen_ids`, `patient_ids`, `tiles`, `image_embedding`, and as JSON
-`about`, what they were made by and from. HDF5 and NPZ have an array each (`about` is an attribute of
-the HDF5 file), Parquet a column each and `about` among the metadata of its schema.
+`about`, what they were made by and from. HDF5 and NPZ have an array each (`about` is an attribute
+of the HDF5 file), Parquet a column each and `about` among the metadata of its schema.
 """
 
 from __future__ import annotations
