@@ -27,6 +27,7 @@ class Spec:
 
     help: str
     flag: str | None = None  # spelling, where it is not "--" + name with hyphens
+    also: tuple[str, ...] = ()  # other spellings, those of the same thing in other commands
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
