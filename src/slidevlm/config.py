@@ -288,7 +288,9 @@ class Optim:
     precision: str = arg(
         "amp",
         "amp: float16 autocast with scaling on CUDA, bfloat16 autocast on a CPU; amp_bf16: "
-        "bfloat16 autocast; fp32 (the other forms are not available yet)",
+        "bfloat16 autocast; bf16, fp16: also the weights of linear layers in that type; pure_bf16, "
+        "pure_fp16: everything but the losses in that type (the optimizer keeps float32 copies of "
+        "16-bit weights); fp32. float16 forms are for CUDA alone",
         choices=(
             "amp",
             "amp_bf16",
@@ -299,7 +301,6 @@ class Optim:
             "pure_fp16",
             "fp32",
         ),
-        pending_values=("bf16", "fp16", "pure_bf16", "pure_fp16"),
     )
     device: str = arg("cuda", "cuda, cuda:1, cpu; where there is no CUDA the default is the CPU")
 
@@ -544,6 +545,9 @@ GROUPS: dict[str, type] = {
     "distributed": Distributed,
     "evaluation": Evaluation,
 }
+
+# Forms of --precision in which weights have 16 bits.
+SIXTEEN_BITS = frozenset(("bf16", "fp16", "pure_bf16", "pure_fp16"))
 
 BEAM_ARGUMENTS = frozenset(("val_gen_num_beams", "val_gen_num_beam_groups"))
 
@@ -836,6 +840,11 @@ def _model(config: Config) -> Iterator[str]:
     if model.use_bnb_linear is not None and model.use_bnb_linear not in BNB_LINEAR:
         known = ", ".join(BNB_LINEAR)
         yield f"--use-bnb-linear {model.use_bnb_linear!r} is not one of {known}"
+    if model.use_bnb_linear is not None and config.optim.precision in SIXTEEN_BITS:
+        yield (
+            f"--use-bnb-linear keeps weights of its own; use --precision amp_bf16 or fp32 with it, "
+            f"not {config.optim.precision}"
+        )
     if model.use_bnb_linear is not None and ways:
         yield f"--use-bnb-linear and {ways[0]}: its products are not torch's; give one of them"
 

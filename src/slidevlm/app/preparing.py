@@ -8,16 +8,18 @@ from slidevlm.app.trained import Trained
 from slidevlm.config import BNB_LINEAR, Config
 from slidevlm.errors import ConfigError
 from slidevlm.models import CoCa, Model
+from slidevlm.models.cast import cast_weights
 from slidevlm.models.compile import compile_regions, script_regions
 from slidevlm.models.freeze import lock_image, lock_text, nothing_to_train
 from slidevlm.models.mode import Recomputing
 from slidevlm.models.quantize import quantise_linears
 from slidevlm.models.trace import trace
+from slidevlm.precision import Precision
 
 log = logging.getLogger("slidevlm")
 
 
-def prepare(config: Config, trained: Trained) -> None:
+def prepare(config: Config, trained: Trained, precision: Precision) -> None:
     """Change the model as the arguments say; after its weights are there, before the optimizer.
 
     Raises:
@@ -31,6 +33,10 @@ def prepare(config: Config, trained: Trained) -> None:
         kind = BNB_LINEAR[wanted.use_bnb_linear]
         changed = quantise_linears(model, kind, training=training)
         log.info("--use-bnb-linear %s: %d linear layers changed", wanted.use_bnb_linear, changed)
+    if precision.weights_dtype is not None:
+        kind, everything = precision.weights_dtype, precision.everything
+        count = cast_weights(model, kind, everything=everything)
+        log.info("--precision %s: %d numbers in %s", config.optim.precision, count, kind)
     if wanted.grad_checkpointing:
         for module in model.modules():
             if isinstance(module, Recomputing):

@@ -129,7 +129,7 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
     data = open_data(config)
     prefix = evaluation_prefix(config, folder)  # before the run writes a config.yaml
     trained = model_for(config, data, start, precision.device)
-    prepare(config, trained)
+    prepare(config, trained, precision)
     new = folder is not None and dist.is_main()
     wandb = WandbSettings(
         config.logging.wandb_project_name, config.logging.wandb_notes, all_values(config)
