@@ -47,15 +47,19 @@ class Best:
             )
         self.name, self._lower = name, lower
         worst = math.inf if lower else -math.inf
-        self.value = (before or {}).get(name, worst)
+        self.value = self._before = (before or {}).get(name, worst)
 
     def improves(self, metrics: Mapping[str, float]) -> bool:
         """Whether these metrics, which may lack this one, are the best so far; then kept."""
         value = metrics.get(self.name, math.nan)
         better = value < self.value if self._lower else value > self.value
         if better:
-            self.value = value
+            self._before, self.value = self.value, value
         return better
+
+    def undo(self) -> None:
+        """The last best one could not be stored: what was the best before is it again."""
+        self.value = self._before
 
     def state(self) -> dict[str, float]:
         """For a checkpoint."""

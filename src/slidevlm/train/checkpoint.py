@@ -257,7 +257,9 @@ class Keeper:
             for leftover in folder.glob(".*.pt.*.tmp"):  # of a process that was killed while saving
                 leftover.unlink(missing_ok=True)
         self.most_recent, self.delete_previous = most_recent, delete_previous
-        found = [] if folder is None else [f for f in checkpoints(folder) if f.name not in _REPLACED]
+        found = (
+            [] if folder is None else [f for f in checkpoints(folder) if f.name not in _REPLACED]
+        )
         self._previous = sorted(found, key=lambda f: f.stat().st_mtime)[-1:]
         self.given_up = threading.Event()
 

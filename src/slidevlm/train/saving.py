@@ -27,36 +27,36 @@ class Snapshots:
         self._buffers: list[Tensor] = []
 
     def take(self, model: ModelState, training: TrainState) -> tuple[ModelState, TrainState]:
-        """Both with all their tensors copied, equal ones once; the last copies are gone."""
-        seen: dict[tuple[Any, ...], Tensor] = {}
-        states = self._copy(model, seen), self._copy(training, seen)
-        for device in {t.device for t in seen.values() if t.is_cuda}:
+        """Both with all their tensors copied, equal ones once; what was taken before is gone."""
+        copies: dict[tuple[Any, ...], Tensor] = {}
+        states = self._copy(model, copies), self._copy(training, copies)
+        for device in {key[1] for key in copies if key[1].type == "cuda"}:
             torch.cuda.current_stream(device).synchronize()
         return states
 
-    def _copy(self, value: Any, seen: dict[tuple[Any, ...], Tensor]) -> Any:
+    def _copy(self, value: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
         if isinstance(value, Tensor):
-            return self._tensor(value, seen)
+            return self._tensor(value.detach(), copies)
         if isinstance(value, dict):
-            return {k: self._copy(v, seen) for k, v in value.items()}
+            return {k: self._copy(v, copies) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self._copy(v, seen) for v in value)
+            return type(value)(self._copy(v, copies) for v in value)
         if isinstance(value, (ModelState, TrainState)):
             parts = {f.name: getattr(value, f.name) for f in fields(value)}
-            return replace(value, **{k: self._copy(v, seen) for k, v in parts.items()})
+            return replace(value, **{k: self._copy(v, copies) for k, v in parts.items()})
         return value
 
-    def _tensor(self, tensor: Tensor, seen: dict[tuple[Any, ...], Tensor]) -> Tensor:
-        tensor = tensor.detach()
+    def _tensor(self, tensor: Tensor, copies: dict[tuple[Any, ...], Tensor]) -> Tensor:
+        if not tensor.numel():
+            return tensor.cpu()
         key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and key in seen:  # tied weights stay one tensor of the file
-            return self._buffers[list(seen).index(key)]
-        place = len(seen)
-        seen[key if tensor.numel() else (place,)] = tensor
-        if place == len(self._buffers) or not _alike(self._buffers[place], tensor):
-            made = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[place : place + 1] = [made]
-        return self._buffers[place].copy_(tensor, non_blocking=True)
+        if key not in copies:  # tied weights stay one tensor of the file
+            place = len(copies)
+            if place == len(self._buffers) or not _alike(self._buffers[place], tensor):
+                made = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._buffers[place : place + 1] = [made]
+            copies[key] = self._buffers[place].copy_(tensor, non_blocking=True)
+        return copies[key]
 
 
 def _alike(buffer: Tensor, tensor: Tensor) -> bool:
@@ -97,6 +97,11 @@ class Writer:
     def settle(self) -> None:
         """Wait until the state is copied."""
         self._copied.wait()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being stored, or was and has not been waited for."""
+        return self._thread is not None
 
     @property
     def ended(self) -> bool:
