@@ -90,8 +90,10 @@ class Judge:
         """The metrics that `epoch` will have: found by judging numbers drawn at random."""
         quick = replace(self.config.evaluation, eval_metric_bootstraps=0)
         suite = Suite(replace(self.config, evaluation=quick))
-        names = suite.support_names
-        drawn = self._drawn(find(names, self.store), write=False) if names else None
+        drawn = None
+        if suite.support_names:
+            cases = find(suite.support_names, self.store).cases
+            drawn = self._drawn(Split(SUPPORT, cases, ("",) * len(cases), (), ()), write=False)
         write = self.config.evaluation.save_captions
         tasks = suite.tasks(_draw_texts, generated=write, support=drawn)
         return [
@@ -107,7 +109,7 @@ class Judge:
         losses = {"contrastive": 0.0} if embeds else {}
         if model.decoder is not None:
             losses["caption"] = 0.0
-        reports = tuple(split.reports) or ("",) * count
+        reports = tuple(split.reports)
         return Predictions(
             specimen_ids=tuple(case.specimen for case in split.cases),
             patient_ids=tuple(case.patient for case in split.cases),

@@ -24,7 +24,7 @@ BEST = "best.pt"  # of --save-best
 _REPLACED = (LATEST, BEST)  # written again and again under the same name
 
 
-class Abandoned(Exception):
+class AbandonedError(Exception):
     """Writing was given up on purpose; nothing has changed."""
 
 
@@ -102,7 +102,7 @@ class _Watched:
 
     def write(self, content: Any) -> int:
         if self._given_up.is_set():
-            raise Abandoned
+            raise AbandonedError
         return self._file.write(content)
 
     def flush(self) -> None:
@@ -124,7 +124,7 @@ def save(
         given_up: set by another thread that wants writing to end soon.
 
     Raises:
-        Abandoned: it was set; the old file is as it was.
+        AbandonedError: it was set; the old file is as it was.
         CheckpointError: the file system refuses, for example because it is full.
     """
     content = {
@@ -137,7 +137,7 @@ def save(
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
-                watched = file if given_up is None else _Watched(file, given_up)
+                watched: Any = file if given_up is None else _Watched(file, given_up)
                 torch.save(content, watched)
                 file.flush()
                 os.fsync(file.fileno())
@@ -147,7 +147,7 @@ def save(
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         if given_up is not None and given_up.is_set():
-            raise Abandoned from error
+            raise AbandonedError from error
         raise CheckpointError(
             f"cannot write checkpoint {path} ({_first_line(error)}); look at the free space and "
             "the rights there, then go on with --resume latest"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slidevlm.errors import CheckpointError
-from slidevlm.train.checkpoint import Abandoned, ModelState, TrainState
+from slidevlm.train.checkpoint import AbandonedError, ModelState, TrainState
 
 log = logging.getLogger("slidevlm.checkpoint")
 
@@ -137,7 +137,7 @@ class Writer:
         except CheckpointError as error:
             self._problem = str(error)
             log.error("%s; training goes on, and saving is tried again", error)
-        except Abandoned:
+        except AbandonedError:
             log.warning("a checkpoint was given up half written; those before it stay")
         except BaseException as error:  # a fault of the program, raised where it is waited for
             self._fault = error
