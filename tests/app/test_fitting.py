@@ -177,7 +177,7 @@ def test_the_metrics_to_choose_from_are_known_before_training(
 ) -> None:
     """And are those that an evaluation has."""
     more = {
-        "val_split": (str(cohort.split("val")), str(cohort.split("test"))),
+        "val_split": (str(cohort.split("val")),),
         "save_captions": True,
         "caption_val_max_seq_len": 3,
         "zsc_class_prompt_mapping": (str(cohort.prompts("diagnosis")),),
@@ -191,19 +191,3 @@ def test_the_metrics_to_choose_from_are_known_before_training(
     listed = {line.strip() for line in str(caught.value).splitlines()[1:]}
     (told,) = lines(run(settings, save_best="val/captions/bleu_4", **more), "evaluation")
     assert listed == {name for name in told if "/" in name and not name.endswith(("/lo", "/hi"))}
-
-
-# --- steps made of other micro-batches --------------------------------------------------------------
-
-
-def test_going_on_within_an_epoch_with_another_accumulation(settings: dict[str, Any]) -> None:
-    """The order of the data is that of the step, however it is made up."""
-    whole = run(settings, name="whole")
-    half = run(settings, save_every_n_steps=1)
-    for name in ("epoch_2.pt", "step_4.pt"):
-        (half / "checkpoints" / name).unlink(missing_ok=True)
-    run(settings, resume="latest", batch_size=4, accum_freq=2)
-    found, expected = weights(half), weights(whole)
-    assert not same(found, expected), "rounding shows that it was done otherwise"
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
