@@ -35,11 +35,13 @@ function number(value) {
   if (Number.isInteger(value)) return value.toLocaleString("en");
   const size = Math.abs(value);
   if (size >= 100) return Math.round(value).toLocaleString("en");
+  if (size >= 10) return value.toFixed(1);
   return size >= 0.001 ? value.toFixed(3) : value.toPrecision(2);
 }
+const score = (value) => (Number.isInteger(value) && Math.abs(value) <= 1 ? value.toFixed(3) : number(value));
 const percent = (value) => `${Math.round(100 * value)} %`;
 const words = (name) => name.replaceAll("_", " ");
-const interval = (row) => (row && row.lo !== null ? `${number(row.lo)} to ${number(row.hi)}` : "");
+const interval = (row) => (row && row.lo !== null ? `${score(row.lo)} to ${score(row.hi)}` : "");
 const badge = (i) => TWO ? h("span", { class: `run run${i}` }, "AB"[i]) : null;
 const note = (...children) => h("p", { class: "note" }, ...children);
 const section = (title, ...children) => h("section", {}, title ? h("h2", {}, title) : null, ...children);
@@ -112,6 +114,15 @@ const MEANING = {
   "mAP@5": "precision at each hit among the 5 nearest", "mAP@10": "the same of the 10 nearest",
   concordance: "share of pairs of patients put in the right order of survival; 0.5 is guessing",
 };
+const NAMES = {
+  auroc_ovr: "AUROC, one versus rest", auroc_ovo: "AUROC, one versus one", auroc_macro: "AUROC, macro",
+  f1: "F1", f1_macro: "F1, macro", f1_weighted: "F1, weighted", cohen_kappa: "Cohen's kappa",
+  rouge_l: "ROUGE-L", cider: "CIDEr-D", cider_plain: "CIDEr", meteor_exact_stem: "METEOR (exact, stem)",
+  bleu_1: "BLEU-1", bleu_2: "BLEU-2", bleu_3: "BLEU-3", bleu_4: "BLEU-4", average_precision_macro: "average precision, macro",
+  repetition_4: "repeated 4-grams", distinct_1: "distinct words", distinct_2: "distinct word pairs",
+  contrastive: "contrastive loss", caption: "caption loss",
+};
+const metricTitle = (name) => NAMES[name] || words(name);
 const LOWER = new Set(["mean_rank", "median_rank", "contrastive", "caption", "repetition_4",
   "most_frequent_share"]);
 const TASKS = {
@@ -138,9 +149,8 @@ function chance(row, run) {
   if (row.metric.startsWith("auroc")) return 0.5;
   if (row.metric === "balanced_accuracy") {
     const base = row.task.replace(/\/(single_prompt|ensemble)$/, "");
-    const found = run.evaluation.tasks.find((t) => t.split === row.split && t.details[base]);
-    const details = found && found.details[base];
-    return details && details.classes ? 1 / details.classes.length : null;
+    const found = run.evaluation.tasks.find((t) => t.split === row.split && t.task === base);
+    return found && found.details.classes ? 1 / found.details.classes.length : null;
   }
   return row.metric === "cohen_kappa" ? 0 : null;
 }
@@ -188,7 +198,7 @@ function themed(layout, node) {
     font: { family: css("--sans"), size: 12, color: css("--text") },
     margin: { l: 48, r: 14, t: 10, b: 44 }, showlegend: false, dragmode: "pan",
     hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), font: { color: css("--text") } },
-    legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0, font: { size: 11.5 } },
+    legend: { orientation: "h", y: -52 / Math.max(80, node.clientHeight - 90), yanchor: "top", x: 0, font: { size: 11.5 } },
     ...layout, width: node.clientWidth, height: node.clientHeight,
   };
   for (const key of ["xaxis", "yaxis"]) {
@@ -267,9 +277,9 @@ function card(row) {
   const base = chance(row, A);
   return h("div", { class: "card" },
     h("div", { class: "card-title" }, taskTitle(row.task)),
-    others.map((r, i) => h("div", { class: "value" }, badge(i), number(r && r.value),
+    others.map((r, i) => h("div", { class: "value" }, badge(i), score(r && r.value),
       r && r.lo !== null ? h("span", { class: "dim small" }, ` ${interval(r)}`) : null)),
-    h("div", { class: "dim small" }, words(row.metric), ": ", MEANING[row.metric] || "",
+    h("div", { class: "dim small" }, metricTitle(row.metric), ": ", MEANING[row.metric] || "",
       base !== null && base > 0 ? ` · by chance ${number(base)}` : "", ` · ${row.split}, n = ${row.n}`));
 }
 function facts(run) {
@@ -331,7 +341,7 @@ function track(row) {
     h("div", { class: "dot", style: { left: `${100 * row.value}%` } }));
 }
 function metricName(row) {
-  return h("span", {}, h("span", { class: "metric" }, words(row.metric)),
+  return h("span", {}, h("span", { class: "metric" }, row.shown ? `${words(row.shown)}: ` : "", metricTitle(row.metric)),
     MEANING[row.metric] ? h("span", { class: "meaning" }, MEANING[row.metric]) : null);
 }
 function metricTable(rows) {
@@ -345,14 +355,14 @@ function metricTable(rows) {
   return table(header, rows.map((row) => {
     const b = other.get(keyOf(row));
     const d = paired.get(keyOf(row));
-    return [metricName(row), numeric(number(row.value)), ...(spread ? [numeric(interval(row))] : []),
-      ...(TWO ? [numeric(number(b && b.value)), ...(spread ? [numeric(interval(b))] : []),
+    return [metricName(row), numeric(score(row.value)), ...(spread ? [numeric(interval(row))] : []),
+      ...(TWO ? [numeric(score(b && b.value)), ...(spread ? [numeric(interval(b))] : []),
         numeric(b && b.value !== null && row.value !== null ? signed(b.value - row.value) : "–"),
         ...(paired.size ? [numeric(d ? number(d.p_holm) : "–")] : [])] : [track(row)]),
       ...(anyChance ? [numeric(chance(row, A) === null ? "" : number(chance(row, A)))] : []), numeric(number(row.n))];
   }), { class: "metrics" });
 }
-const signed = (v) => `${v > 0 ? "+" : v < 0 ? "−" : ""}${number(Math.abs(v))}`;
+const signed = (v) => `${v > 0 ? "+" : v < 0 ? "−" : ""}${score(Math.abs(v))}`;
 const splitsOf = (run) => [...new Set(rowsOf(run).map((r) => r.split))];
 
 function bySplit(draw) {
@@ -481,13 +491,21 @@ function rocFigure(task, split) {
       hovertemplate: `${tick(mine.classes[j])}: %{y:.2f} found at %{x:.2f} false alarms<extra></extra>` }));
   });
   return { data, layout: { showlegend: true, xaxis: { title: "false positive rate", range: [-0.01, 1.01] },
-    yaxis: { title: "true positive rate", range: [-0.01, 1.02] }, legend: { orientation: "h", y: -0.2, yanchor: "top", font: { size: 11 } } }, bar: true };
+    yaxis: { title: "true positive rate", range: [-0.01, 1.02] }, }, bar: true };
 }
 const hasRoc = (task, split) => RUNS.some((run) => run.specimens && run.specimens.tasks.some((t) => t.name === task && (t.roc[split] || []).some(Boolean)));
 function perClass(details) {
   const names = Object.keys(details.per_class);
   const columns = Object.keys(details.per_class[names[0]] || {});
-  return table(["class", ...columns.map(words)], names.map((n) => [n, ...columns.map((c) => numeric(number(details.per_class[n][c])))]));
+  return table(["class", ...columns.map(metricTitle)], names.map((n) => [n, ...columns.map((c) => numeric(/^(specimens|predicted)$/.test(c) ? number(details.per_class[n][c]) : score(details.per_class[n][c])))]));
+}
+const isClinical = (row) => row.task.startsWith("captions/clinical/");
+function clinicalTable(rows) {
+  const fields = [...new Set(rows.map((r) => r.task.split("/")[2]))], columns = ["precision", "recall", "f1"];
+  const maps = RUNS.map((run) => new Map(rowsOf(run).map((r) => [keyOf(r), r])));
+  const cell = (row) => (row ? h("span", {}, score(row.value), row.lo !== null ? h("span", { class: "meaning" }, interval(row)) : null) : "–");
+  return table(["finding", ...columns.flatMap((c) => maps.map((_, i) => h("span", {}, badge(i), metricTitle(c))))],
+    fields.map((f) => [words(f), ...columns.flatMap((c) => maps.map((m) => numeric(cell(m.get(`${rows[0].split}/captions/clinical/${f}/${c}`)))))]));
 }
 function taskBlock(split, task, rows) {
   const details = RUNS.map((run) => {
@@ -508,7 +526,8 @@ function taskBlock(split, task, rows) {
   }
   return section(taskTitle(task),
     TASK_MEANING[kind] ? note(TASK_MEANING[kind]) : null,
-    panel(metricTable(rows)),
+    panel(metricTable(rows.filter((r) => !isClinical(r)))),
+    rows.some(isClinical) ? panel(h("h3", {}, "Findings named in the reports"), note("Site, procedure, type, grade and the like, extracted from both texts by rules and compared: precision is the share of what the model wrote that the true report says too, recall the share of what the true report says that the model wrote."), clinicalTable(rows.filter(isClinical))) : null,
     figures.length ? h("div", { class: "grid" }, figures) : null,
     ...details.map((d, i) => d && d.per_class ? h("details", { class: "panel" },
       h("summary", {}, badge(i), " Each class"), perClass(d)) : null));
@@ -542,7 +561,7 @@ function mapTab() {
       found.push([`label/${t.name}`, `true class: ${taskTitle(t.name)}`]);
       if (t.predicted.some((v) => v >= 0)) found.push([`predicted/${t.name}`, `predicted class: ${taskTitle(t.name)}`], [`right/${t.name}`, `right or wrong: ${taskTitle(t.name)}`]);
     }
-    for (const name of Object.keys(s.numbers)) found.push([`number/${name}`, words(name)]);
+    for (const name of Object.keys(s.numbers)) found.push([`number/${name}`, scoreName(name)]);
     return found;
   };
   const first = ways().find(([w]) => w.startsWith("label/"));
@@ -651,7 +670,7 @@ function specimensTab() {
   const next = h("button", { type: "button", onclick: () => { state.page++; fill(); }, "aria-label": "Next page" }, "›");
   const place = new Map(s.id.map((id, i) => [id, i]));
   const sorts = [["order", "in the split's order"]];
-  for (const name of Object.keys(s.numbers)) sorts.push([`${name}+`, `${words(name)}, lowest first`], [`${name}-`, `${words(name)}, highest first`]);
+  for (const name of Object.keys(s.numbers)) sorts.push([`${name}+`, `${scoreName(name)}, lowest first`], [`${name}-`, `${scoreName(name)}, highest first`]);
   const groups = [["all", "all classes"]];
   s.tasks.forEach((t, k) => t.classes.forEach((c, j) => groups.push([`${k}/${j}`, `${taskTitle(t.name)}: ${cut(c, 40)}`])));
   let rows = [];
@@ -716,6 +735,7 @@ function specimensTab() {
     choice("Order", sorts, "order", set("sort")))),
   h("div", { class: "browser" }, h("div", { class: "side" }, h("div", { class: "pager" }, previous, count, next), list), detail)];
 }
+const scoreName = (name) => { const [kind, metric] = name.split("/"); return metric === "rank" ? `${TASKS[kind] || words(kind)}: rank` : metricTitle(metric || kind); };
 function link(i, ...more) {
   const s = A.specimens;
   return h("button", { type: "button", class: "neighbour", onclick: () => { if (browser) browser.select(s.id[i]); } },
@@ -729,7 +749,7 @@ function specimenDetail(i) {
     return t && t.generated && at >= 0 ? t.generated[at] : null;
   });
   const chips = Object.entries(s.numbers).filter(([, v]) => v[i] !== null).map(([name, v]) =>
-    h("span", { class: "chip" }, h("span", { class: "dim" }, words(name).replace("/", " "), " "), number(v[i])));
+    h("span", { class: "chip" }, h("span", { class: "dim" }, scoreName(name), " "), number(v[i])));
   const truth = others[0] !== null && report ? marked(report, others[0], "missed") : h("p", { class: "text", dir: "auto" }, report || "no report");
   const columns = [h("div", {}, h("h3", {}, "True report"), truth)];
   others.forEach((text, r) => text !== null && columns.push(h("div", {}, h("h3", {}, badge(r), " Generated report"),
