@@ -349,15 +349,15 @@ function metricTable(rows) {
   const spread = rows.some((r) => r.lo !== null) || [...other.values()].some((r) => r.lo !== null);
   const anyChance = !TWO && rows.some((r) => chance(r, A) !== null);
   const paired = new Map(TWO && D.comparison ? D.comparison.differences.map((d) => [`${d.split}/${d.metric}`, d]) : []);
-  const header = ["metric", TWO ? badge(0) : "value", ...(spread ? ["interval"] : []),
-    ...(TWO ? [badge(1), ...(spread ? ["interval"] : []), "B − A", ...(paired.size ? ["p (Holm)"] : [])] : [""]),
+  const cell = (r) => numeric(h("span", {}, score(r && r.value), r && r.lo !== null ? h("span", { class: "meaning" }, interval(r)) : null));
+  const header = ["metric", TWO ? badge(0) : spread ? "value, interval" : "value",
+    ...(TWO ? [badge(1), "B − A", ...(paired.size ? ["p (Holm)"] : [])] : [""]),
     ...(anyChance ? ["chance"] : []), "n"];
   return table(header, rows.map((row) => {
     const b = other.get(keyOf(row));
     const d = paired.get(keyOf(row));
-    return [metricName(row), numeric(score(row.value)), ...(spread ? [numeric(interval(row))] : []),
-      ...(TWO ? [numeric(score(b && b.value)), ...(spread ? [numeric(interval(b))] : []),
-        numeric(b && b.value !== null && row.value !== null ? signed(b.value - row.value) : "–"),
+    return [metricName(row), cell(row),
+      ...(TWO ? [cell(b), numeric(b && b.value !== null && row.value !== null ? signed(b.value - row.value) : "–"),
         ...(paired.size ? [numeric(d ? number(d.p_holm) : "–")] : [])] : [track(row)]),
       ...(anyChance ? [numeric(chance(row, A) === null ? "" : number(chance(row, A)))] : []), numeric(number(row.n))];
   }), { class: "metrics" });
@@ -474,7 +474,7 @@ function confusion(details) {
   const names = details.classes.map(tick), where = details.classes.map((_, i) => i);
   return { data: [{ type: "heatmap", z: share, x: where, y: where, text: m, texttemplate: n <= 25 ? "%{text}" : "",
     customdata: m.map((row, i) => row.map((v, j) => [names[i], names[j]])), zmin: 0, zmax: 1, showscale: false, xgap: 2, ygap: 2,
-    colorscale: [[0, css("--cell")], [1, css("--accent")]],
+    colorscale: [[0, css("--cell")], [1, css("--heat")]],
     hovertemplate: "true %{customdata[0]}<br>predicted %{customdata[1]}<br>%{text} (%{z:.0%} of the class)<extra></extra>" }],
   layout: { dragmode: false, margin: { l: 60, r: 10, t: 10, b: 60 },
     xaxis: { title: "predicted class", tickvals: where, ticktext: names, showgrid: false, zeroline: false, tickangle: n > 4 ? -40 : 0 },
