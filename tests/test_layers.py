@@ -56,6 +56,7 @@ EXTRAS = (
     "numcodecs",
     "openpyxl",
     "sksurv",
+    "pytorch_optimizer",
 )
 
 

@@ -283,13 +283,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a mapping of argument names to values")
-    known = {a.name: a for a in arguments()}
-    values = {}
-    for key, value in content.items():
-        name = _field(key)
-        if name not in known:
-            raise ConfigError(f"--config {path}: {unknown('argument', name, known)}")
-        values[name] = _typed(known[name], value, path)
+    values = read_values(content, f"--config {path}")
     # Of two equal keys safe_load would keep the last, without a word.
     assert tree is not None, "it has content"
     written = [_field(key.value) for key, _ in tree.value]
@@ -299,11 +293,40 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_values(content: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """{argument: value} of a file or a program -> {field name: value}.
+
+    Args:
+        content: by name, with hyphens or underscores; file names may be `Path`s.
+        where: it comes from, for messages.
+
+    Raises:
+        ConfigError: an unknown name, one given twice, a value of the wrong type.
+    """
+    known = {a.name: a for a in arguments()}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = _field(key)
+        if name not in known:
+            raise ConfigError(f"{where}: {unknown('argument', name, known)}")
+        if name in values:
+            raise ConfigError(f"{where}: {name} given twice; leave one out")
+        values[name] = _typed(known[name], _plain(value), where)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """What programs give beside what YAML has: paths and tuples."""
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
 def _field(key: object) -> str:
     return str(key).lstrip("-").replace("-", "_")
 
 
-def _typed(argument: Argument, value: Any, path: Path) -> Any:
+def _typed(argument: Argument, value: Any, where: str) -> Any:
     """Check and convert a YAML value (YAML reads 5e-4 as text, and one file name as text)."""
     kind = argument.kind
     if value is None:
@@ -326,9 +349,7 @@ def _typed(argument: Argument, value: Any, path: Path) -> Any:
             return float(value)
         except ValueError:
             pass
-    raise ConfigError(
-        f"--config {path}: {argument.name} must be {_KIND_WORDS[kind]}, not {value!r}"
-    )
+    raise ConfigError(f"{where}: {argument.name} must be {_KIND_WORDS[kind]}, not {value!r}")
 
 
 _KIND_WORDS = {

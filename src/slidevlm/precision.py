@@ -75,6 +75,16 @@ def quickest() -> str:
     return "amp" if torch.cuda.is_available() or cpu_has_bfloat16() else "fp32"
 
 
+def for_use(device: torch.device) -> str:
+    """The --precision with which a trained model is used where none is asked for.
+
+    bfloat16 on a GPU that computes in it (the attention kernels for bags of unequal lengths need 16
+    bits), else fp32, which gives the same numbers everywhere.
+    """
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "amp_bf16" if fast else "fp32"
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether torch has fast bfloat16 kernels for this CPU; without, a product takes 5 to 100 times
     as long as in float32. Where torch is built without oneDNN, which knows, the answer is yes.

@@ -23,6 +23,7 @@ from slidevlm.errors import TrainingError
 from slidevlm.losses import caption_loss_sum, contrastive_loss, siglip_loss
 from slidevlm.models import Model
 from slidevlm.precision import Precision
+from slidevlm.train.optim import set_rate
 
 # image [N, E], text [N, E], scale [], bias [] or None, report_ids [N] -> []
 Contrastive = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
@@ -244,8 +245,7 @@ class Step:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         finite = bool(torch.isfinite(norm) & torch.isfinite(terms.loss))
         if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(self.optimizer, rate)
             self.scaler.step(self.optimizer)
             self.model.clamp_scale()
             self._skipped_in_a_row = 0
