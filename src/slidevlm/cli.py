@@ -23,6 +23,7 @@ commands:
   evaluate         evaluate a trained run
   caption          write reports of slides with a trained model
   score            score any two files of reports
+  report           the page of a run: curves, tables, map, specimens; one HTML file
   demo             synthesize a cohort, train on it, evaluate: a first look in minutes
   models list      the shipped configurations
   models show      a model's parts, groups for locking, memory of a step
@@ -248,6 +249,35 @@ def _score(argv: Sequence[str]) -> None:
             output=_path(a.output),
         )
     )
+
+
+@dataclass(frozen=True)
+class _ReportArguments:
+    """arguments: which run, and where the page goes."""
+
+    run: str = arg("", "folder of a run, or of one of its evaluations", positional=True)
+    other: str | None = arg("", "another one, shown beside it", positional=True)
+    output: str | None = arg(None, "file to write", default_text="report.html in RUN")
+
+
+REPORT_HELP = """\
+Write the page of a run, or of two side by side: settings, learning curves, retrieval, tables of all
+tasks, confusion matrices, ROC curves, a map of the embeddings, every specimen with its true and its
+generated report. One HTML file that needs no network. It contains the reports of the specimens."""
+REPORT_EPILOG = """\
+examples:
+  slidevlm report logs/first
+  slidevlm report logs/first logs/second --output both.html
+"""
+
+
+def _report(argv: Sequence[str]) -> None:
+    a = parse_into(_ReportArguments, argv, "slidevlm report", REPORT_HELP, REPORT_EPILOG)
+    if not a.run:
+        raise ConfigError("give the folder of a run: slidevlm report RUN")
+    from slidevlm.page_commands import Reporting, report
+
+    report(Reporting(Path(a.run), _path(a.other or None), _path(a.output)))
 
 
 @dataclass(frozen=True)
@@ -606,6 +636,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("evaluate",): _evaluate,
     ("caption",): _caption,
     ("score",): _score,
+    ("report",): _report,
     ("demo",): _demo,
     ("models", "list"): _models_list,
     ("models", "show"): _models_show,
