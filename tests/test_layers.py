@@ -18,8 +18,14 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / PACKAGE
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("demo", "data_commands", "model_commands", "evaluation_commands", "report_commands",
-        "page_commands"),
+    (
+        "demo",
+        "data_commands",
+        "model_commands",
+        "evaluation_commands",
+        "report_commands",
+        "page_commands",
+    ),
     ("app",),
     ("train", "report"),
     ("eval",),

@@ -36,7 +36,9 @@ class RunFiles:
     check: Path | None = None  # check.json of `data check`
 
 
-def content(runs: Sequence[RunFiles], attention: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+def content(
+    runs: Sequence[RunFiles], attention: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """The page of one run, or of two side by side.
 
     Args:

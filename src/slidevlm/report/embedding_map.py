@@ -23,7 +23,9 @@ def pca(vectors: np.ndarray) -> dict[str, Any]:
     if len(x) > 1:
         centred = x - x.mean(axis=0)
         _, scale, axes = np.linalg.svd(centred, full_matrices=False)
-        axes = axes[:2] * np.sign(axes[:2][range(len(axes[:2])), np.abs(axes[:2]).argmax(1)])[:, None]
+        axes = (
+            axes[:2] * np.sign(axes[:2][range(len(axes[:2])), np.abs(axes[:2]).argmax(1)])[:, None]
+        )
         places[finite, : len(axes)] = centred @ axes.T
         places[finite, len(axes) :] = 0.0
         total = float((scale**2).sum())
