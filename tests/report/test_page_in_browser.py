@@ -15,7 +15,8 @@ import pytest
 from slidevlm.app.page import write_page
 
 TABS = (
-    "overview", "training", "retrieval", "tasks", "map", "specimens", "attention", "data", "settings"
+    "overview", "training", "retrieval", "tasks", "map", "specimens", "attention", "data",
+    "settings",
 )  # fmt: skip
 WITH_PLOTS = ("training", "retrieval", "tasks", "map")
 
@@ -135,7 +136,7 @@ def test_two_runs(browser: Any, tmp_path: Path, writer: Callable[..., Path]) -> 
         assert looked.overflow() <= 0, tab
         path = screenshots(tmp_path) / f"two-{tab}-1280.png"
         looked.page.screenshot(path=str(path), full_page=True)
-    assert looked.page.locator("#tab-retrieval th", has_text="B − A").count() > 0
+    assert looked.page.locator("#tab-retrieval th", has_text="B \u2212 A").count() > 0
     assert (
         looked.page.locator("#tab-specimens .detail h3", has_text="Generated report").count() == 2
     )
