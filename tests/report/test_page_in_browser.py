@@ -82,7 +82,7 @@ def test_search_map_and_specimens(browser: Any, run_folder: Path) -> None:
     page = looked.page
     looked.tab("specimens")
     page.fill("#search", "specimen 17 ")
-    page.wait_for_function("document.querySelectorAll('.entry').length === 1")
+    page.wait_for_selector(".count:text-is('1\u20131 of 1')")
     page.click(".entry")
     assert page.locator(".detail h2").inner_text() == "S0017"
     assert "Specimen 17 shows" in page.locator(".detail .text").first.inner_text()

@@ -41,7 +41,7 @@ function number(value) {
 const score = (value) => (Number.isInteger(value) && Math.abs(value) <= 1 ? value.toFixed(3) : number(value));
 const percent = (value) => `${Math.round(100 * value)} %`;
 const words = (name) => name.replaceAll("_", " ");
-const interval = (row) => (row && row.lo !== null ? `${score(row.lo)} to ${score(row.hi)}` : "");
+const interval = (row) => { const f = row && /rank/.test(row.metric) ? number : score; return row && row.lo !== null ? `${f(row.lo)} to ${f(row.hi)}` : ""; };
 const badge = (i) => TWO ? h("span", { class: `run run${i}` }, "AB"[i]) : null;
 const note = (...children) => h("p", { class: "note" }, ...children);
 const section = (title, ...children) => h("section", {}, title ? h("h2", {}, title) : null, ...children);
@@ -349,7 +349,8 @@ function metricTable(rows) {
   const spread = rows.some((r) => r.lo !== null) || [...other.values()].some((r) => r.lo !== null);
   const anyChance = !TWO && rows.some((r) => chance(r, A) !== null);
   const paired = new Map(TWO && D.comparison ? D.comparison.differences.map((d) => [`${d.split}/${d.metric}`, d]) : []);
-  const cell = (r) => numeric(h("span", {}, score(r && r.value), r && r.lo !== null ? h("span", { class: "meaning" }, interval(r)) : null));
+  const said = (r) => (r && /rank/.test(r.metric) ? number : score)(r && r.value);
+  const cell = (r) => numeric(h("span", {}, said(r), r && r.lo !== null ? h("span", { class: "meaning" }, interval(r)) : null));
   const header = ["metric", TWO ? badge(0) : spread ? "value, interval" : "value",
     ...(TWO ? [badge(1), "B − A", ...(paired.size ? ["p (Holm)"] : [])] : [""]),
     ...(anyChance ? ["chance"] : []), "n"];
@@ -357,12 +358,12 @@ function metricTable(rows) {
     const b = other.get(keyOf(row));
     const d = paired.get(keyOf(row));
     return [metricName(row), cell(row),
-      ...(TWO ? [cell(b), numeric(b && b.value !== null && row.value !== null ? signed(b.value - row.value) : "–"),
+      ...(TWO ? [cell(b), numeric(b && b.value !== null && row.value !== null ? signed(b.value - row.value, /rank/.test(row.metric) ? number : score) : "–"),
         ...(paired.size ? [numeric(d ? number(d.p_holm) : "–")] : [])] : [track(row)]),
       ...(anyChance ? [numeric(chance(row, A) === null ? "" : number(chance(row, A)))] : []), numeric(number(row.n))];
   }), { class: "metrics" });
 }
-const signed = (v) => `${v > 0 ? "+" : v < 0 ? "−" : ""}${score(Math.abs(v))}`;
+const signed = (v, f) => `${v > 0 ? "+" : v < 0 ? "−" : ""}${f(Math.abs(v))}`;
 const splitsOf = (run) => [...new Set(rowsOf(run).map((r) => r.split))];
 
 function bySplit(draw) {
