@@ -81,7 +81,7 @@ def test_search_map_and_specimens(browser: Any, run_folder: Path) -> None:
     looked = Looked(browser, write_page([run_folder]), 1280)
     page = looked.page
     looked.tab("specimens")
-    page.fill("#search", "specimen 17 ")
+    page.fill("#search", "s0017 shows")
     page.wait_for_selector(".count:text-is('1\u20131 of 1')")
     page.click(".entry")
     assert page.locator(".detail h2").inner_text() == "S0017"
