@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 DEMO ?= demo
 TEST_PROCESSES ?= 2
 
-.PHONY: help setup demo test lint types docs clean
+.PHONY: help setup demo test faults lint types docs clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,6 +27,9 @@ demo: $(STAMP) ## synthesize a cohort, train, evaluate; a run folder to look at,
 
 test: $(STAMP) ## the whole test suite, in two processes
 	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist loadfile
+
+faults: $(STAMP) ## strike a training on two processes down 50 times (make test: 8), some 15 minutes
+	SLIDEVLM_FAULTS=50 $(BIN)/python -m pytest -q -s tests/faults
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check src tests benchmarks scripts

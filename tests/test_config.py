@@ -245,6 +245,11 @@ def test_what_has_no_effect_yet_is_refused(argument: Any) -> None:
         ({"use_bnb_linear": "int4"}, "'int4' is not one of int8, int8-frozen, nf4, fp4, Linear8"),
         ({"use_bnb_linear": "nf4", "torchcompile": True}, "--use-bnb-linear and --torchcompile"),
         ({"val_split": ("a/x.txt", "b/x.txt")}, "must differ"),
+        ({"opt": "adamx"}, "--opt 'adamx' is not one of adamw, adam, "),
+        ({"opt": "sgd", "beta2": 0.9}, "--opt sgd has no --beta2; leave it out"),
+        ({"opt": "lion", "eps": 1e-6}, "--opt lion has no --eps; leave it out"),
+        ({"layer_decay": 0.0}, "--layer-decay must be greater than 0"),
+        ({"layer_decay": 1.5}, "--layer-decay must be at most 1"),
         ({"val_split": ("a/test.txt",)}, "must differ"),
     ],
 )

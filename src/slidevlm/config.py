@@ -15,6 +15,10 @@ from typing import Any
 from slidevlm.errors import ConfigError
 
 SINKS = ("tensorboard", "wandb")  # of --report-to
+# Of --opt: torch's, then those of pytorch-optimizer.
+OPTIMIZERS = ("adamw", "adam", "adamax", "nadam", "radam", "sgd", "lion", "lamb", "adopt")
+# What these do not have of beta2 and eps.
+LACKS = {"sgd": ("beta2", "eps"), "lion": ("eps",)}
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Spec:
 
     help: str
     flag: str | None = None  # spelling, where it is not "--" + name with hyphens
+    also: tuple[str, ...] = ()  # other spellings, those of the same thing in other commands
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
@@ -223,11 +228,17 @@ class Optim:
         None, "last epochs over which const-cooldown lowers the rate", minimum=1
     )
     lr: float | None = arg(None, "learning rate", default_text="5e-4", minimum=0.0)
-    beta1: float | None = arg(None, "Adam's beta1", default_text="0.9", minimum=0.0, below=1.0)
+    beta1: float | None = arg(
+        None,
+        "Adam's beta1; the momentum of --opt sgd",
+        default_text="0.9",
+        minimum=0.0,
+        below=1.0,
+    )
     beta2: float | None = arg(
         None,
         "Adam's beta2",
-        default_text="0.98 where the model's name has vit in it, else 0.999",
+        default_text="0.98 where the model's name has vit in it, else 0.999; 0.99 of --opt lion",
         minimum=0.0,
         below=1.0,
     )
@@ -241,6 +252,21 @@ class Optim:
         0.2,
         "weight decay of AdamW; vectors, scalars and positional embeddings are exempt",
         minimum=0.0,
+    )
+    opt: str = arg(
+        "adamw",
+        "optimizer: those of torch; or lion, lamb, adopt of pytorch-optimizer (extra opt). adam, "
+        "adamax and sgd add the decay to the gradient, the others take it off the weights",
+        choices=OPTIMIZERS,
+        extra=True,
+    )
+    layer_decay: float = arg(
+        1.0,
+        "factor of the rate from each group of a tower to the one before it (models show lists "
+        "them); the last group of either tower, and what belongs to neither, have the whole rate",
+        above=0.0,
+        maximum=1.0,
+        extra=True,
     )
     warmup: int = arg(100, "optimizer steps over which the rate rises from 0", minimum=0)
     skip_scheduler: bool = arg(False, "constant rate after the warmup")
@@ -282,8 +308,16 @@ class Optim:
 class Loss:
     """loss: what is minimised."""
 
-    local_loss: bool = arg(False, "compute the loss of the local rows only", pending=True)
-    gather_with_grad: bool = arg(False, "gather embeddings with their graph", pending=True)
+    local_loss: bool = arg(
+        False,
+        "each process computes only its own rows of the contrastive logits: n x N of them in N x "
+        "N's place; the gradient is the same, that of the global batch",
+    )
+    gather_with_grad: bool = arg(
+        False,
+        "the contrastive gradient travels back through the gather of the embeddings, which costs "
+        "as much traffic again; the gradient is the same (docs/scaling.md compares all four ways)",
+    )
     coca_caption_loss_weight: float = arg(
         2.0, "weight of the caption loss; 0 switches it off", minimum=0.0
     )
@@ -577,14 +611,18 @@ def all_values(config: Config) -> dict[str, Any]:
 
 
 def with_adam_defaults(config: Config) -> Config:
-    """Fill --lr, --beta1, --beta2 and --eps where not given."""
+    """Fill --lr, --beta1, --beta2 and --eps where not given, and where --opt has them."""
     # A configuration of one's own is named by its file, not by the folders above it.
     defaults = ADAM_VIT if "vit" in Path(config.model.model).stem.lower() else ADAM
     optim = config.optim
     names = ("lr", "beta1", "beta2", "eps")
     values = (optim.lr, optim.beta1, optim.beta2, optim.eps)
+    if optim.opt == "lion":  # as published (Chen et al., 2023)
+        defaults = (*defaults[:2], 0.99, defaults[3])
     filled: dict[str, Any] = {
-        n: d for n, v, d in zip(names, values, defaults, strict=True) if v is None
+        n: d
+        for n, v, d in zip(names, values, defaults, strict=True)
+        if v is None and n not in LACKS.get(optim.opt, ())
     }
     return replace(config, optim=replace(optim, **filled))
 
@@ -835,6 +873,9 @@ def _combinations(config: Config) -> Iterator[str]:
                     f"--{field_name.replace('_', '-')} works only with --lr-scheduler "
                     "const-cooldown and without --skip-scheduler"
                 )
+    for field_name in LACKS.get(optim.opt, ()):
+        if field_name in config.given and getattr(optim, field_name) is not None:
+            yield f"--opt {optim.opt} has no --{field_name}; leave it out"
     yield from _model(config)
     weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight
     if not any(weights):

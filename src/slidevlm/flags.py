@@ -10,7 +10,7 @@ import ast
 import shutil
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -98,7 +98,9 @@ def _add(parser: Any, argument: Argument) -> None:
         parser.add_argument(argument.name, metavar=argument.flag, **options)
         return
     if kind == "switch":
-        parser.add_argument(argument.flag, dest=argument.name, action="store_true", **options)
+        parser.add_argument(
+            argument.flag, *spec.also, dest=argument.name, action="store_true", **options
+        )
         # The only way to undo a switch that a --config file sets.
         parser.add_argument(
             _negated(argument.flag),
@@ -123,11 +125,31 @@ def _add(parser: Any, argument: Argument) -> None:
             options["metavar"] = {"int": "N", "float": "X"}.get(
                 kind, "FILE" if spec.file else "TEXT"
             )
-    parser.add_argument(argument.flag, dest=argument.name, **options)
+    parser.add_argument(argument.flag, *spec.also, dest=argument.name, **options)
 
 
 def _negated(flag: str) -> str:
     return "--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:]
+
+
+LIST = "--list-arguments"  # what completion asks of a command in the place of running it
+
+
+class Listed(Exception):  # noqa: N818 (no error)
+    """The answer to `LIST`: what a command takes."""
+
+    def __init__(self, known: Sequence[Argument]) -> None:
+        super().__init__("the arguments of a command")
+        self.arguments = tuple(known)
+
+
+def declared(command: Callable[[Sequence[str]], Any]) -> tuple[Argument, ...]:
+    """The arguments that a command takes; it is not run."""
+    try:
+        command([LIST])
+    except Listed as answer:
+        return answer.arguments
+    raise AssertionError("every command parses its words before anything else")
 
 
 def parse(
@@ -139,8 +161,11 @@ def parse(
 
     Raises:
         ConfigError: for anything the declarations do not allow.
+        Listed: the only word is `LIST`.
     """
     known = arguments(groups)
+    if list(argv) == [LIST]:
+        raise Listed(known)
     positional = "".join(f" {a.flag}" for a in known if a.spec.positional)
     parser = _Parser(
         prog=prog,
@@ -160,7 +185,7 @@ def parse(
         flag.replace("_", "-"): flag
         for a in known
         if not a.spec.positional
-        for flag in (a.flag, _negated(a.flag))
+        for flag in (a.flag, *a.spec.also, _negated(a.flag))
     }
     found, stray = parser.parse_known_args([_canonical(word, spellings) for word in argv])
     if stray:
@@ -220,9 +245,18 @@ def parse_into(
     Raises:
         ConfigError: also for values out of the declared ranges, all in one message.
     """
-    values = group(**parse(argv, prog, {"arguments": group}, description, epilog))
+    found = parse(argv, prog, {"arguments": group, "faults": _Faults}, description, epilog)
+    found.pop("debug", None)  # `main` looks for the word itself
+    values = group(**found)
     validate_arguments(values)
     return values
+
+
+@dataclass(frozen=True)
+class _Faults:
+    """faults: what is told of an error."""
+
+    debug: bool = arg(False, "show the traceback of an error")
 
 
 TRAIN_HELP = "Train a vision-language model of whole slides on bags of tile features and reports."
@@ -283,13 +317,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a mapping of argument names to values")
-    known = {a.name: a for a in arguments()}
-    values = {}
-    for key, value in content.items():
-        name = _field(key)
-        if name not in known:
-            raise ConfigError(f"--config {path}: {unknown('argument', name, known)}")
-        values[name] = _typed(known[name], value, path)
+    values = read_values(content, f"--config {path}")
     # Of two equal keys safe_load would keep the last, without a word.
     assert tree is not None, "it has content"
     written = [_field(key.value) for key, _ in tree.value]
@@ -299,11 +327,40 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_values(content: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """{argument: value} of a file or a program -> {field name: value}.
+
+    Args:
+        content: by name, with hyphens or underscores; file names may be `Path`s.
+        where: it comes from, for messages.
+
+    Raises:
+        ConfigError: an unknown name, one given twice, a value of the wrong type.
+    """
+    known = {a.name: a for a in arguments()}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = _field(key)
+        if name not in known:
+            raise ConfigError(f"{where}: {unknown('argument', name, known)}")
+        if name in values:
+            raise ConfigError(f"{where}: {name} given twice; leave one out")
+        values[name] = _typed(known[name], _plain(value), where)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """What programs give beside what YAML has: paths and tuples."""
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
 def _field(key: object) -> str:
     return str(key).lstrip("-").replace("-", "_")
 
 
-def _typed(argument: Argument, value: Any, path: Path) -> Any:
+def _typed(argument: Argument, value: Any, where: str) -> Any:
     """Check and convert a YAML value (YAML reads 5e-4 as text, and one file name as text)."""
     kind = argument.kind
     if value is None:
@@ -326,9 +383,7 @@ def _typed(argument: Argument, value: Any, path: Path) -> Any:
             return float(value)
         except ValueError:
             pass
-    raise ConfigError(
-        f"--config {path}: {argument.name} must be {_KIND_WORDS[kind]}, not {value!r}"
-    )
+    raise ConfigError(f"{where}: {argument.name} must be {_KIND_WORDS[kind]}, not {value!r}")
 
 
 _KIND_WORDS = {

@@ -70,9 +70,24 @@ def resolve(name: str, device: torch.device) -> Precision:
     return Precision(device, dtype, scaled)
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32, or in float64 where it is that: what losses are computed in."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def quickest() -> str:
     """The --precision for who has no wish: amp where this machine is fast in it, else fp32."""
     return "amp" if torch.cuda.is_available() or cpu_has_bfloat16() else "fp32"
+
+
+def for_use(device: torch.device) -> str:
+    """The --precision with which a trained model is used where none is asked for.
+
+    bfloat16 on a GPU that computes in it (the attention kernels for bags of unequal lengths need 16
+    bits), else fp32, which gives the same numbers everywhere.
+    """
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "amp_bf16" if fast else "fp32"
 
 
 def cpu_has_bfloat16() -> bool:

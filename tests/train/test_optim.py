@@ -9,9 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from slidevlm.errors import CheckpointError
+from slidevlm.config import OPTIMIZERS
+from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models import CoCa, build_model, create_model, zoo
-from slidevlm.train.optim import adamw, load_state, parameter_groups
+from slidevlm.models.freeze import image_groups, text_groups
+from slidevlm.train.optim import (
+    adamw,
+    describe,
+    layer_factors,
+    load_state,
+    make_optimizer,
+    parameter_groups,
+    set_rate,
+)
 
 # Of coca_tiny: matrices, and nothing else, decay; positions are a matrix that does not.
 SPARED_MATRICES = {"text.positions.weight"}
@@ -165,3 +175,186 @@ def test_moments_of_other_parameters_are_refused() -> None:
     for group in state["param_groups"]:
         del group["names"]  # as in a checkpoint of before
     load_state(whole, state)
+
+
+# --- other optimizers -------------------------------------------------------------------------
+
+
+def made(name: str, model: nn.Module, *, decay: float = 0.0, **options: object):
+    if name in ("lion", "lamb", "adopt"):
+        pytest.importorskip("pytorch_optimizer")
+    settings = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-8, **options}
+    return make_optimizer(name, parameter_groups(model, decay), **settings)  # type: ignore[arg-type]
+
+
+def walk(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.grad = 2 * parameter.detach() + 0.1 * noise
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_descends(name: str) -> None:
+    model = Small()
+    before = sum(float(p.square().sum()) for p in model.parameters())
+    walk(made(name, model), model, 40)
+    assert sum(float(p.square().sum()) for p in model.parameters()) < before / 2
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_resumes_to_the_bit(name: str, tmp_path) -> None:
+    whole = Small()
+    optimizer = made(name, whole, decay=0.1)
+    walk(optimizer, whole, 3)
+    torch.save({"optimizer": optimizer.state_dict(), "model": whole.state_dict()}, tmp_path / "c")
+    walk(optimizer, whole, 3, seed=1)
+    saved = torch.load(tmp_path / "c", weights_only=True)
+    resumed = Small()
+    resumed.load_state_dict(saved["model"])
+    other = made(name, resumed, decay=0.1)
+    load_state(other, saved["optimizer"])
+    walk(other, resumed, 3, seed=1)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_how_every_optimizer_decays(name: str) -> None:
+    """Off the weights: without a gradient they shrink by rate times decay, and exactly so."""
+    model = Small()
+    before = model.matrix.detach().clone(), model.vector.detach().clone()
+    optimizer = made(name, model, decay=0.5, lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(model.vector, before[1]), "vectors do not decay"
+    expected = before[0] * (1 - 0.1 * 0.5)
+    apart = name not in ("adam", "adamax", "sgd")
+    if name == "sgd":
+        torch.testing.assert_close(model.matrix, expected)  # the same, without momentum of before
+    elif apart:
+        torch.testing.assert_close(model.matrix, expected)
+    else:
+        assert not torch.allclose(model.matrix, expected)
+        torch.testing.assert_close(  # a first step of the size of the rate, against the sign
+            model.matrix, before[0] - 0.1 * before[0].sign(), rtol=0, atol=1e-6
+        )
+
+
+def test_sgd_with_momentum_by_hand() -> None:
+    model = Small()
+    optimizer = made("sgd", model, betas=(0.5, 0.0), lr=1.0)
+    before = model.vector.detach().clone()
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    torch.testing.assert_close(model.vector, before - (1 + 1.5 + 1.75))
+
+
+def test_lion_by_hand() -> None:
+    """Chen et al. 2023, algorithm 2."""
+    model = Small()
+    optimizer = made("lion", model, betas=(0.9, 0.99), lr=0.1, decay=0.2)
+    rng = np.random.default_rng(3)
+    weight = model.matrix.detach().numpy().copy()
+    momentum = np.zeros_like(weight)
+    for _ in range(4):
+        gradient = rng.normal(size=weight.shape)
+        update = np.sign(0.9 * momentum + 0.1 * gradient)
+        weight = weight - 0.1 * (update + 0.2 * weight)
+        momentum = 0.99 * momentum + 0.01 * gradient
+        model.matrix.grad = torch.from_numpy(gradient)
+        optimizer.step()
+    np.testing.assert_allclose(model.matrix.detach().numpy(), weight, rtol=1e-12)
+
+
+def test_an_optimizer_of_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pytorch_optimizer", None)
+    with pytest.raises(ConfigError, match=r"--opt lion needs .* 'slidevlm\[opt\]'"):
+        make_optimizer("lion", parameter_groups(Small(), 0.0), lr=1, betas=(0.9, 0.9), eps=1)
+
+
+def test_moments_of_another_optimizer_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="with --opt radam, not adamw; resume with the same"):
+        load_state(made("adamw", Small()), made("radam", Small()).state_dict())
+
+
+# --- rates that fall with depth ---------------------------------------------------------------
+
+
+def test_the_rate_falls_from_the_output_of_either_tower() -> None:
+    model = model_of("coca")
+    factors = layer_factors(model, 0.5)
+    optimizer = make_optimizer(
+        "sgd", parameter_groups(model, 0.1, factors), lr=1.0, betas=(0.0, 0.0), eps=1.0
+    )
+    set_rate(optimizer, 0.25)
+    rates = {n: g["lr"] for g in optimizer.param_groups for n in g["names"]}
+    decays = {n: g["weight_decay"] for g in optimizer.param_groups for n in g["names"]}
+    assert rates.keys() == dict(model.named_parameters()).keys()
+    plain = parameter_groups(model, 0.1)
+    assert decays == {n: g["weight_decay"] for g in plain for n in g["names"]}  # type: ignore
+    by_id = {id(p): n for n, p in model.named_parameters()}
+    for groups in (image_groups(model), text_groups(model)):
+        for depth, (_, parts) in enumerate(reversed(groups)):
+            for part in parts:
+                for p in part.parameters() if isinstance(part, nn.Module) else [part]:
+                    assert rates[by_id[id(p)]] == 0.25 * 0.5**depth, (depth, by_id[id(p)])
+    assert rates["log_scale"] == 0.25 and rates["slide_project.weight"] == 0.25
+    own = [n for n in rates if n.startswith("decoder.") and "vocabulary" not in n]
+    assert own and all(rates[n] == 0.25 for n in own)
+    assert rates["text.tokens.weight"] == min(v for n, v in rates.items() if n.startswith("text."))
+    moved = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(moved[name] - parameter, torch.full_like(parameter, rates[name]))
+
+
+def test_a_group_of_a_language_model_has_its_factor() -> None:
+    model = build_model(zoo.load("lm_tiny"), 20)
+    factors = layer_factors(model, 0.5)
+    groups = text_groups(model)
+    (first, *_) = [p for part in groups[0][1] for p in part.parameters()]  # type: ignore
+    assert factors[id(first)] == 0.5 ** (len(groups) - 1)
+
+
+def test_another_layer_decay_on_resume_keeps_the_moments() -> None:
+    def optimizer(model: CoCa, layer_decay: float) -> torch.optim.Optimizer:
+        factors = layer_factors(model, layer_decay) if layer_decay < 1 else None
+        groups = parameter_groups(model, 0.1, factors)
+        return make_optimizer("adamw", groups, lr=0.1, betas=(0.9, 0.99), eps=1e-8)
+
+    model = model_of("coca")
+    old = optimizer(model, 1.0)
+    walk(old, model, 2)
+    moments = {n: old.state[p]["exp_avg"].clone() for n, p in model.named_parameters()}
+    new = optimizer(model, 0.5)
+    load_state(new, old.state_dict())
+    assert len(new.param_groups) > 2
+    assert {g["rate_factor"] for g in new.param_groups} > {1.0, 0.5}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(new.state[parameter]["exp_avg"], moments[name]), name
+        assert new.state[parameter]["step"] == 2
+    back = optimizer(model, 1.0)
+    load_state(back, new.state_dict())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(back.state[parameter]["exp_avg"], moments[name]), name
+
+
+def test_the_groups_to_read() -> None:
+    model = model_of("coca")
+    told = describe(adamw(model, lr=1.0, betas=(0.9, 0.9), eps=1.0, decay=0.3))
+    lines = told.splitlines()
+    heads = [x for x in lines if x.startswith("group")]
+    assert heads[0].startswith("group 0: rate x 1, decay 0.3, ")
+    assert heads[1].startswith("group 1: rate x 1, decay 0, ")
+    assert len(lines) - 2 == len(list(model.named_parameters()))
+    assert "  text.tokens.weight [20, 32]" in lines or "  text.tokens.weight [20," in told

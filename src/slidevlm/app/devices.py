@@ -21,23 +21,43 @@ def choose_device(config: Config) -> torch.device:
         ConfigError: a device asked for that does not exist.
     """
     name = config.optim.device
+    asked = _named(name)
+    if asked.type == "cuda" and "device" not in config.given and not torch.cuda.is_available():
+        if dist.local_rank() == 0:
+            log.warning("no CUDA device here; training on the CPU")
+        return torch.device("cpu")
+    index = 0 if config.distributed.no_set_device_rank else dist.local_rank()
+    return _there(asked, name, index)
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device that a user of a trained model names; None: CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: it does not exist.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return _there(_named(name), name, 0)
+
+
+def _named(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"--device {name!r} is not a device; try cuda, cuda:1 or cpu") from None
     if device.type not in ("cuda", "cpu"):
         raise ConfigError(f"--device {name} is not supported; use cuda or cpu")
+    return device
+
+
+def _there(device: torch.device, name: str, index: int) -> torch.device:
+    """`device` with a number, `index` where it has none, made the current one."""
     if device.type == "cpu":
         return device
     if not torch.cuda.is_available():
-        if "device" in config.given:
-            raise ConfigError(f"--device {name}: torch finds no CUDA device here; use --device cpu")
-        if dist.local_rank() == 0:
-            log.warning("no CUDA device here; training on the CPU")
-        return torch.device("cpu")
-    if device.index is None:
-        index = 0 if config.distributed.no_set_device_rank else dist.local_rank()
-        device = torch.device("cuda", index)
+        raise ConfigError(f"--device {name}: torch finds no CUDA device here; use --device cpu")
+    device = torch.device("cuda", index) if device.index is None else device
     if device.index >= torch.cuda.device_count():
         raise ConfigError(
             f"--device: no {device}; torch sees {torch.cuda.device_count()} CUDA devices"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from slidevlm import __version__
 from slidevlm.app.pretrained import CONFIG, OURS, TOKENIZER, WEIGHTS, read_pretrained
-from slidevlm.app.trained import restore
+from slidevlm.app.trained import Trained, restore
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models.lora import merge_lora
 from slidevlm.run import write_text
@@ -28,21 +28,21 @@ def export(source: str, folder: Path) -> list[Path]:
         ConfigError: the folder is not empty, or a package is missing.
         CheckpointError: the source is not a whole model.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not empty; choose another folder")
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise ConfigError(
-            "export needs the package safetensors (pip install 'slidevlm[hf]')"
-        ) from None
+    _check(folder)
     found = read_pretrained(source)
     if found.state is None:
         raise CheckpointError(
             f"{source} comes without a tokenizer of its own; train or evaluate a run with it by "
             "--pretrained, and export the run"
         )
-    trained = restore(found.state)
+    return write_folder(restore(found.state), folder)
+
+
+def write_folder(trained: Trained, folder: Path) -> list[Path]:
+    """`export` of a model that is in memory, whose LoRA is merged in place; the files."""
+    _check(folder)
+    from safetensors.torch import save_file
+
     merge_lora(trained.model)
     state = replace(trained, config=replace(trained.config, lora=())).state()
     settings = {
@@ -67,3 +67,15 @@ def export(source: str, folder: Path) -> list[Path]:
     metadata = {"format": "pt", OURS: json.dumps({**settings, "tokenizer": state.tokenizer})}
     save_file(weights, str(folder / WEIGHTS), metadata=metadata)
     return [folder / name for name in (*texts, WEIGHTS)]
+
+
+def _check(folder: Path) -> None:
+    """ConfigError where nothing can be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not empty; choose another folder")
+    try:
+        import safetensors.torch  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "export needs the package safetensors (pip install 'slidevlm[hf]')"
+        ) from None

@@ -29,7 +29,13 @@ from slidevlm.train import schedule
 from slidevlm.train.interrupt import Interrupts
 from slidevlm.train.loop import Plan
 from slidevlm.train.loop import train as run_loop
-from slidevlm.train.optim import adamw, load_state
+from slidevlm.train.optim import (
+    describe,
+    layer_factors,
+    load_state,
+    make_optimizer,
+    parameter_groups,
+)
 from slidevlm.train.step import Objective, Step, sigmoid_term, softmax_term
 from slidevlm.train.watch import Rhythm, RunWatcher
 
@@ -65,6 +71,9 @@ def fit(
     pin = precision.device.type == "cuda"
     loader = make_loader(dataset, batches, config.data.workers, pin_memory=pin, bad=judge.bad)
     step = _step(config, trained, objective, precision)
+    groups = describe(step.optimizer)
+    log.debug("parameter groups:\n%s", groups)
+    run.write("parameter_groups.txt", groups + "\n")
     steps_an_epoch = len(batches) // optim.accum_freq
     plan = Plan(optim.epochs, optim.accum_freq, _schedule(config, steps_an_epoch), precision.device)
     order = {
@@ -116,12 +125,15 @@ def fit(
 
 def _step(config: Config, trained: Trained, objective: Objective, precision: Precision) -> Step:
     optim = config.optim
-    optimizer = adamw(
-        trained.model,
+    factors = None
+    if optim.layer_decay != 1:
+        factors = layer_factors(trained.model, optim.layer_decay)
+    optimizer = make_optimizer(
+        optim.opt,
+        parameter_groups(trained.model, optim.wd, factors),
         lr=_known(optim.lr),
-        betas=(_known(optim.beta1), _known(optim.beta2)),
-        eps=_known(optim.eps),
-        decay=optim.wd,
+        betas=(_known(optim.beta1), optim.beta2 or 0.0),  # None where the optimizer has none
+        eps=optim.eps or 0.0,
     )
     ragged = config.data.skip_bad_specimens
     return Step(trained.model, optimizer, objective, precision, optim.grad_clip_norm, ragged=ragged)
@@ -224,6 +236,8 @@ def _objective(config: Config, trained: Trained) -> Objective:
         contrastive,
         loss.coca_caption_loss_weight,
         mask_duplicates=loss.false_negatives == "mask",
+        local_loss=loss.local_loss,
+        gather_with_grad=loss.gather_with_grad,
     )
 
 

@@ -42,8 +42,8 @@ class Pretrained:
     config: dict[str, Any] | None = None  # where the model's configuration alone was
 
 
-def read_pretrained(name: str) -> Pretrained:
-    """What --pretrained names.
+def read_pretrained(name: str, argument: str = "--pretrained") -> Pretrained:
+    """What --pretrained names, or another `argument`, which stands in messages.
 
     Raises:
         ConfigError: nothing of that name in any form.
@@ -51,21 +51,21 @@ def read_pretrained(name: str) -> Pretrained:
     """
     tags = registry()
     if name in tags:
-        return replace(read_pretrained(tags[name]), name=name)
+        return replace(read_pretrained(tags[name], argument), name=name)
     if name == "openai":
         return Pretrained(name, {f"text.model.{k}": v for k, v in openai_text_weights().items()})
     if name.startswith(HUB):
-        return _hub(name)
+        return _hub(name, argument)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _folder(path, name)
+        return _folder(path, name, argument)
     if path.suffix == ".safetensors" and path.is_file():
-        return _safetensors(path, name)
+        return _safetensors(path, name, argument)
     if path.suffix in _TORCH:
         return _torch(path, name)
     known = f"; tags: {', '.join(tags)}" if tags else ""
     raise ConfigError(
-        f"--pretrained {name!r} is nothing that is here (looked from {Path.cwd()}): give a "
+        f"{argument} {name!r} is nothing that is here (looked from {Path.cwd()}): give a "
         f"checkpoint (.pt, .safetensors), a run folder, a Hugging Face folder, {HUB}owner/name or "
         f"a tag of {registry_file()}{known}"
     )
@@ -99,46 +99,46 @@ def registry() -> dict[str, str]:
     return tags
 
 
-def _hub(name: str) -> Pretrained:
+def _hub(name: str, argument: str) -> Pretrained:
     repository = name.removeprefix(HUB)
-    files = hub.find(repository, (CONFIG, TOKENIZER, WEIGHTS), f"--pretrained {HUB}")
+    files = hub.find(repository, (CONFIG, TOKENIZER, WEIGHTS), f"{argument} {HUB}")
     if CONFIG in files and WEIGHTS in files:
-        return _folder(files[CONFIG].parent, name)
-    weights = hub.weight_files(repository, f"--pretrained {HUB}")
-    return _folder(weights[0].parent, name)
+        return _folder(files[CONFIG].parent, name, argument)
+    weights = hub.weight_files(repository, f"{argument} {HUB}")
+    return _folder(weights[0].parent, name, argument)
 
 
-def _folder(path: Path, name: str) -> Pretrained:
+def _folder(path: Path, name: str, argument: str) -> Pretrained:
     if (path / CHECKPOINTS).is_dir():
         found = ckpt.newest(path / CHECKPOINTS)
         if found is None:
-            raise CheckpointError(f"--pretrained: no checkpoint in {path / CHECKPOINTS}")
+            raise CheckpointError(f"{argument}: no checkpoint in {path / CHECKPOINTS}")
         return Pretrained(name, found[1].weights, found[1])
     if not any((path / file).is_file() for file in hub.WEIGHTS):
         raise CheckpointError(
-            f"--pretrained {name} is neither a run folder ({CHECKPOINTS}/ is missing) nor a "
+            f"{argument} {name} is neither a run folder ({CHECKPOINTS}/ is missing) nor a "
             f"Hugging Face folder (one of {', '.join(hub.WEIGHTS)} is missing)"
         )
     weights: dict[str, torch.Tensor] = {}
-    for file in hub.weight_files(str(path), "--pretrained"):
+    for file in hub.weight_files(str(path), argument):
         weights |= read_weights(file)
-    config = hub.read_config(str(path), "--pretrained") if (path / CONFIG).is_file() else {}
+    config = hub.read_config(str(path), argument) if (path / CONFIG).is_file() else {}
     settings = config.get(OURS)
     if settings is None:
         return _foreign(name, weights, config if "vision_cfg" in config else None)
     tokenizer = path / TOKENIZER
     if not tokenizer.is_file():
-        raise CheckpointError(f"--pretrained {name} lacks {TOKENIZER}; export it again")
-    return _whole(name, weights, settings, tokenizer.read_text(encoding="utf-8"))
+        raise CheckpointError(f"{argument} {name} lacks {TOKENIZER}; export it again")
+    return _whole(name, weights, settings, tokenizer.read_text(encoding="utf-8"), argument)
 
 
-def _safetensors(path: Path, name: str) -> Pretrained:
+def _safetensors(path: Path, name: str, argument: str) -> Pretrained:
     weights, metadata = read_safetensors(path)
     if OURS not in metadata:
         return _foreign(name, weights, None)
     try:
         content = json.loads(metadata[OURS])
-        return _whole(name, weights, content, content["tokenizer"])
+        return _whole(name, weights, content, content["tokenizer"], argument)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its metadata cannot be read: {error}") from error
 
@@ -163,7 +163,11 @@ def _torch(path: Path, name: str) -> Pretrained:
 
 
 def _whole(
-    name: str, weights: dict[str, torch.Tensor], settings: dict[str, Any], tokenizer: str
+    name: str,
+    weights: dict[str, torch.Tensor],
+    settings: dict[str, Any],
+    tokenizer: str,
+    argument: str,
 ) -> Pretrained:
     try:
         state = ckpt.ModelState(
@@ -175,7 +179,7 @@ def _whole(
             position_unit=settings["position_unit"],
         )
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"--pretrained {name}: its settings lack {error}") from error
+        raise CheckpointError(f"{argument} {name}: its settings lack {error}") from error
     return Pretrained(name, weights, state)
 
 

@@ -38,6 +38,7 @@ from slidevlm.precision import Precision
 from slidevlm.precision import resolve as resolve_precision
 from slidevlm.run import Run, WandbSettings, configure_logging, environment, log_to
 from slidevlm.train.interrupt import Interrupts
+from slidevlm.train.launcher import LauncherWatch
 
 log = logging.getLogger("slidevlm")
 
@@ -63,7 +64,7 @@ def run_all(config: Config) -> Outcome:
     try:
         configure_logging(debug=config.logging.debug, main=dist.is_main())
         precision = resolve_precision(config.optim.precision, device)
-        with _debugging(config.logging.debug):
+        with LauncherWatch(), _debugging(config.logging.debug):
             return _train(with_device(config, device), precision)
     finally:
         dist.stop()

@@ -66,6 +66,26 @@ def read_prompts(path: Path) -> Prompts:
     return _prompts(content, path)
 
 
+def prompts_of(classes: Mapping[str, str | Sequence[str]] | Sequence[str]) -> Prompts:
+    """Prompts that a program gives: `{class: prompt or prompts}`, or texts, each its own class.
+
+    >>> prompts_of({"lung": ["lung", "a tumour of the lung"], "kidney": "kidney"}).classes
+    ('kidney', 'lung')
+    >>> prompts_of(["lung", "kidney"]).texts
+    (('kidney',), ('lung',))
+
+    Raises:
+        DataError: fewer than two classes, an empty text.
+    """
+    where = Path("the prompts")
+    if isinstance(classes, Mapping):
+        return _prompts(classes, where)
+    texts = _texts(classes, where, "a class")
+    if twice := sorted({text for text in texts if texts.count(text) > 1}):
+        raise DataError(f"{where}: {', '.join(map(repr, twice))} given twice; leave one out")
+    return _prompts({text: text for text in texts}, where)
+
+
 def _join(sets: Sequence[Prompts], path: Path) -> Prompts:
     """One ensemble of several, which must have the same classes."""
     classes = sets[0].classes

@@ -1,0 +1,117 @@
+"""What the arguments of training do to a run: optimizer, rates, averages, the best checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slidevlm.app import train
+from slidevlm.config import Config, with_values
+from slidevlm.data.synthetic import DemoCohort, synthesize
+from slidevlm.train import checkpoint as ckpt
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> DemoCohort:
+    return synthesize(tmp_path_factory.mktemp("demo") / "cohort", specimens=30, seed=1)
+
+
+@pytest.fixture
+def settings(cohort: DemoCohort, tmp_path: Path) -> dict[str, Any]:
+    """Two steps an epoch, two epochs."""
+    return {
+        "hdf5_filename": str(cohort.hdf5),
+        "hdf5_feature_attribute": "demo",
+        "hdf5_text_attribute": "report",
+        "train_split": str(cohort.split("train")),
+        "model": "coca_tiny",
+        "batch_size": 8,
+        "image_features_cutoff": 20,
+        "workers": 0,
+        "epochs": 2,
+        "warmup": 0,
+        "lr": 1e-2,
+        "precision": "fp32",
+        "device": "cpu",
+        "log_every_n_steps": 1,
+        "logs": str(tmp_path / "logs"),
+        "name": "run",
+    }
+
+
+def run(settings: dict[str, Any], **more: Any) -> Path:
+    values = {**settings, **more}
+    train(with_values(Config(), values))
+    return Path(values["logs"]) / values["name"]
+
+
+def lines(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    told = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in told if line["kind"] == kind]
+
+
+def weights(folder: Path, file: str = "epoch_2.pt") -> dict[str, torch.Tensor]:
+    return ckpt.load(folder / "checkpoints" / file)[0].weights
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- optimizer and rates ----------------------------------------------------------------------
+
+
+def test_groups_of_parameters_are_told(settings: dict[str, Any], capsys) -> None:
+    plain = run(settings, epochs=1, name="plain")
+    told = (plain / "parameter_groups.txt").read_text()
+    assert re.findall(r"rate x (\S+), decay (\S+),", told) == [("1", "0.2"), ("1", "0")]
+    assert "parameter groups" not in capsys.readouterr().err
+    falling = run(settings, epochs=1, name="falling", layer_decay=0.5, debug=True)
+    told = (falling / "parameter_groups.txt").read_text()
+    assert {"1", "0.5", "0.25"} < set(re.findall(r"rate x (\S+),", told))
+    shown = capsys.readouterr().err
+    assert "parameter groups" in shown and all(line in shown for line in told.splitlines())
+    assert not same(weights(plain, "epoch_1.pt"), weights(falling, "epoch_1.pt"))
+
+
+def test_another_optimizer_trains_and_goes_on_exactly(settings: dict[str, Any]) -> None:
+    """With groups of their own rates, and the rate of the log the schedule's."""
+    chosen = {"opt": "radam", "layer_decay": 0.7}
+    whole = run(settings, name="whole", **chosen)
+    assert not same(weights(whole), weights(run(settings, name="adamw")))
+    half = run(settings, save_every_n_steps=1, **chosen)
+    for name in ("epoch_2.pt", "step_4.pt", "step_3.pt"):
+        (half / "checkpoints" / name).unlink(missing_ok=True)
+    run(settings, resume="latest", **chosen)
+    assert same(weights(half), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"warmup": 0}, [1.0, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2]),
+        ({"warmup": 4}, [0.25, 0.5, 0.75, 1.0]),
+        ({"warmup": 8}, [0.125, 0.25, 0.375, 0.5]),
+        ({"warmup": 8, "skip_scheduler": True}, [0.125, 0.25, 0.375, 0.5]),
+        (  # a cool-down over twice the training begins half way down
+            {"lr_scheduler": "const-cooldown", "epochs_cooldown": 4},
+            [0.5, 0.375, 0.25, 0.125],
+        ),
+        (
+            {"lr_scheduler": "const-cooldown", "epochs_cooldown": 1, "lr_cooldown_end": 5e-3},
+            [1.0, 1.0, 1.0, 0.75],
+        ),
+        ({"epochs": 1, "batch_size": 16}, [1.0]),
+    ],
+)
+def test_rates_of_a_run_are_the_schedules(
+    settings: dict[str, Any], options: dict[str, Any], expected: list[float]
+) -> None:
+    folder = run(settings, **options)
+    rates = [line["learning_rate"] / 1e-2 for line in lines(folder)]
+    assert rates == pytest.approx(expected)
