@@ -40,6 +40,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
         "language models of Hugging Face, hf-hub: names, models export",
     ),
     "parquet": (("pyarrow",), "embed --output FILE.parquet"),
+    "opt": (("pytorch_optimizer",), "--opt with the name of one of that package"),
     "zarr": (("zarr",), "features in zarr folders"),
     "xlsx": (("openpyxl",), "slide tables in XLSX"),
     "survival": (("sksurv",), "--survival-table"),
