@@ -18,13 +18,10 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / PACKAGE
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("cli_use",),
     (
-        "demo",
-        "data_commands",
-        "model_commands",
-        "evaluation_commands",
-        "report_commands",
-        "page_commands",
+        *("demo", "doctor", "data_commands", "model_commands", "evaluation_commands"),
+        *("report_commands", "use_commands", "page_commands", "completion"),
     ),
     ("app",),
     ("train", "report"),
