@@ -197,6 +197,7 @@ class _ReportArguments:
     run: str = arg("", "folder of a run, or of one of its evaluations", positional=True)
     other: str | None = arg("", "another one, shown beside it", positional=True)
     output: str | None = arg(None, "file to write", default_text="report.html in RUN")
+    json: bool = arg(False, cli_use.JSON)
 
 
 REPORT_HELP = """\
@@ -216,7 +217,7 @@ def _report(argv: Sequence[str]) -> None:
         raise ConfigError("give the folder of a run: slidevlm report RUN")
     from slidevlm.page_commands import Reporting, report
 
-    report(Reporting(Path(a.run), _path(a.other or None), _path(a.output)))
+    report(Reporting(Path(a.run), _path(a.other or None), _path(a.output), a.json))
 
 
 @dataclass(frozen=True)

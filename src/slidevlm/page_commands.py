@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ class Reporting:
     run: Path
     other: Path | None
     output: Path | None
+    as_json: bool
 
 
 def report(asked: Reporting) -> Path:
@@ -27,5 +29,8 @@ def report(asked: Reporting) -> Path:
     configure_logging(debug=False, main=True)
     places = [asked.run] if asked.other is None else [asked.run, asked.other]
     path = write_page(places, asked.output)
+    if asked.as_json:
+        print(json.dumps({"page": str(path), "bytes": path.stat().st_size}))
+        return path
     print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MB); open it in a browser")
     return path

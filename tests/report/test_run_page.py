@@ -90,6 +90,17 @@ def test_other_folders_and_files_are_refused(tmp_path: Path, run_folder: Path) -
         write_page([run_folder])
 
 
+def test_the_command(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run_folder), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["page"] == str(run_folder / "report.html")
+    assert told["bytes"] == (run_folder / "report.html").stat().st_size
+    assert main(["report", str(run_folder), "--output", str(run_folder / "other.html")]) == 0
+    assert "open it in a browser" in capsys.readouterr().out
+    assert data_of(run_folder / "other.html") == data_of(run_folder / "report.html")
+    assert main(["report"]) == 2
+
+
 def test_without_plotly_the_extra_is_named(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
