@@ -24,7 +24,7 @@ from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.scores import Score
 from slidevlm.eval.text_metrics.clinical import read_extractor
 from slidevlm.eval.text_metrics.embedders import embedder
-from slidevlm.eval.text_metrics.meteor import MeteorData, read_data
+from slidevlm.eval.text_metrics.meteor_data import MeteorData, read_data
 from slidevlm.eval.text_metrics.scoring import Scoring
 from slidevlm.models.generate import Decoding
 from slidevlm.report.tables import score_table
