@@ -36,6 +36,7 @@ class Spec:
     default_text: str | None = None  # what help shows where None is not the whole truth
     positional: bool = False
     file: bool = False  # the value names files that must exist
+    shipped: bool = False  # the value may be the name of a shipped model configuration
     pending: bool = False  # the effect comes with a later release: any other value is refused
     pending_values: tuple[Any, ...] = ()
     extra: bool = False  # not one of the 85 of the specification
@@ -165,6 +166,7 @@ class Model:
     model: str = arg(
         "coca_stage_1",
         "name of a shipped configuration, or the path of a JSON or YAML file of one",
+        shipped=True,
     )
     pretrained: str | None = arg(
         None,
@@ -378,17 +380,37 @@ class Checkpoint:
     save_every_n_steps: int | None = arg(
         None, "optimizer steps between two checkpoints within an epoch", minimum=1, extra=True
     )
+    save_best: str | None = arg(
+        None,
+        "metric of the validation, such as val/image_to_text/R@10: best.pt is the checkpoint with "
+        "the best value so far; METRIC:max or METRIC:min where the direction is not known",
+        extra=True,
+    )
+    ema: float | None = arg(
+        None,
+        "decay of an exponential moving average of the weights, such as 0.999: it is what is "
+        "evaluated, and what users of a checkpoint get; training goes on with the last weights",
+        minimum=0.0,
+        below=1.0,
+        extra=True,
+    )
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """distributed: several processes (start them with torchrun)."""
+    """distributed: several processes (start them with torchrun or srun)."""
 
-    dist_url: str = arg("env://", "where the processes meet", pending=True)
+    dist_url: str = arg(
+        "env://",
+        "where the processes meet: env:// (what torchrun sets; under srun the job's first node), "
+        "tcp://HOST:PORT, or file:///PATH of a new file on a shared disk",
+    )
     dist_backend: str = arg(
         "nccl", "nccl, or gloo; where there is no CUDA gloo is taken, with a warning"
     )
-    use_bn_sync: bool = arg(False, "synchronised BatchNorm", pending=True)
+    use_bn_sync: bool = arg(
+        False, "BatchNorm layers take their statistics over all processes; on CUDA alone"
+    )
     horovod: bool = arg(False, "Horovod in torch.distributed's place", pending=True)
     ddp_static_graph: bool = arg(False, "static graph in DDP", pending=True)
     no_set_device_rank: bool = arg(
@@ -819,6 +841,21 @@ def _resuming(config: Config) -> Iterator[str]:
             yield "--resume latest needs --name, the run to go on with"
 
 
+def _best(config: Config) -> Iterator[str]:
+    wanted = config.checkpoint.save_best
+    if wanted is None or config.evaluation.test:  # an evaluation of a run has the run's arguments
+        return
+    name, colon, direction = wanted.partition(":")
+    if not name or (colon and direction not in ("min", "max")):
+        yield f"--save-best {wanted}: write METRIC, METRIC:max or METRIC:min"
+    if not config.data.val_split:
+        yield "--save-best needs --val-split, whose evaluations it compares"
+    if config.logs is None:
+        yield "--save-best keeps a checkpoint, but --logs is None"
+    if config.evaluation.eval_grace_period >= config.optim.epochs:
+        yield "--save-best: --eval-grace-period leaves no evaluation"
+
+
 def _model(config: Config) -> Iterator[str]:
     model = config.model
     of_locks = {
@@ -886,6 +923,8 @@ def _combinations(config: Config) -> Iterator[str]:
         if field_name in config.given and getattr(optim, field_name) is not None:
             yield f"--opt {optim.opt} has no --{field_name}; leave it out"
     yield from _model(config)
+    if config.distributed.use_bn_sync and data.skip_bad_specimens:
+        yield "--use-bn-sync needs a batch on every process; leave --skip-bad-specimens out"
     weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight
     if not any(weights):
         yield "both loss weights are 0; nothing would be trained"
@@ -899,6 +938,7 @@ def _combinations(config: Config) -> Iterator[str]:
             if field_name in config.given:
                 yield f"--{field_name.replace('_', '-')} works only with --report-to wandb"
     yield from _resuming(config)
+    yield from _best(config)
     name = config.logging.name
     if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
         yield f"--name {name!r} must be the name of one folder"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from slidevlm import dist
 from slidevlm.app.trained import Trained
 from slidevlm.config import BNB_LINEAR, Config
 from slidevlm.errors import ConfigError
@@ -29,6 +30,8 @@ def prepare(config: Config, trained: Trained, precision: Precision) -> None:
     training = not config.evaluation.test
     if training:
         _lock(config, model)
+    if config.distributed.use_bn_sync:
+        dist.synchronise_batch_norm(model)
     if wanted.use_bnb_linear is not None:
         kind = BNB_LINEAR[wanted.use_bnb_linear]
         changed = quantise_linears(model, kind, training=training)
