@@ -82,7 +82,7 @@ def main() -> None:
         data += [f"--{name}-split", splits / f"{name}.txt"]
     data += ["--zsc-class-prompt-mapping", folder / "prompts.json"]
     data += ["--zsc-specimen-class-mapping", folder / "labels.json"]
-    slidevlm("data", "check", *data)
+    slidevlm("data", "check", *data, "--batch-size", "8")
     slidevlm(
         *("train", *data, "--model", "coca_tiny", "--epochs", "8", "--batch-size", "8"),
         *("--lr", "3e-3", "--warmup", "5", "--workers", "1", "--precision", "fp32"),

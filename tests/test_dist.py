@@ -32,7 +32,10 @@ def test_alone() -> None:
 
 def test_alone_tensors_are_what_they_were() -> None:
     tensor = torch.arange(6.0).reshape(2, 3).requires_grad_()
-    (gathered,) = dist.gather(tensor)
+    rows = dist.rows_of(2, 3, ragged=False)
+    assert (rows.sizes, rows.mine) == ((2,), slice(0, 2))
+    gathered = rows.gather(tensor)
+    assert torch.equal(rows.scatter_sum(tensor), tensor)
     assert torch.equal(gathered, tensor)
     assert not gathered.requires_grad, "values, not graphs"
     counted = torch.tensor([2.0, 3.0])
@@ -91,8 +94,12 @@ rank = dist.rank()
 got = {"heard": heard, "rank": rank, "world": dist.world_size(), "main": dist.is_main()}
 mine = (torch.arange(6.0).reshape(2, 3) + 10 * rank).requires_grad_()
 # Not contiguous, so that memory order cannot stand in for the order of elements.
-got["gather"] = dist.gather(mine.T)
-got["gather_graph"] = any(t.requires_grad for t in got["gather"])
+rows = dist.rows_of(3, 2, ragged=False)
+got["gather"] = rows.gather(mine.T)
+got["gather_graph"] = got["gather"].requires_grad
+weights = torch.arange(12.0).view(6, 2) * (1 + 2 * rank)
+(rows.gather_with_gradient(mine.T) * weights).sum().backward()
+got["through"] = mine.grad
 got["sum"] = dist.sum_(torch.tensor([1.0, 2.0]) + rank)
 got["objects"] = dist.gather_objects({"rank": rank, "size": [0] * (1 + 50 * rank)})
 got["broadcast"] = dist.broadcast_object({"from": rank} if rank == 0 else None)
@@ -173,8 +180,13 @@ def test_gather_is_in_the_order_of_ranks_without_graph(two: list[dict[str, Any]]
     expected = [(torch.arange(6.0).reshape(2, 3) + 10 * rank).T for rank in range(2)]
     for got in two:
         assert not got["gather_graph"]
-        for part, right in zip(got["gather"], expected, strict=True):
-            assert torch.equal(part, right)
+        assert torch.equal(got["gather"], torch.cat(expected))
+
+
+def test_gradients_through_a_gather_add_up_at_their_owner(two: list[dict[str, Any]]) -> None:
+    for rank, got in enumerate(two):
+        mine = torch.arange(12.0).view(6, 2)[3 * rank : 3 * rank + 3]
+        assert torch.equal(got["through"], ((1 + 3) * mine).T)
 
 
 def test_sums_and_objects(two: list[dict[str, Any]]) -> None:

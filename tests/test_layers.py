@@ -18,7 +18,11 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / PACKAGE
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("demo", "data_commands", "model_commands", "evaluation_commands", "report_commands"),
+    ("cli_use",),
+    (
+        *("demo", "doctor", "data_commands", "model_commands", "evaluation_commands"),
+        *("report_commands", "use_commands"),
+    ),
     ("app",),
     ("train", "report"),
     ("eval",),

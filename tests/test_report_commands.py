@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import pytest
 
-from slidevlm import report_commands
+from slidevlm.app import slide_model
 from slidevlm.cli import main
 from slidevlm.data.synthetic import DemoCohort, synthesize
 from slidevlm.eval.text_metrics.scoring import Scoring
@@ -103,7 +103,7 @@ def test_goes_on_where_it_was(run, cohort, tmp_path, monkeypatch, capsys) -> Non
             raise KeyboardInterrupt
         return generate.draft(model, bags, names, *rest)
 
-    monkeypatch.setattr(report_commands, "draft", stopping)
+    monkeypatch.setattr(slide_model, "draft", stopping)
     assert caption(run, cohort, output, "--batch-size", 2) == 130
     partial = tmp_path / "part.json.partial.jsonl"
     assert len(partial.read_text().splitlines()) == 5 and not output.exists()
@@ -113,7 +113,7 @@ def test_goes_on_where_it_was(run, cohort, tmp_path, monkeypatch, capsys) -> Non
     assert caption(run, cohort, output, "--batch-size", 2, "--min-tokens", 3) == 2
     assert "with other settings; remove it" in capsys.readouterr().err
     calls.clear()
-    monkeypatch.setattr(report_commands, "draft", generate.draft)
+    monkeypatch.setattr(slide_model, "draft", generate.draft)
     assert caption(run, cohort, output, "--batch-size", 2) == 0
     assert "4 of " in capsys.readouterr().err
     assert json.loads(output.read_text()) == json.loads(whole.read_text())

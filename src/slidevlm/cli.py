@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slidevlm import __version__
+from slidevlm import __version__, cli_use
 from slidevlm.config import arg, validate_arguments
 from slidevlm.errors import ConfigError, SlideVLMError
 from slidevlm.flags import parse_config, parse_into
@@ -22,6 +22,8 @@ commands:
   train            train a model on bags of tile features and reports
   evaluate         evaluate a trained run
   caption          write reports of slides with a trained model
+  classify         the classes of slides, by prompts
+  embed            the vectors of slides
   score            score any two files of reports
   demo             synthesize a cohort, train on it, evaluate: a first look in minutes
   models list      the shipped configurations
@@ -98,93 +100,6 @@ def _evaluate(argv: Sequence[str]) -> None:
             arguments.format,
         ),
         config,
-    )
-
-
-@dataclass(frozen=True)
-class _CaptionArguments:
-    """arguments: what reports are written of, and how."""
-
-    model: str = arg("", "folder of a run, or a checkpoint (.pt)", positional=True)
-    source: str = arg(
-        "", "file of features of any known format, folder of them, or cohort", positional=True
-    )
-    output: str = arg(
-        "captions.json",
-        "file to write, whose ending tells the form: .json, .csv or .txt; - writes lines of JSON "
-        "to the terminal",
-    )
-    split: str | None = arg(None, "file of the specimens to take, as in training", file=True)
-    hdf5_feature_attribute: str | None = arg(
-        None, "features of an HDF5 source that has several", flag="--hdf5_feature_attribute"
-    )
-    slide_table: str | None = arg(
-        None, "slides of each specimen, as in training; without it each slide is one", file=True
-    )
-    image_features_cutoff: int = arg(100_000, "tiles read of one specimen at most", minimum=1)
-    batch_size: int = arg(8, "specimens written of at a time", minimum=1)
-    workers: int = arg(2, "reading processes; 0 reads in one", minimum=0)
-    device: str | None = arg(None, "cuda, cuda:1 or cpu", default_text="cuda where there is one")
-    precision: str = arg("fp32", "as in training: fp32, amp, amp_bf16")
-    skip_bad_specimens: bool = arg(False, "leave out what cannot be read instead of stopping")
-    prompt: str = arg("", "words that every report begins with, such as Diagnosis:")
-    max_tokens: int = arg(100, "tokens generated at most", minimum=1)
-    min_tokens: int = arg(0, "tokens generated at least", minimum=0)
-    top_k: int | None = arg(
-        None, "draw from the k most likely tokens, 0 from all", default_text="greedy", minimum=0
-    )
-    top_p: float = arg(1.0, "draw from the fewest tokens with this share", above=0.0, maximum=1.0)
-    temperature: float = arg(1.0, "of the draws", above=0.0)
-    beams: int = arg(1, "search with so many beams", minimum=1)
-    groups: int = arg(1, "groups of beams, which keep away from each other", minimum=1)
-    diversity: float = arg(0.5, "how far", minimum=0.0)
-    length_penalty: float = arg(1.0, "score = log-probability / tokens ** this")
-    repetition_penalty: float = arg(1.0, "above 1, tokens that are there already cost", above=0.0)
-    no_repeat_ngram: int = arg(0, "no run of so many tokens twice; 0: any", minimum=0)
-    best: int = arg(1, "reports of each specimen", minimum=1)
-    seed: int = arg(0, "of the draws", minimum=0)
-
-
-CAPTION_HELP = """\
-Write a report of every specimen with a trained model, the best first, with its score, the hash of
-the model and the settings. Interrupted, the same command goes on where it was."""
-CAPTION_EPILOG = """\
-examples:
-  slidevlm caption logs/first slide.h5 --output - --prompt "Diagnosis:"
-  slidevlm caption logs/first features/ --output reports.json --beams 6 --groups 3 --best 3
-"""
-
-
-def _caption(argv: Sequence[str]) -> None:
-    a = parse_into(_CaptionArguments, argv, "slidevlm caption", CAPTION_HELP, CAPTION_EPILOG)
-    decoding = {
-        name: getattr(a, name)
-        for name in (
-            *("max_tokens", "min_tokens", "top_p", "temperature", "repetition_penalty"),
-            *("no_repeat_ngram", "beams", "groups", "diversity", "length_penalty", "best", "seed"),
-        )
-    }
-    # Draws are asked for by any of their settings; k is then all tokens where it is not given.
-    drawn = a.top_k is not None or a.top_p < 1 or a.temperature != 1
-    from slidevlm.report_commands import Captioning, caption
-
-    caption(
-        Captioning(
-            model=Path(a.model),
-            source=Path(a.source),
-            output=None if a.output == "-" else Path(a.output),
-            split=_path(a.split),
-            hdf5_feature_attribute=a.hdf5_feature_attribute,
-            slide_table=_path(a.slide_table),
-            image_features_cutoff=a.image_features_cutoff,
-            batch_size=a.batch_size,
-            workers=a.workers,
-            device=a.device,
-            precision=a.precision,
-            prompt=a.prompt,
-            skip_bad=a.skip_bad_specimens,
-            decoding={**decoding, "top_k": (a.top_k or None) if drawn else 1},
-        )
     )
 
 
@@ -604,7 +519,9 @@ Command = Callable[[Sequence[str]], int | None]
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("train",): _train,
     ("evaluate",): _evaluate,
-    ("caption",): _caption,
+    ("caption",): cli_use.caption,
+    ("classify",): cli_use.classify,
+    ("embed",): cli_use.embed,
     ("score",): _score,
     ("demo",): _demo,
     ("models", "list"): _models_list,

@@ -27,6 +27,7 @@ class Spec:
 
     help: str
     flag: str | None = None  # spelling, where it is not "--" + name with hyphens
+    also: tuple[str, ...] = ()  # other spellings, those of the same thing in other commands
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
@@ -307,8 +308,16 @@ class Optim:
 class Loss:
     """loss: what is minimised."""
 
-    local_loss: bool = arg(False, "compute the loss of the local rows only", pending=True)
-    gather_with_grad: bool = arg(False, "gather embeddings with their graph", pending=True)
+    local_loss: bool = arg(
+        False,
+        "each process computes only its own rows of the contrastive logits: n x N of them in N x "
+        "N's place; the gradient is the same, that of the global batch",
+    )
+    gather_with_grad: bool = arg(
+        False,
+        "the contrastive gradient travels back through the gather of the embeddings, which costs "
+        "as much traffic again; the gradient is the same (docs/scaling.md compares all four ways)",
+    )
     coca_caption_loss_weight: float = arg(
         2.0, "weight of the caption loss; 0 switches it off", minimum=0.0
     )

@@ -1,10 +1,9 @@
 """Everything that needs several processes; in one process every function is the identity.
 
-The contrastive loss needs the embeddings of all ranks, but not their graphs: each rank
-computes the global loss from everybody's values, takes its gradient with respect to its own
-embeddings only, and sends that through its own graph. Summed over ranks the gradients of the
-parameters are then exactly those of one process with the whole batch. So one gather of
-values and one sum of gradients are all the traffic of a step.
+The contrastive loss needs the embeddings of all ranks, but not their graphs: each rank learns the
+gradient of the global loss with respect to its own embeddings (train/contrast.py says how) and
+sends that through its own graph. Summed over ranks the gradients of the parameters are then
+exactly those of one process with the whole batch.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -85,29 +85,85 @@ def barrier() -> None:
         td.barrier()
 
 
-def gather(tensor: Tensor) -> list[Tensor]:
-    """The tensors (equal shapes) of all ranks, in the order of ranks, without graph."""
-    if world_size() == 1:
-        return [tensor.detach()]
-    mine = tensor.detach().contiguous()
-    parts = [torch.empty_like(mine) for _ in range(world_size())]
-    td.all_gather(parts, mine)
-    return parts
+@dataclass(frozen=True)
+class Rows:
+    """Whose rows of the global batch are which: those of rank 0 come first."""
+
+    sizes: tuple[int, ...]  # rows of each rank
+    width: int  # E of the embeddings, also on a rank that has none
+
+    @property
+    def total(self) -> int:
+        """N."""
+        return sum(self.sizes)
+
+    @property
+    def first(self) -> int:
+        """Place of this rank's first row."""
+        return sum(self.sizes[: rank()])
+
+    @property
+    def mine(self) -> slice:
+        """Place of this rank's rows."""
+        return slice(self.first, self.first + self.sizes[rank()])
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[n, ...] of each rank -> [N, ...], without graph."""
+        mine = tensor.detach()
+        if len(self.sizes) == 1:
+            return mine
+        most = max(self.sizes)
+        if len(mine) < most:
+            mine = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
+        everyone = mine.new_empty(most * len(self.sizes), *mine.shape[1:])
+        td.all_gather_into_tensor(everyone, mine.contiguous())
+        if min(self.sizes) == most:
+            return everyone
+        parts = everyone.split(most)
+        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+
+    def gather_with_gradient(self, tensor: Tensor) -> Tensor:
+        """The same with its graph: a row's gradients of all ranks add up at the row's owner."""
+        return cast(Tensor, _Gather.apply(tensor, self))
+
+    def scatter_sum(self, tensor: Tensor) -> Tensor:
+        """[N, ...] on each rank -> the sum over ranks of this rank's rows, [n, ...]."""
+        if len(self.sizes) == 1:
+            return tensor
+        most = max(self.sizes)
+        if min(self.sizes) < most:
+            padded = tensor.new_zeros(len(self.sizes), most, *tensor.shape[1:])
+            for place, part in zip(padded, tensor.split(self.sizes), strict=True):
+                place[: len(part)] = part
+            tensor = padded.flatten(0, 1)
+        mine = tensor.new_empty(most, *tensor.shape[1:])
+        td.reduce_scatter_tensor(mine, tensor.contiguous())
+        return mine[: self.sizes[rank()]]
 
 
-def gather_rows(tensor: Tensor) -> list[Tensor]:
-    """Like `gather`, for tensors [n, ...] whose n differs by rank.
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return rows.gather(tensor).clone()
 
-    A rank without rows may not know the rest of the shape, and gives [0, 0].
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.rows.scatter_sum(gradients[0]), None
+
+
+def rows_of(count: int, width: int, *, ragged: bool) -> Rows:
+    """The ranks' shares of a step. Only `ragged` ones need to tell each other.
+
+    Args:
+        count: this rank's rows.
+        width: of its embeddings; 0 on a rank that has no row and cannot know.
+        ragged: whether ranks may have unequal numbers of rows.
     """
-    mine = tensor.detach()
-    if world_size() == 1:
-        return [mine]
-    sizes = gather_objects(tuple(mine.shape))
-    most = max(sizes)  # the rows come first in the comparison
-    padded = mine.new_zeros(most)
-    padded[: len(mine)] = mine if len(mine) else mine.new_zeros(0, *most[1:])
-    return [part[: size[0]] for part, size in zip(gather(padded), sizes, strict=True)]
+    if not ragged:
+        return Rows((count,) * world_size(), width)
+    told = gather_objects((count, width))
+    return Rows(tuple(n for n, _ in told), max(w for _, w in told))
 
 
 def from_main(make: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ import ast
 import shutil
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -98,7 +98,9 @@ def _add(parser: Any, argument: Argument) -> None:
         parser.add_argument(argument.name, metavar=argument.flag, **options)
         return
     if kind == "switch":
-        parser.add_argument(argument.flag, dest=argument.name, action="store_true", **options)
+        parser.add_argument(
+            argument.flag, *spec.also, dest=argument.name, action="store_true", **options
+        )
         # The only way to undo a switch that a --config file sets.
         parser.add_argument(
             _negated(argument.flag),
@@ -123,11 +125,31 @@ def _add(parser: Any, argument: Argument) -> None:
             options["metavar"] = {"int": "N", "float": "X"}.get(
                 kind, "FILE" if spec.file else "TEXT"
             )
-    parser.add_argument(argument.flag, dest=argument.name, **options)
+    parser.add_argument(argument.flag, *spec.also, dest=argument.name, **options)
 
 
 def _negated(flag: str) -> str:
     return "--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:]
+
+
+LIST = "--list-arguments"  # what completion asks of a command in the place of running it
+
+
+class Listed(Exception):  # noqa: N818 (no error)
+    """The answer to `LIST`: what a command takes."""
+
+    def __init__(self, known: Sequence[Argument]) -> None:
+        super().__init__("the arguments of a command")
+        self.arguments = tuple(known)
+
+
+def declared(command: Callable[[Sequence[str]], Any]) -> tuple[Argument, ...]:
+    """The arguments that a command takes; it is not run."""
+    try:
+        command([LIST])
+    except Listed as answer:
+        return answer.arguments
+    raise AssertionError("every command parses its words before anything else")
 
 
 def parse(
@@ -139,8 +161,11 @@ def parse(
 
     Raises:
         ConfigError: for anything the declarations do not allow.
+        Listed: the only word is `LIST`.
     """
     known = arguments(groups)
+    if list(argv) == [LIST]:
+        raise Listed(known)
     positional = "".join(f" {a.flag}" for a in known if a.spec.positional)
     parser = _Parser(
         prog=prog,
@@ -160,7 +185,7 @@ def parse(
         flag.replace("_", "-"): flag
         for a in known
         if not a.spec.positional
-        for flag in (a.flag, _negated(a.flag))
+        for flag in (a.flag, *a.spec.also, _negated(a.flag))
     }
     found, stray = parser.parse_known_args([_canonical(word, spellings) for word in argv])
     if stray:
@@ -220,9 +245,18 @@ def parse_into(
     Raises:
         ConfigError: also for values out of the declared ranges, all in one message.
     """
-    values = group(**parse(argv, prog, {"arguments": group}, description, epilog))
+    found = parse(argv, prog, {"arguments": group, "faults": _Faults}, description, epilog)
+    found.pop("debug", None)  # `main` looks for the word itself
+    values = group(**found)
     validate_arguments(values)
     return values
+
+
+@dataclass(frozen=True)
+class _Faults:
+    """faults: what is told of an error."""
+
+    debug: bool = arg(False, "show the traceback of an error")
 
 
 TRAIN_HELP = "Train a vision-language model of whole slides on bags of tile features and reports."

@@ -70,6 +70,11 @@ def resolve(name: str, device: torch.device) -> Precision:
     return Precision(device, dtype, scaled)
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32, or in float64 where it is that: what losses are computed in."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def quickest() -> str:
     """The --precision for who has no wish: amp where this machine is fast in it, else fp32."""
     return "amp" if torch.cuda.is_available() or cpu_has_bfloat16() else "fp32"

@@ -8,36 +8,27 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-import torch
 
-from slidevlm.app.cohorts import open_path
-from slidevlm.app.devices import choose_device
-from slidevlm.app.outputs import model_hash
-from slidevlm.app.pretrained import read_pretrained
-from slidevlm.app.trained import Trained, restore, same_data
-from slidevlm.config import Config, with_values
-from slidevlm.data.cases import Case, CaseStore
-from slidevlm.data.dataset import BadSpecimens, BagDataset, StopAtBad, make_loader
+from slidevlm.app.slide_model import Report
+from slidevlm.app.using import Cohort, Record, Using, check_output, collect, tell, to_terminal
+from slidevlm.batch import Batch
 from slidevlm.data.reports import ID_COLUMNS, read_text_file, read_utf8
-from slidevlm.data.sampling import EvalBatches
-from slidevlm.data.splits import find, read_identifiers
-from slidevlm.errors import CheckpointError, ConfigError, DataError
+from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.scores import Score
 from slidevlm.eval.text_metrics.clinical import read_extractor
 from slidevlm.eval.text_metrics.embedders import embedder
 from slidevlm.eval.text_metrics.meteor import MeteorData, read_data
 from slidevlm.eval.text_metrics.scoring import Scoring
-from slidevlm.models.generate import Decoding, draft
-from slidevlm.precision import Precision, resolve
+from slidevlm.models.generate import Decoding
 from slidevlm.report.tables import score_table
-from slidevlm.run import Bar, configure_logging, write_text
+from slidevlm.run import configure_logging, write_text
 
 log = logging.getLogger("slidevlm")
 
@@ -50,20 +41,10 @@ FORMS = (".json", ".csv", ".txt")
 class Captioning:
     """What `slidevlm caption` was asked for."""
 
-    model: Path  # a run folder or a checkpoint file
-    source: Path
-    output: Path | None  # None: a line of JSON a report, to the terminal
-    split: Path | None
-    hdf5_feature_attribute: str | None
-    slide_table: Path | None
-    image_features_cutoff: int
-    batch_size: int
-    workers: int
-    device: str | None
-    precision: str
+    using: Using
     prompt: str
-    skip_bad: bool
     decoding: dict[str, Any]  # of `Decoding`, without the ids of tokens
+    as_json: bool = False
 
 
 def caption(asked: Captioning) -> int:
@@ -76,176 +57,45 @@ def caption(asked: Captioning) -> int:
         SlideVLMError: for everything a user can mend.
     """
     configure_logging(debug=False, main=True)
-    if asked.output is not None:
-        _check_output(asked.output)
+    using = asked.using
+    if using.output is not None:
+        check_output(using.output, FORMS)
     Decoding(1, 2, 0, **asked.decoding)  # wrong settings are told before a model is read
-    trained = _trained(asked.model)
-    tokenizer = trained.tokenizer
-    decoding = Decoding(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, **asked.decoding)
-    store = open_path(asked.source, asked.hdf5_feature_attribute, asked.slide_table)
-    cases = _cases(asked, store)
+    model = using.load()
+    decoding = model.decoding(**asked.decoding)
+    cohort = Cohort(using)
     about = {
-        "model": model_hash(trained.model),
+        "model": model.hash,
         "decoding": {**asked.decoding, "prompt": asked.prompt},
-        "tiles": asked.image_features_cutoff,
+        "tiles": using.image_features_cutoff,
     }
-    if asked.output is None:
-        written = 0
-        for record in _reports(asked, trained, store, cases, decoding):
-            print(json.dumps({**record, **about}, ensure_ascii=False), flush=True)
-            written += 1
-        return written
-    partial = _Partial(asked.output, {**about, "source": str(asked.source.resolve())})
-    todo = [case for case in cases if case.specimen not in partial.records]
-    if len(todo) < len(cases):
-        log.info("%d of %d reports are there already", len(cases) - len(todo), len(cases))
-    with partial:
-        for record in _reports(asked, trained, store, todo, decoding):
-            partial.add(record)
-    records = [partial.records[c.specimen] for c in cases if c.specimen in partial.records]
-    write_text(asked.output, _formatted(records, about, asked.output.suffix.lower()))
+
+    def use(batch: Batch) -> list[Record]:
+        found = model.write(batch.bags, batch.specimen_ids, decoding, asked.prompt)
+        pairs = zip(batch.specimen_ids, found, strict=True)
+        return [_record(name, drafts, decoding.best) for name, drafts in pairs]
+
+    if using.output is None:
+        return to_terminal(model, cohort, "writing reports", about, use)
+    results, partial = collect(using, model, cohort, "writing reports", about, use)
+    records = results.records
+    write_text(using.output, _formatted(records, about, using.output.suffix.lower()))
     partial.path.unlink()
-    print(f"wrote {asked.output}: {len(records)} reports")
+    tell(using.output, results, cohort, model, "reports", as_json=asked.as_json)
     return len(records)
 
 
-def _trained(path: Path) -> Trained:
-    state = read_pretrained(str(path)).state
-    if state is None:
-        raise CheckpointError(
-            f"{path} has weights, but no configuration and tokenizer of slidevlm beside them; give "
-            "the folder of a run or one of its checkpoints"
-        )
-    return restore(state)
-
-
-def _check_output(output: Path) -> None:
-    if output.suffix.lower() not in FORMS:
-        raise ConfigError(
-            f"--output {output}: the ending tells the form, one of {', '.join(FORMS)}; "
-            "- writes lines of JSON to the terminal"
-        )
-    if output.exists():
-        raise ConfigError(f"--output {output} exists; choose another file or remove it")
-
-
-def _cases(asked: Captioning, store: CaseStore) -> list[Case]:
-    if asked.split is None:
-        cases = [case for case in store.cases if store.has_features(case)]
-    else:
-        found = find(read_identifiers(asked.split), store)
-        if found.missing:
-            log.warning(
-                "%d names of %s have no features and are left out: %s",
-                len(found.missing),
-                asked.split,
-                ", ".join(found.missing[:10]),
-            )
-        cases = list(found.cases)
-    if not cases:
-        raise DataError(f"{asked.source}: no specimen with features to write a report of")
-    return cases
-
-
-def _reports(
-    asked: Captioning,
-    trained: Trained,
-    store: CaseStore,
-    cases: Sequence[Case],
-    decoding: Decoding,
-) -> Iterator[dict[str, Any]]:
-    """The records of the specimens, in batches, as they are ready."""
-    if not cases:
-        return
-    tokenizer, precision = trained.tokenizer, _precision(asked)
-    trained.model.to(precision.device)
-    prompt = tokenizer.tokens(asked.prompt) if asked.prompt else []
-    dataset = BagDataset(
-        store,
-        cases,
-        [""] * len(cases),
-        tokenizer,
-        max_tokens=2,
-        cutoff=asked.image_features_cutoff,
-        seed=decoding.seed,
-        training=False,
-    )
-    batches = EvalBatches(len(cases), asked.batch_size, 0, 1)
-    bad = BadSpecimens() if asked.skip_bad else StopAtBad()
-    loader = make_loader(dataset, batches, min(asked.workers, len(batches)), bad=bad)
-    bar, done = Bar("writing reports", len(cases), shown=True), 0
-    try:
-        for cpu_batch in loader:
-            if not len(cpu_batch):
-                continue
-            batch = cpu_batch.to(precision.device)
-            same_data(trained, batch.bags.features.shape[1], batch.bags.unit)
-            with torch.inference_mode(), precision.autocast():
-                found = draft(trained.model, batch.bags, batch.specimen_ids, decoding, prompt)
-            for specimen, drafts in zip(batch.specimen_ids, found, strict=True):
-                texts = [
-                    {
-                        "report": tokenizer.decode([*prompt, *d.tokens]),
-                        "score": round(d.score, 4) if math.isfinite(d.score) else None,
-                        "ended": d.ended,
-                    }
-                    for d in drafts
-                ]
-                others = {"alternatives": texts[1:]} if decoding.best > 1 else {}
-                yield {"id": specimen, **texts[0], **others}
-            done += len(batch)
-            bar.update(done)
-    finally:
-        bar.close()
-
-
-def _precision(asked: Captioning) -> Precision:
-    given = {} if asked.device is None else {"device": asked.device}
-    return resolve(asked.precision, choose_device(with_values(Config(), given)))
-
-
-class _Partial:
-    """Reports so far, a line of JSON each, under a line that says what they come from."""
-
-    def __init__(self, output: Path, about: dict[str, Any]) -> None:
-        self.path = output.with_name(output.name + ".partial.jsonl")
-        self.records: dict[str, dict[str, Any]] = {}
-        self._about = about
-        self._file: IO[str] | None = None
-        if self.path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        lines = read_utf8(self.path).split("\n")
-        if lines[0] != json.dumps(self._about):
-            raise ConfigError(
-                f"{self.path} was written by another model, from other data or with other "
-                "settings; remove it or choose another --output"
-            )
-        for line in lines[1:]:
-            try:
-                record = json.loads(line)
-            except ValueError:  # empty, or cut short by a kill
-                continue
-            self.records[record["id"]] = record
-
-    def __enter__(self) -> _Partial:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [json.dumps(r, ensure_ascii=False) for r in self.records.values()]
-        write_text(self.path, "\n".join([json.dumps(self._about), *kept]) + "\n")
-        self._file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Keep a record, on the disk too."""
-        assert self._file is not None
-        self.records[record["id"]] = record
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        assert self._file is not None
-        self._file.close()
+def _record(specimen: str, drafts: Sequence[Report], best: int) -> Record:
+    texts = [
+        {
+            "report": one.text,
+            "score": None if one.score is None else round(one.score, 4),
+            "ended": one.ended,
+        }
+        for one in drafts
+    ]
+    others = {"alternatives": texts[1:]} if best > 1 else {}
+    return {"id": specimen, **texts[0], **others}
 
 
 def _formatted(records: Sequence[dict[str, Any]], about: dict[str, Any], ending: str) -> str:

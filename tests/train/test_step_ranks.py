@@ -9,6 +9,8 @@ import os
 import socket
 import subprocess
 import sys
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,16 +20,22 @@ from torch import Tensor
 from slidevlm import dist
 from slidevlm.batch import Bags, Batch
 from slidevlm.errors import DataError, TrainingError
-from slidevlm.losses import caption_loss_sum, contrastive_loss
+from slidevlm.losses import caption_loss_sum, contrastive_loss, siglip_loss
 from slidevlm.models import CoCa, create_model
 from slidevlm.models.freeze import lock_image, lock_text
 from slidevlm.precision import resolve
 from slidevlm.train.optim import adamw
-from slidevlm.train.step import MAX_SKIPPED_IN_A_ROW, Objective, Step, softmax_term
+from slidevlm.train.step import (
+    MAX_SKIPPED_IN_A_ROW,
+    Objective,
+    Step,
+    sigmoid_term,
+    softmax_term,
+)
 
 CPU = torch.device("cpu")
 # Sizes of the micro-batches of rank 0 and of rank 1; weights of the two losses.
-CASES = [
+UNEQUAL: list[tuple[tuple[tuple[int, ...], ...], tuple[float, float]]] = [
     (((4,), (2,)), (1.0, 2.0)),
     (((4,), ()), (1.0, 2.0)),
     (((), (5,)), (1.0, 2.0)),
@@ -36,14 +44,17 @@ CASES = [
     (((1,), (1, 2)), (1.0, 0.0)),
     (((), (2, 2)), (0.0, 2.0)),
 ]
+# --local-loss and --gather-with-grad, and whether the loss is the sigmoid one.
+WAYS = list(product((False, True), repeat=2))
+CASES = [(*case, way, siglip) for siglip in (False, True) for way in WAYS for case in UNEQUAL]
 
 
-def tiny() -> CoCa:
+def tiny(*, siglip: bool = False) -> CoCa:
     torch.manual_seed(0)
-    model = create_model("coca_tiny", tile_width=6, vocab_size=20).double()
+    model = create_model("coca_tiny", tile_width=6, vocab_size=20, siglip=siglip).double()
     with torch.no_grad():  # a new model's residual branches are 0 and would hide mistakes
         for name, parameter in model.named_parameters():
-            if name != "log_scale":
+            if name not in ("log_scale", "bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
@@ -70,8 +81,11 @@ def batch_of(numbers: range) -> Batch:
     )  # fmt: skip
 
 
-def step_for(model: CoCa, weights: tuple[float, float]) -> Step:
-    objective = Objective(softmax_term, *weights, mask_duplicates=True)
+def step_for(
+    model: CoCa, weights: tuple[float, float], way: tuple[bool, bool] = (False, False)
+) -> Step:
+    term = softmax_term if model.bias is None else sigmoid_term
+    objective = Objective(term, *weights, True, *way)
     optimizer = adamw(model, lr=1e-2, betas=(0.9, 0.98), eps=1e-8, decay=0.1)
     return Step(model, optimizer, objective, resolve("fp32", CPU), None, ragged=True)
 
@@ -80,20 +94,23 @@ def work(folder: Path) -> None:
     dist.start("gloo", CPU)
     torch.set_num_threads(1)
     rank, results = dist.rank(), {}
-    for case, (sizes, weights) in enumerate(CASES):
+    for case, (sizes, weights, way, siglip) in enumerate(CASES):
         first = sum(sizes[0]) if rank else 0
         mine = []
         for size in sizes[rank]:
             mine.append(batch_of(range(first, first + size)))
             first += size
-        model = tiny()
-        terms = step_for(model, weights).gradients(mine)
+        model = tiny(siglip=siglip)
+        terms = step_for(model, weights, way).gradients(mine)
         results[case] = {n: p.grad for n, p in model.named_parameters()}
         results[case]["loss"] = terms.loss
     results["frozen"] = frozen_step([batch_of(range(3 * rank, 3 * rank + 3))])
     results["nothing"] = nothing()
-    results["rows"] = dist.gather_rows(torch.full((rank * 2, 3), float(rank)))
-    results["none"] = [tuple(t.shape) for t in dist.gather_rows(torch.zeros(0, 0))]
+    rows = dist.rows_of(rank * 2, 3 * rank, ragged=True)
+    results["rows"] = rows.gather(torch.full((rank * 2, rows.width), float(rank)))
+    results["summed"] = rows.scatter_sum(torch.arange(6.0).view(2, 3) * (rank + 1))
+    none = dist.rows_of(0, 0, ragged=True)
+    results["none"] = tuple(none.gather(torch.zeros(0, none.width)).shape)
     results["made"] = dist.from_main(lambda: f"made by {rank}")
     try:
         dist.from_main(refuse)
@@ -136,13 +153,16 @@ def nothing() -> dict[str, bool]:
     return found
 
 
-def reference(count: int, weights: tuple[float, float]) -> dict[str, Tensor | None]:
+@cache
+def reference(count: int, weights: tuple[float, float], siglip: bool) -> dict[str, Tensor | None]:
     """The objective as it is written down, on all specimens together, by plain autograd."""
-    model, batch = tiny(), batch_of(range(count))
+    model, batch = tiny(siglip=siglip), batch_of(range(count))
     out = model(batch.bags, batch.tokens, batch.token_mask)
-    contrastive = contrastive_loss(
-        out.image_embedding, out.text_embedding, out.logit_scale, batch.report_ids
-    )
+    pair, ids = (out.image_embedding, out.text_embedding), batch.report_ids
+    if siglip:
+        contrastive = siglip_loss(*pair, out.logit_scale, out.logit_bias, ids)
+    else:
+        contrastive = contrastive_loss(*pair, out.logit_scale, ids)
     caption = caption_loss_sum(out.logits, batch.tokens, batch.token_mask)
     loss = weights[0] * contrastive + weights[1] * caption / batch.token_mask[:, 1:].sum()
     loss.backward()
@@ -176,8 +196,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=str)
 def test_unequal_ranks_have_the_gradient_of_all_specimens(results: list[dict], case: int) -> None:
-    sizes, weights = CASES[case]
-    expected = reference(sum(map(sum, sizes)), weights)
+    sizes, weights, _, siglip = CASES[case]
+    expected = reference(sum(map(sum, sizes)), weights, siglip)
     for rank in (0, 1):
         for name, value in expected.items():
             found = results[rank][case][name]
@@ -185,9 +205,7 @@ def test_unequal_ranks_have_the_gradient_of_all_specimens(results: list[dict], c
             if value is None or found is None:
                 assert (value is None or not value.any()) and (found is None or not found.any())
                 continue
-            torch.testing.assert_close(
-                found.double(), value.double(), atol=1e-6, rtol=1e-4, msg=name
-            )
+            torch.testing.assert_close(found, value, atol=1e-11, rtol=0, msg=name)
 
 
 def test_a_step_with_frozen_towers_is_that_of_one_process(results: list[dict]) -> None:
@@ -211,8 +229,10 @@ def test_a_step_without_any_specimen_moves_nothing(results: list[dict]) -> None:
 def test_rows_and_what_the_first_makes(results: list[dict]) -> None:
     for rank in (0, 1):
         rows = results[rank]["rows"]
-        assert [tuple(r.shape) for r in rows] == [(0, 3), (2, 3)] and (rows[1] == 1).all()
-        assert results[rank]["none"] == [(0, 0), (0, 0)]
+        assert rows.shape == (2, 3) and (rows == 1).all()
+        expected = (torch.zeros(0, 3), 3 * torch.arange(6.0).view(2, 3))[rank]
+        assert torch.equal(results[rank]["summed"], expected)
+        assert results[rank]["none"] == (0, 0)
         assert results[rank]["made"] == "made by 0"
         assert results[rank]["refused"] == "cannot be made"
 

@@ -236,6 +236,8 @@ def _objective(config: Config, trained: Trained) -> Objective:
         contrastive,
         loss.coca_caption_loss_weight,
         mask_duplicates=loss.false_negatives == "mask",
+        local_loss=loss.local_loss,
+        gather_with_grad=loss.gather_with_grad,
     )
 
 

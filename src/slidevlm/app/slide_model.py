@@ -173,6 +173,12 @@ class SlideModel:
         return self.precision.device
 
     @property
+    def computes_in(self) -> str:
+        """The type of its numbers: "float32", "bfloat16" or "float16"."""
+        dtype = self.precision.autocast_dtype or torch.float32
+        return str(dtype).removeprefix("torch.")
+
+    @property
     def tile_width(self) -> int:
         """D, the features of a tile; 0 of a language model, which reads none."""
         return 0 if self.trained.config.family == "lm" else self.trained.config.tile_width or 0

@@ -28,6 +28,34 @@ def contrastive_loss(
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def logits_of_rows(
+    queries: Tensor, keys: Tensor, scale: Tensor, first: int, report_ids: Tensor | None
+) -> Tensor:
+    """Some rows of the matrix of logits, duplicates at minus infinity.
+
+    Args:
+        queries: [n, E], rows `first` to `first + n` of the batch.
+        keys: [N, E], the whole batch of the other kind.
+        scale: [].
+        first: place of the first query in the batch.
+        report_ids: [N] of the whole batch, or None.
+
+    Returns:
+        [n, N].
+    """
+    logits = scale * queries @ keys.T
+    if report_ids is None:
+        return logits
+    return logits.masked_fill(duplicates_of_rows(report_ids, first, len(queries)), float("-inf"))
+
+
+def duplicates_of_rows(report_ids: Tensor, first: int, count: int) -> Tensor:
+    """[count, N] bool: rows `first` and following of what `duplicates` gives for all."""
+    rows = torch.arange(first, first + count, device=report_ids.device)
+    equal = report_ids[rows][:, None] == report_ids[None, :]
+    return equal & (rows[:, None] != torch.arange(len(report_ids), device=equal.device))
+
+
 def duplicates(report_ids: Tensor | None, like: Tensor) -> Tensor:
     """[N, N] bool: the same report, off the diagonal."""
     if report_ids is None:

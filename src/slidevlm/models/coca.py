@@ -23,6 +23,7 @@ from slidevlm.models.text import (
     ReportDecoder,
     TextPrior,
 )
+from slidevlm.precision import wide
 
 MAX_LOG_SCALE = math.log(100.0)
 
@@ -200,7 +201,7 @@ class CoCa(Resting):
         pooled = slide[:, 0] if self.slide_pooler is None else self.slide_pooler(slide)[:, 0]
         if self.slide_project is not None:
             pooled = self.slide_project(pooled)
-        return F.normalize(pooled.float(), dim=-1)
+        return F.normalize(wide(pooled), dim=-1)
 
     def _embed_text(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         embedding = self.text.pool(hidden, mask)
@@ -208,7 +209,7 @@ class CoCa(Resting):
             embedding = self.text_project(embedding)
         if self.prior is not None:
             embedding = self.prior(tokens, mask, embedding)
-        return F.normalize(embedding.float(), dim=-1)
+        return F.normalize(wide(embedding), dim=-1)
 
     def _write(
         self,

@@ -11,7 +11,7 @@ tokens divided by the tokens of the whole step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,13 +20,11 @@ from torch import Tensor
 from slidevlm import dist
 from slidevlm.batch import Batch, Output
 from slidevlm.errors import TrainingError
-from slidevlm.losses import caption_loss_sum, contrastive_loss, siglip_loss
+from slidevlm.losses import caption_loss_sum
 from slidevlm.models import Model
-from slidevlm.precision import Precision
+from slidevlm.precision import Precision, wide
+from slidevlm.train.contrast import Contrastive, Pairs, Sigmoid, Softmax, way
 from slidevlm.train.optim import set_rate
-
-# image [N, E], text [N, E], scale [], bias [] or None, report_ids [N] -> []
-Contrastive = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -39,21 +37,12 @@ class Objective:
     contrastive_weight: float
     caption_weight: float
     mask_duplicates: bool
+    # How the contrastive gradient is computed over ranks, never what it is: see contrast.py.
+    local_loss: bool = False
+    gather_with_grad: bool = False
 
 
-def softmax_term(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, report_ids: Tensor | None
-) -> Tensor:
-    """CLIP's loss as a `Contrastive`."""
-    return contrastive_loss(image, text, scale, report_ids)
-
-
-def sigmoid_term(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, report_ids: Tensor | None
-) -> Tensor:
-    """SigLIP's loss as a `Contrastive`."""
-    assert bias is not None, "a model for the sigmoid loss has a bias"
-    return siglip_loss(image, text, scale, bias, report_ids)
+softmax_term, sigmoid_term = Softmax(), Sigmoid()
 
 
 @dataclass
@@ -103,7 +92,9 @@ class Step:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.with_logits = objective.caption_weight > 0 and model.decoder is not None
         self.ragged = ragged
-        self._gather = dist.gather_rows if ragged else dist.gather
+        self._share = way(
+            local_loss=objective.local_loss, gather_with_grad=objective.gather_with_grad
+        )
         self.skipped = 0
         self._skipped_in_a_row = 0
 
@@ -186,7 +177,9 @@ class Step:
                 caption = caption + mine.detach()
             self.scaler.scale(surrogate).backward()
             del output, surrogate
-        caption = dist.sum_(caption.float())  # of one type, also where this rank had none
+        # Of one type, also where this rank had no specimen.
+        both = torch.stack([contrastive, caption.to(contrastive.dtype)])
+        contrastive, caption = dist.sum_(both).unbind()
         weights = self.objective
         return Terms(
             loss=weights.contrastive_weight * contrastive + weights.caption_weight * caption,
@@ -200,45 +193,39 @@ class Step:
     def _contrastive(
         self, batches: Sequence[Batch], embedded: Sequence[Output]
     ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-        """The global contrastive loss, and its weighted gradients for this rank's micro-batches.
-
-        Every rank computes the whole loss from everybody's embeddings. Scale and bias, which
-        every rank would thus count in full, are divided by the number of ranks.
+        """This rank's share of the global contrastive loss, and the weighted gradients of the
+        global loss for its micro-batches; those of scale and bias are left in the parameters.
         """
-        sizes = [len(b) for b in batches]
-        if self.objective.contrastive_weight == 0:
-            nothing = self.model.log_scale.detach().new_zeros(())
+        sizes, model = [len(b) for b in batches], self.model
+        weight, kind = self.objective.contrastive_weight, wide(model.log_scale.detach())
+        if weight == 0:
+            nothing = kind.new_zeros(())
             return nothing, [nothing] * len(sizes), [nothing] * len(sizes)
-        images = self._of_all([_present(o.image_embedding) for o in embedded])
-        texts = self._of_all([_present(o.text_embedding) for o in embedded])
-        none = self.model.log_scale.new_zeros(0, dtype=torch.int64)
-        ids = torch.cat(self._gather(torch.cat([none, *(b.report_ids for b in batches)])))
-        # [N, E] each, as leaves to differentiate by.
-        image, text = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
-        masked = ids if self.objective.mask_duplicates else None
-        loss = self.objective.contrastive(
-            image, text, self.model.log_scale.exp(), self.model.bias, masked
+        images = [_present(o.image_embedding).detach() for o in embedded]
+        texts = [_present(o.text_embedding).detach() for o in embedded]
+        width = images[0].shape[1] if images else 0
+        rows = dist.rows_of(sum(sizes), width, ragged=self.ragged)
+        none = kind.new_zeros(0, rows.width)  # for a rank without specimens
+        pairs = Pairs(
+            torch.cat(images or [none]).requires_grad_(),
+            torch.cat(texts or [none]).requires_grad_(),
+            wide(model.log_scale.detach()).exp().requires_grad_(),
+            None if model.bias is None else wide(model.bias.detach()).clone().requires_grad_(),
+            self._report_ids(batches, rows) if self.objective.mask_duplicates else None,
+            rows,
         )
-        temperature = [p for p in (self.model.log_scale, self.model.bias) if p is not None]
-        temperature = [p for p in temperature if p.requires_grad]
-        gradients = torch.autograd.grad(loss, [image, text, *temperature])
-        weight = self.objective.contrastive_weight
-        scale = self.scaler.scale(loss.new_tensor(weight / dist.world_size()))
-        for parameter, gradient in zip(temperature, gradients[2:], strict=True):
-            parameter.grad = gradient * scale
-        first = sum(len(part) for part in images[: dist.rank()])
-        mine = slice(first, first + sum(sizes))
-        return (
-            loss.detach(),
-            (weight * gradients[0][mine]).split(sizes),
-            (weight * gradients[1][mine]).split(sizes),
-        )
+        share = self._share(self.objective.contrastive, pairs)
+        leaves = [t for t in (pairs.image, pairs.text, pairs.scale, pairs.bias) if t is not None]
+        image, text, scale, *bias = torch.autograd.grad(share.surrogate, leaves)
+        of_rank = self.scaler.scale(share.loss.new_tensor(weight * share.temperature))
+        _leave(model.log_scale, of_rank * scale * pairs.scale.detach())  # of its logarithm
+        for gradient in bias:
+            _leave(model.bias, of_rank * gradient)
+        return share.loss, (weight * image).split(sizes), (weight * text).split(sizes)
 
-    def _of_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Embeddings of all micro-batches of every rank, [n, E] each, without graph."""
-        if not parts:  # a rank without specimens cannot know E
-            return self._gather(torch.zeros((0, 0), device=self.model.log_scale.device))
-        return self._gather(torch.cat([part.detach() for part in parts]))
+    def _report_ids(self, batches: Sequence[Batch], rows: dist.Rows) -> Tensor:
+        none = torch.zeros(0, dtype=torch.int64, device=self.model.log_scale.device)
+        return rows.gather(torch.cat([none, *(b.report_ids for b in batches)]))
 
     def _move(self, terms: Terms, rate: float, batches: Sequence[Batch]) -> Terms:
         self.scaler.unscale_(self.optimizer)
@@ -266,6 +253,11 @@ class Step:
             f"steps in a row; the last step's specimens: {specimens}. Look at their features, or "
             "lower --lr, or use --precision fp32 or --grad-clip-norm 1"
         )
+
+
+def _leave(parameter: Tensor | None, gradient: Tensor) -> None:
+    if parameter is not None and parameter.requires_grad:
+        parameter.grad = gradient.to(parameter.dtype)
 
 
 def _present(tensor: Tensor | None) -> Tensor:

@@ -1,0 +1,280 @@
+"""A trained model used on all specimens of a cohort: read, computed and kept one by one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from slidevlm.app.cohorts import open_path
+from slidevlm.app.slide_model import CUTOFF, SlideModel, load
+from slidevlm.app.trained import same_data
+from slidevlm.batch import Batch
+from slidevlm.data.cases import Case, CaseStore
+from slidevlm.data.dataset import BadSpecimens, BagDataset, StopAtBad, make_loader
+from slidevlm.data.sampling import EvalBatches
+from slidevlm.data.splits import find, read_identifiers
+from slidevlm.errors import ConfigError, DataError
+from slidevlm.run import Bar, write_text
+
+log = logging.getLogger("slidevlm")
+
+Record = dict[str, Any]  # of one specimen, by "id" and whatever was found
+
+
+@dataclass(frozen=True)
+class Using:
+    """A model, the specimens it is used on, and where the results go.
+
+    Args:
+        model: any form that `load` takes.
+        source: file of features, folder of them, or cohort.
+        output: file of the results; None: to the terminal.
+        split: file of the specimens to take; None: all.
+        hdf5_feature_attribute: of an HDF5 source that has several.
+        slide_table: slides of each specimen; None: each slide is one.
+        image_features_cutoff: tiles read of one specimen at most.
+        batch_size: specimens that are computed, and kept, at a time.
+        workers: reading processes.
+        device: None: see `load`.
+        precision: None: see `load`.
+        skip_bad: leave out what cannot be read.
+    """
+
+    model: str
+    source: Path
+    output: Path | None
+    split: Path | None = None
+    hdf5_feature_attribute: str | None = None
+    slide_table: Path | None = None
+    image_features_cutoff: int = CUTOFF
+    batch_size: int = 1
+    workers: int = 2
+    device: str | None = None
+    precision: str | None = None
+    skip_bad: bool = False
+
+    def load(self) -> SlideModel:
+        """The model, on its device."""
+        return load(
+            self.model,
+            device=self.device,
+            precision=self.precision,
+            image_features_cutoff=self.image_features_cutoff,
+        )
+
+
+class Cohort:
+    """The specimens of `using` that have features.
+
+    Raises:
+        DataError: there are none.
+    """
+
+    def __init__(self, using: Using) -> None:
+        self.store = open_path(using.source, using.hdf5_feature_attribute, using.slide_table)
+        self.cases = _cases(using, self.store)
+        self.bad = BadSpecimens() if using.skip_bad else StopAtBad()
+        self._using = using
+
+    def batches(self, model: SlideModel, cases: Sequence[Case], title: str) -> Iterator[Batch]:
+        """These specimens on the model's device, with a bar on a terminal; bad ones are left out.
+
+        Raises:
+            DataError: one that cannot be read, or is not what the model reads.
+        """
+        using = self._using
+        dataset = BagDataset(
+            self.store,
+            cases,
+            [""] * len(cases),
+            model.trained.tokenizer,
+            max_tokens=2,
+            cutoff=using.image_features_cutoff,
+            seed=0,
+            training=False,
+        )
+        order = EvalBatches(len(cases), using.batch_size)
+        loader = make_loader(
+            dataset,
+            order,
+            min(using.workers, len(order)),
+            pin_memory=model.device.type == "cuda",
+            bad=self.bad,
+        )
+        bar, done = Bar(title, len(cases), shown=True), 0
+        try:
+            for batch in loader:
+                if len(batch):
+                    same_data(model.trained, batch.bags.features.shape[1], batch.bags.unit)
+                    yield batch.to(model.device)
+                done += len(batch)
+                bar.update(done)
+        finally:
+            bar.close()
+
+
+def _cases(using: Using, store: CaseStore) -> list[Case]:
+    if using.split is None:
+        cases = [case for case in store.cases if store.has_features(case)]
+    else:
+        found = find(read_identifiers(using.split), store)
+        if found.missing:
+            log.warning(
+                "%d names of %s have no features and are left out: %s",
+                len(found.missing),
+                using.split,
+                ", ".join(found.missing[:10]),
+            )
+        cases = list(found.cases)
+    if not cases:
+        raise DataError(f"{using.source}: no specimen with features to use the model on")
+    return cases
+
+
+@dataclass(frozen=True)
+class Results:
+    """Records of the specimens, those of earlier calls among them."""
+
+    records: list[Record]
+    new: int  # made by this call
+
+
+def to_terminal(
+    model: SlideModel,
+    cohort: Cohort,
+    title: str,
+    about: Mapping[str, Any],
+    use: Callable[[Batch], Sequence[Record]],
+) -> int:
+    """Print a line of JSON a specimen as they are ready; their number."""
+    written = 0
+    for batch in cohort.batches(model, cohort.cases, title):
+        for record in use(batch):
+            print(json.dumps({**record, **about}, ensure_ascii=False), flush=True)
+            written += 1
+    return written
+
+
+def collect(
+    using: Using,
+    model: SlideModel,
+    cohort: Cohort,
+    title: str,
+    about: Mapping[str, Any],
+    use: Callable[[Batch], Sequence[Record]],
+    known: Sequence[Record] = (),
+) -> tuple[Results, Partial]:
+    """Results of all specimens, each batch on the disk as soon as it is ready.
+
+    Interrupted or killed, the same call goes on after the last whole batch. The partial file is
+    the caller's to remove, when the results are written.
+
+    Args:
+        using: what was asked for; it has an output.
+        model: whose hash `about` has.
+        cohort: of `using`.
+        title: of the bar.
+        about: what results depend on, beside the source; others' results are not mixed in.
+        use: a batch on the device -> a record of each specimen.
+        known: records of an output that is there.
+    """
+    assert using.output is not None, "a file to write"
+    partial = Partial(using.output, {**about, "source": str(using.source.resolve())})
+    records = {**{r["id"]: r for r in known}, **partial.records}
+    todo = [case for case in cohort.cases if case.specimen not in records]
+    if len(todo) < len(cohort.cases):
+        there = len(cohort.cases) - len(todo)
+        log.info("%d of %d specimens are done already", there, len(cohort.cases))
+    new = 0
+    with partial:
+        if todo:
+            for batch in cohort.batches(model, todo, title):
+                found = use(batch)
+                partial.add(found)
+                new += len(found)
+    records |= partial.records
+    names = dict.fromkeys([*(r["id"] for r in known), *(c.specimen for c in cohort.cases)])
+    return Results([records[name] for name in names if name in records], new), partial
+
+
+class Partial:
+    """Records so far: a line of JSON each, under a line that says what they come from.
+
+    Raises:
+        ConfigError: the file comes from something else.
+    """
+
+    def __init__(self, output: Path, about: Mapping[str, Any]) -> None:
+        self.path = output.with_name(output.name + ".partial.jsonl")
+        self.records: dict[str, Record] = {}
+        self._about = dict(about)
+        self._file: IO[str] | None = None
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        lines = self.path.read_bytes().split(b"\n")
+        if lines[0] != json.dumps(self._about).encode():
+            raise ConfigError(
+                f"{self.path} was written by another model, from other data or with other "
+                "settings; remove it or choose another --output"
+            )
+        for line in lines[1:]:
+            try:
+                record = json.loads(line)
+            except ValueError:  # empty, or cut short by a kill, perhaps within a character
+                continue
+            self.records[record["id"]] = record
+
+    def __enter__(self) -> Partial:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [json.dumps(r, ensure_ascii=False) for r in self.records.values()]
+        write_text(self.path, "\n".join([json.dumps(self._about), *kept]) + "\n")
+        self._file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Keep records, on the disk too."""
+        assert self._file is not None
+        for record in records:
+            self.records[record["id"]] = record
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        assert self._file is not None
+        self._file.close()
+
+
+def check_output(output: Path, forms: Sequence[str]) -> None:
+    """ConfigError where the ending is none of `forms`, or the file exists."""
+    if output.suffix.lower() not in forms:
+        raise ConfigError(
+            f"--output {output}: the ending tells the form, one of {', '.join(forms)}; "
+            "- writes lines of JSON to the terminal"
+        )
+    if output.exists():
+        raise ConfigError(f"--output {output} exists; choose another file or remove it")
+
+
+def tell(
+    output: Path, results: Results, cohort: Cohort, model: SlideModel, what: str, *, as_json: bool
+) -> None:
+    """Print what has been written; what was left out is told by warnings before."""
+    total = len(results.records)
+    if as_json:
+        content = {
+            "output": str(output),
+            "specimens": total,
+            "new": results.new,
+            "bad": dict(cohort.bad.messages),
+            "model": model.hash,
+        }
+        print(json.dumps(content, indent=1, ensure_ascii=False))
+        return
+    before = total - results.new
+    print(f"wrote {output}: {total} {what}" + (f", {before} of them before" if before else ""))

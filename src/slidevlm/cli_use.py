@@ -1,0 +1,227 @@
+"""The words of the commands that use a model: caption, classify, embed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slidevlm.config import arg
+from slidevlm.flags import parse_into
+
+if TYPE_CHECKING:
+    from slidevlm.app.using import Using
+
+JSON = "print a JSON document in the place of text"
+
+
+@dataclass(frozen=True)
+class _UseArguments:
+    """arguments: a model, and what it is used on."""
+
+    model: str = arg(
+        "",
+        "folder of a run, checkpoint (.pt), folder of weights, or hf-hub:owner/name",
+        positional=True,
+    )
+    source: str = arg(
+        "", "file of features of any known format, folder of them, or cohort", positional=True
+    )
+    split: str | None = arg(None, "file of the specimens to take, as in training", file=True)
+    hdf5_feature_attribute: str | None = arg(
+        None, "features of an HDF5 source that has several", flag="--hdf5_feature_attribute"
+    )
+    slide_table: str | None = arg(
+        None, "slides of each specimen, as in training; without it each slide is one", file=True
+    )
+    image_features_cutoff: int = arg(100_000, "tiles read of one specimen at most", minimum=1)
+    workers: int = arg(2, "reading processes; 0 reads in one", minimum=0)
+    device: str | None = arg(None, "cuda, cuda:1 or cpu", default_text="cuda where there is one")
+    precision: str | None = arg(
+        None,
+        "as in training: fp32, amp, amp_bf16",
+        default_text="amp_bf16 on a GPU that computes in it, else fp32",
+    )
+    skip_bad_specimens: bool = arg(False, "leave out what cannot be read instead of stopping")
+    json: bool = arg(False, JSON)
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+def _using(a: _UseArguments, output: str, batch_size: int) -> Using:
+    from slidevlm.app.using import Using
+
+    return Using(
+        model=a.model,
+        source=Path(a.source),
+        output=None if output == "-" else Path(output),
+        split=_path(a.split),
+        hdf5_feature_attribute=a.hdf5_feature_attribute,
+        slide_table=_path(a.slide_table),
+        image_features_cutoff=a.image_features_cutoff,
+        batch_size=batch_size,
+        workers=a.workers,
+        device=a.device,
+        precision=a.precision,
+        skip_bad=a.skip_bad_specimens,
+    )
+
+
+# -- caption ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _CaptionArguments(_UseArguments):
+    """arguments: what reports are written of, and how."""
+
+    output: str = arg(
+        "captions.json",
+        "file to write, whose ending tells the form: .json, .csv or .txt; - writes lines of JSON "
+        "to the terminal",
+    )
+    batch_size: int = arg(8, "specimens written of at a time", minimum=1)
+    prompt: str = arg("", "words that every report begins with, such as Diagnosis:")
+    max_tokens: int = arg(
+        100, "tokens generated at most", minimum=1, also=("--caption-val-max-seq-len",)
+    )
+    min_tokens: int = arg(0, "tokens generated at least", minimum=0)
+    top_k: int | None = arg(
+        None,
+        "draw from the k most likely tokens, 0 from all",
+        default_text="greedy",
+        minimum=0,
+        also=("--val-gen-top-k",),
+    )
+    top_p: float = arg(1.0, "draw from the fewest tokens with this share", above=0.0, maximum=1.0)
+    temperature: float = arg(1.0, "of the draws", above=0.0)
+    beams: int = arg(1, "search with so many beams", minimum=1, also=("--val-gen-num-beams",))
+    groups: int = arg(
+        1,
+        "groups of beams, which keep away from each other",
+        minimum=1,
+        also=("--val-gen-num-beam-groups",),
+    )
+    diversity: float = arg(0.5, "how far", minimum=0.0)
+    length_penalty: float = arg(1.0, "score = log-probability / tokens ** this")
+    repetition_penalty: float = arg(1.0, "above 1, tokens that are there already cost", above=0.0)
+    no_repeat_ngram: int = arg(0, "no run of so many tokens twice; 0: any", minimum=0)
+    best: int = arg(1, "reports of each specimen", minimum=1)
+    seed: int = arg(0, "of the draws", minimum=0)
+
+
+CAPTION_HELP = """\
+Write a report of every specimen with a trained model, the best first, with its score, the hash of
+the model and the settings. Interrupted, the same command goes on where it was."""
+CAPTION_EPILOG = """\
+examples:
+  slidevlm caption logs/first slide.h5 --output - --prompt "Diagnosis:"
+  slidevlm caption logs/first features/ --output reports.json --beams 6 --groups 3 --best 3
+"""
+
+
+def caption(argv: Sequence[str]) -> None:
+    """`slidevlm caption`."""
+    a = parse_into(_CaptionArguments, argv, "slidevlm caption", CAPTION_HELP, CAPTION_EPILOG)
+    decoding = {
+        name: getattr(a, name)
+        for name in (
+            *("max_tokens", "min_tokens", "top_p", "temperature", "repetition_penalty"),
+            *("no_repeat_ngram", "beams", "groups", "diversity", "length_penalty", "best", "seed"),
+        )
+    }
+    # Draws are asked for by any of their settings; k is then all tokens where it is not given.
+    drawn = a.top_k is not None or a.top_p < 1 or a.temperature != 1
+    decoding["top_k"] = (a.top_k or None) if drawn else 1
+    from slidevlm.report_commands import Captioning
+    from slidevlm.report_commands import caption as run
+
+    run(Captioning(_using(a, a.output, a.batch_size), a.prompt, decoding, a.json))
+
+
+# -- embed -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _EmbedArguments(_UseArguments):
+    """arguments: what is embedded, and how."""
+
+    output: str = arg(
+        "embeddings.h5",
+        "file to write, whose ending tells the form: .h5, .npz or .parquet; one that is there is "
+        "added to; - writes lines of JSON to the terminal",
+    )
+    batch_size: int = arg(
+        1, "specimens embedded, and kept, at a time; more help on a GPU with small bags", minimum=1
+    )
+
+
+EMBED_HELP = """\
+Embed every specimen with a trained model: ids, patients, numbers of tiles and vectors of length 1
+in one file, with the hash of the model. Each is kept as soon as it is computed: killed or
+interrupted, the same command goes on where it was; of an output that is there, only what it lacks
+is embedded."""
+EMBED_EPILOG = """\
+examples:
+  slidevlm embed logs/first features/ --output embeddings.h5
+  slidevlm embed logs/first cohort.h5 --split cohort/test.txt --output test.parquet
+"""
+
+
+def embed(argv: Sequence[str]) -> None:
+    """`slidevlm embed`."""
+    a = parse_into(_EmbedArguments, argv, "slidevlm embed", EMBED_HELP, EMBED_EPILOG)
+    from slidevlm.use_commands import Embedding
+    from slidevlm.use_commands import embed as run
+
+    run(Embedding(_using(a, a.output, a.batch_size), a.json))
+
+
+# -- classify --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ClassifyArguments(_UseArguments):
+    """arguments: what is classified, and how."""
+
+    prompts: tuple[str, ...] = arg(
+        (),
+        "file of classes and their prompts (JSON, YAML), as in training; or two or more texts, "
+        "each a class",
+        default_text="must be given",
+        also=("--zsc-class-prompt-mapping",),
+    )
+    ensemble: str = arg(
+        "mean",
+        "of several prompts a class: mean of their embeddings, or sum of their probabilities",
+        choices=("mean", "probabilities"),
+        also=("--zsc-ensemble",),
+    )
+    output: str = arg(
+        "classes.csv",
+        "file to write, whose ending tells the form: .csv or .json; - writes lines of JSON to the "
+        "terminal",
+    )
+    batch_size: int = arg(8, "specimens classified at a time", minimum=1)
+
+
+CLASSIFY_HELP = """\
+Zero-shot classification: the probability of each class for every specimen, from how near the slide
+is to the texts of the class. Interrupted, the same command goes on where it was."""
+CLASSIFY_EPILOG = """\
+examples:
+  slidevlm classify logs/first features/ --prompts diagnosis_prompts.json --output classes.csv
+  slidevlm classify logs/first slide.h5 --prompts "lung cancer" "kidney cancer" --output -
+"""
+
+
+def classify(argv: Sequence[str]) -> None:
+    """`slidevlm classify`."""
+    a = parse_into(_ClassifyArguments, argv, "slidevlm classify", CLASSIFY_HELP, CLASSIFY_EPILOG)
+    from slidevlm.use_commands import Classifying
+    from slidevlm.use_commands import classify as run
+
+    using = _using(a, a.output, a.batch_size)
+    run(Classifying(using, tuple(a.prompts), a.ensemble, a.json))
