@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from slidevlm import __version__, cli_use
+from slidevlm.completion import SHELLS, script
 from slidevlm.config import arg, validate_arguments
 from slidevlm.errors import ConfigError, SlideVLMError
-from slidevlm.flags import parse_config, parse_into
+from slidevlm.flags import declared, parse_config, parse_into
 
 USAGE = """\
 usage: slidevlm COMMAND ...
@@ -26,6 +29,8 @@ commands:
   embed            the vectors of slides
   score            score any two files of reports
   demo             synthesize a cohort, train on it, evaluate: a first look in minutes
+  doctor           what is wrong with this machine or installation, and how to mend it
+  completion       a script by which bash or zsh completes all this
   models list      the shipped configurations
   models show      a model's parts, groups for locking, memory of a step
   models new       copy a configuration to a file of one's own
@@ -37,8 +42,9 @@ commands:
   data synthesize  write a cohort of synthetic specimens with known truth
 
 slidevlm COMMAND --help tells more; --version prints the version.
-exit codes: 0 done, 1 a fault of slidevlm (data check: errors in the data), 2 an error in arguments,
-data or checkpoint, 130 Ctrl-C, 141 the reader of the output has gone.
+exit codes: 0 done, 1 a fault of slidevlm (data check, doctor: errors were found), 2 an error in
+arguments, data, checkpoint or machine, 130 Ctrl-C, 141 the reader of the output has gone.
+--debug shows the traceback of an error. docs/commands.md has more.
 """
 
 
@@ -46,11 +52,18 @@ def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
-def _train(argv: Sequence[str]) -> None:
-    config, _ = parse_config(argv)
-    from slidevlm.app import train
+@dataclass(frozen=True)
+class _TrainArguments:
+    """output: what is printed at the end."""
 
-    train(config)
+    json: bool = arg(False, cli_use.JSON + ": the run's folder and the last metrics")
+
+
+def _train(argv: Sequence[str]) -> None:
+    config, others = parse_config(argv, positional=_TrainArguments)
+    from slidevlm.evaluation_commands import train
+
+    train(config, as_json=_TrainArguments(**others).json)
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,7 @@ class _EvaluateArguments:
         file=True,
     )
     format: str = arg("table", "of what is printed", choices=("table", "markdown", "latex"))
+    json: bool = arg(False, cli_use.JSON + ": all metrics with intervals, and the comparison")
 
 
 EVALUATE_HELP = """\
@@ -98,6 +112,7 @@ def _evaluate(argv: Sequence[str]) -> None:
             _path(arguments.predictions),
             _path(arguments.compare),
             arguments.format,
+            arguments.json,
         ),
         config,
     )
@@ -116,8 +131,15 @@ class _ScoreArguments:
     references: str | None = arg(
         "", "file of the true reports; not needed for a run's captions_*.json", positional=True
     )
-    bootstraps: int = arg(1000, "resamples for intervals; 0: none", minimum=0)
-    ci: float = arg(0.95, "coverage of the intervals", above=0.0, below=1.0)
+    bootstraps: int = arg(
+        1000,
+        "resamples for intervals; 0: none",
+        minimum=0,
+        also=("--eval-metric-bootstraps",),
+    )
+    ci: float = arg(
+        0.95, "coverage of the intervals", above=0.0, below=1.0, also=("--eval-metric-ci",)
+    )
     seed: int = arg(0, "of the resamples", minimum=0)
     clinical: str | None = arg(
         None, "YAML of your own for clinical agreement; see docs/reports.md", file=True
@@ -133,6 +155,7 @@ class _ScoreArguments:
     only_common: bool = arg(False, "score the specimens that both files have")
     format: str = arg("table", "of the output", choices=("table", "markdown", "latex"))
     output: str | None = arg(None, "JSON file to write the scores to")
+    json: bool = arg(False, cli_use.JSON)
 
 
 SCORE_HELP = """\
@@ -161,6 +184,7 @@ def _score(argv: Sequence[str]) -> None:
             only_common=a.only_common,
             form=a.format,
             output=_path(a.output),
+            as_json=a.json,
         )
     )
 
@@ -223,6 +247,7 @@ class _CheckArguments:
     """arguments: where the report goes."""
 
     output: str | None = arg(None, "folder that gets check.json and check.html, a page with plots")
+    json: bool = arg(False, cli_use.JSON)
 
 
 CHECK_HELP = """\
@@ -242,8 +267,8 @@ def _check(argv: Sequence[str]) -> int:
     )
     from slidevlm.data_commands import check
 
-    output = _CheckArguments(**others).output
-    return 0 if check(config, _path(output)) else 1
+    a = _CheckArguments(**others)
+    return 0 if check(config, _path(a.output), as_json=a.json) else 1
 
 
 @dataclass(frozen=True)
@@ -286,7 +311,8 @@ class _ConvertArguments:
         default_text="contiguous, the fastest",
         minimum=1,
     )
-    workers: int = arg(2, "reading processes; 0 works in one", minimum=0)
+    workers: int = arg(2, "reading processes; 0 reads in one", minimum=0)
+    json: bool = arg(False, cli_use.JSON)
 
 
 CONVERT_HELP = """\
@@ -318,7 +344,8 @@ def _convert(argv: Sequence[str]) -> None:
             arguments.dtype,
             arguments.chunk_rows,
             arguments.workers,
-        )
+        ),
+        as_json=arguments.json,
     )
 
 
@@ -345,6 +372,7 @@ class _SplitArguments:
         "label file, as --zsc-specimen-class-mapping takes it: every split gets its share of "
         "each class",
         file=True,
+        also=("--zsc-specimen-class-mapping",),
     )
     fractions: tuple[float, ...] = arg(
         (0.7, 0.15, 0.15),
@@ -359,6 +387,7 @@ class _SplitArguments:
     )
     site_column: str | None = arg(None, "column of --site-table", default_text="site")
     seed: int = arg(0, "equal seeds give equal splits", minimum=0)
+    json: bool = arg(False, cli_use.JSON)
 
 
 SPLIT_HELP = """\
@@ -390,34 +419,41 @@ def _split(argv: Sequence[str]) -> None:
             _path(arguments.site_table),
             arguments.site_column or "site",
             arguments.seed,
-        )
+        ),
+        as_json=arguments.json,
     )
 
 
 @dataclass(frozen=True)
-class _NoArguments:
-    """arguments: none."""
+class _ListArguments:
+    """arguments: how they are listed."""
+
+    json: bool = arg(False, cli_use.JSON)
 
 
 MODELS_LIST_HELP = "List the shipped model configurations, names for --model."
 
 
 def _models_list(argv: Sequence[str]) -> None:
-    parse_into(_NoArguments, argv, "slidevlm models list", MODELS_LIST_HELP)
+    epilog = "example:\n  slidevlm models list\n"
+    a = parse_into(_ListArguments, argv, "slidevlm models list", MODELS_LIST_HELP, epilog)
     from slidevlm.model_commands import list_models
 
-    list_models()
+    list_models(as_json=a.json)
 
 
 @dataclass(frozen=True)
 class _ShowArguments:
     """arguments: the model, and the step whose memory is told."""
 
-    model: str = arg("", "name of a shipped configuration, or file of one", positional=True)
+    model: str = arg(
+        "", "name of a shipped configuration, or file of one", positional=True, shipped=True
+    )
     tiles: int = arg(10_000, "tiles of the bag", minimum=1)
     tokens: int | None = arg(
         None, "tokens of the report", minimum=2, default_text="the model's context"
     )
+    json: bool = arg(False, cli_use.JSON)
 
 
 SHOW_HELP = """\
@@ -434,14 +470,16 @@ def _models_show(argv: Sequence[str]) -> None:
     arguments = parse_into(_ShowArguments, argv, "slidevlm models show", SHOW_HELP, SHOW_EPILOG)
     from slidevlm.model_commands import show
 
-    show(arguments.model, arguments.tiles, arguments.tokens)
+    show(arguments.model, arguments.tiles, arguments.tokens, as_json=arguments.json)
 
 
 @dataclass(frozen=True)
 class _NewArguments:
     """arguments: what is copied, and where to."""
 
-    model: str = arg("", "name of a shipped configuration, or file of one", positional=True)
+    model: str = arg(
+        "", "name of a shipped configuration, or file of one", positional=True, shipped=True
+    )
     file: str = arg("", "file to write, ending in .json", positional=True)
 
 
@@ -462,8 +500,9 @@ def _models_new(argv: Sequence[str]) -> None:
 class _ExportArguments:
     """arguments: what is exported, and where to."""
 
-    source: str = arg("", "run folder or checkpoint, as --pretrained takes it", positional=True)
+    model: str = arg("", "run folder or checkpoint, as --pretrained takes it", positional=True)
     folder: str = arg("", "new folder", positional=True)
+    json: bool = arg(False, cli_use.JSON)
 
 
 EXPORT_HELP = """\
@@ -481,7 +520,7 @@ def _models_export(argv: Sequence[str]) -> None:
     )
     from slidevlm.model_commands import export_model
 
-    export_model(arguments.source, Path(arguments.folder))
+    export_model(arguments.model, Path(arguments.folder), as_json=arguments.json)
 
 
 @dataclass(frozen=True)
@@ -492,7 +531,8 @@ class _DemoArguments:
     specimens: int = arg(480, "number of specimens", minimum=20)
     epochs: int = arg(14, "epochs", minimum=1)
     seed: int = arg(0, "seed of cohort and training", minimum=0)
-    workers: int = arg(1, "loader processes", minimum=0)
+    workers: int = arg(1, "reading processes; 0 reads in one", minimum=0)
+    json: bool = arg(False, cli_use.JSON)
 
 
 DEMO_HELP = """\
@@ -501,7 +541,8 @@ a run folder to look at. Takes minutes on two cores."""
 
 
 def _demo(argv: Sequence[str]) -> None:
-    arguments = parse_into(_DemoArguments, argv, "slidevlm demo", DEMO_HELP)
+    epilog = "example:\n  slidevlm demo first_look --epochs 5\n"
+    arguments = parse_into(_DemoArguments, argv, "slidevlm demo", DEMO_HELP, epilog)
     from slidevlm.demo import demo
 
     demo(
@@ -510,7 +551,58 @@ def _demo(argv: Sequence[str]) -> None:
         epochs=arguments.epochs,
         seed=arguments.seed,
         workers=arguments.workers,
+        as_json=arguments.json,
     )
+
+
+@dataclass(frozen=True)
+class _DoctorArguments:
+    """arguments: what is looked at, and how it is told."""
+
+    skip_smoke_run: bool = arg(False, "no training and use of a tiny model, which takes seconds")
+    json: bool = arg(False, cli_use.JSON)
+
+
+DOCTOR_HELP = """\
+Look at everything that slidevlm needs: Python, packages and what each extra is for, processor,
+memory, shared memory, disk, GPU; train and use a tiny model; say what to mend and how. Exit code 0:
+nothing has to be mended; 1: something has."""
+DOCTOR_EPILOG = """\
+examples:
+  slidevlm doctor
+  slidevlm doctor --json --skip-smoke-run
+"""
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    a = parse_into(_DoctorArguments, argv, "slidevlm doctor", DOCTOR_HELP, DOCTOR_EPILOG)
+    from slidevlm.doctor import doctor
+
+    return 0 if doctor(smoke_run=not a.skip_smoke_run, as_json=a.json) else 1
+
+
+@dataclass(frozen=True)
+class _CompletionArguments:
+    """arguments: for which shell."""
+
+    shell: str = arg("", "bash or zsh", choices=SHELLS, positional=True)
+
+
+COMPLETION_HELP = """\
+Print a script by which the shell completes commands, arguments and names of models."""
+COMPLETION_EPILOG = """\
+examples:
+  eval "$(slidevlm completion bash)"     # in ~/.bashrc
+  eval "$(slidevlm completion zsh)"      # in ~/.zshrc
+"""
+
+
+def _completion(argv: Sequence[str]) -> None:
+    a = parse_into(
+        _CompletionArguments, argv, "slidevlm completion", COMPLETION_HELP, COMPLETION_EPILOG
+    )
+    commands = {name: declared(command) for name, command in COMMANDS.items()}
+    print(script(a.shell, commands), end="")
 
 
 # What runs a command; its exit code, or None for 0.
@@ -524,6 +616,8 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("embed",): cli_use.embed,
     ("score",): _score,
     ("demo",): _demo,
+    ("doctor",): _doctor,
+    ("completion",): _completion,
     ("models", "list"): _models_list,
     ("models", "show"): _models_show,
     ("models", "new"): _models_new,
@@ -558,17 +652,51 @@ def _run(command: Command, argv: list[str]) -> int:
         code = command(argv) or 0
         sys.stdout.flush()
         return code
-    except SlideVLMError as error:
-        if "--debug" in argv:
-            raise
-        print(f"slidevlm: error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("slidevlm: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe has seen enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush fails
         return 141
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        told = _told(error)
+        if told is not None:
+            print(f"slidevlm: error: {told}", file=sys.stderr)
+            return 2
+        print(_fault(error), file=sys.stderr)
+        return 1
+
+
+def _told(error: Exception) -> str | None:
+    """What a user is told of an error of the arguments, the data or the machine; None: of none."""
+    if isinstance(error, SlideVLMError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:  # disk full, no permission
+        place = "" if error.filename is None else f": {error.filename}"
+        return f"{error.strerror}{place}"
+    # torch's own; torch is not imported for it.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        first = (str(error).strip().splitlines() or ["no memory left"])[0]
+        return (
+            f"{first}\nlower --batch-size or --image-features-cutoff, or choose a smaller --model"
+        )
+    return None
+
+
+def _fault(error: Exception) -> str:
+    """What is told of a fault of slidevlm; the traceback goes to a file, as it cannot be had again
+    from a run of days.
+    """
+    descriptor, path = tempfile.mkstemp(prefix="slidevlm-fault-", suffix=".txt")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(f"slidevlm {__version__}: {' '.join(sys.argv)}\n\n")
+        traceback.print_exception(type(error), error, error.__traceback__, file=file)
+    return (
+        f"slidevlm: a fault of slidevlm: {type(error).__name__}: {error}\n"
+        f"The traceback is in {path}; please report it. --debug shows it here."
+    )
 
 
 if __name__ == "__main__":

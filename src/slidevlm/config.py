@@ -36,6 +36,7 @@ class Spec:
     default_text: str | None = None  # what help shows where None is not the whole truth
     positional: bool = False
     file: bool = False  # the value names files that must exist
+    shipped: bool = False  # the value may be the name of a shipped model configuration
     pending: bool = False  # the effect comes with a later release: any other value is refused
     pending_values: tuple[Any, ...] = ()
     extra: bool = False  # not one of the 85 of the specification
@@ -165,6 +166,7 @@ class Model:
     model: str = arg(
         "coca_stage_1",
         "name of a shipped configuration, or the path of a JSON or YAML file of one",
+        shipped=True,
     )
     pretrained: str | None = arg(
         None,

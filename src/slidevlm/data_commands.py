@@ -67,10 +67,11 @@ def inspect(path: Path, *, as_json: bool) -> None:
 # -- check -----------------------------------------------------------------------------------
 
 
-def check(config: Config, output: Path | None) -> bool:
+def check(config: Config, output: Path | None, *, as_json: bool = False) -> bool:
     """Print the report on the cohort that `config` would train on; whether it has no error.
 
     Args:
+        as_json: print what check.json has instead.
         output: folder that gets check.json and check.html, made where it is missing.
 
     Raises:
@@ -82,12 +83,12 @@ def check(config: Config, output: Path | None) -> bool:
     if output is not None:
         _make_folder(output)
     report = check_report(config)
+    text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False)
     if output is not None and plotly is not None:
-        text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False)
         write_text(output / "check.json", text + "\n")
         write_text(output / "check.html", page(report, plotly))
-    print(terminal(report))
-    if output is not None:
+    print(text if as_json else terminal(report))
+    if output is not None and not as_json:
         print(f"wrote {output / 'check.json'} and {output / 'check.html'}")
     return report.count("error") == 0
 
@@ -247,7 +248,7 @@ class Conversion:
     workers: int = 2
 
 
-def convert_path(wanted: Conversion) -> None:
+def convert_path(wanted: Conversion, *, as_json: bool = False) -> None:
     """Convert, and say what came of it.
 
     Raises:
@@ -286,6 +287,19 @@ def convert_path(wanted: Conversion) -> None:
     ):
         if names:
             log.warning("%d specimens %s: %s", len(names), what, ", ".join(names[:10]))
+    if as_json:
+        content = {
+            "target": str(wanted.target),
+            "feature_attribute": layout.feature_attribute,
+            "specimens": done.specimens,
+            "resumed": done.resumed,
+            "tiles": done.tiles,
+            "bytes": done.size,
+            "without_features": list(done.without_features),
+            "not_finite": list(done.not_finite),
+        }
+        print(json.dumps(content, indent=1, ensure_ascii=False))
+        return
     resumed = f" ({done.resumed} of them before)" if done.resumed else ""
     print(
         f"wrote {wanted.target}: {done.specimens} specimens{resumed}, {done.tiles} tiles, "
@@ -353,7 +367,7 @@ class Dividing:
     seed: int = 0
 
 
-def split_path(wanted: Dividing) -> None:
+def split_path(wanted: Dividing, *, as_json: bool = False) -> None:
     """Write train.txt, val.txt and test.txt, and say what balance was reached.
 
     Raises:
@@ -385,8 +399,24 @@ def split_path(wanted: Dividing) -> None:
     _make_folder(wanted.folder)
     for file, specimens in zip(files, division.specimens, strict=True):
         write_text(file, write_identifiers(specimens))
+    if as_json:
+        print(json.dumps(_balance_values(division, files), indent=1, ensure_ascii=False))
+        return
     print(_balance(division, "sites" if wanted.by_site or wanted.site_table else "patients"))
     print(f"wrote {', '.join(map(str, files))}")
+
+
+def _balance_values(division: Division, files: Sequence[Path]) -> dict[str, object]:
+    rows = zip(division.names, files, division.counts, division.groups, strict=True)
+    return {
+        name: {
+            "file": str(file),
+            "specimens": int(counts.sum()),
+            "groups": int(groups),
+            "classes": dict(zip(map(str, division.classes), counts.tolist(), strict=True)),
+        }
+        for name, file, counts, groups in rows
+    }
 
 
 def _sites(wanted: Dividing, cases: Sequence[Case]) -> dict[str, str] | None:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from slidevlm.app import train
+from slidevlm.app.outputs import metrics_json
 from slidevlm.config import Config, with_values
 from slidevlm.data.synthetic import FEATURES, TEXT, DemoCohort, synthesize
 from slidevlm.errors import ConfigError
@@ -24,7 +25,15 @@ def synthesize_with_bar(folder: Path, specimens: int, seed: int) -> DemoCohort:
         bar.close()
 
 
-def demo(folder: Path, *, specimens: int, epochs: int, seed: int, workers: int) -> None:
+def demo(
+    folder: Path,
+    *,
+    specimens: int,
+    epochs: int,
+    seed: int,
+    workers: int,
+    as_json: bool = False,
+) -> None:
     """Synthesize, train, evaluate, and say where to look.
 
     Args:
@@ -33,6 +42,7 @@ def demo(folder: Path, *, specimens: int, epochs: int, seed: int, workers: int) 
         epochs: of the training.
         seed: of the cohort and the training.
         workers: loader processes.
+        as_json: print the run's folder and metrics as JSON.
 
     Raises:
         ConfigError: the folder has a run of an earlier demo.
@@ -75,7 +85,10 @@ def demo(folder: Path, *, specimens: int, epochs: int, seed: int, workers: int) 
             "seed": seed,
         },
     )
-    train(config)
+    metrics = train(config)
+    if as_json:
+        print(metrics_json(run, metrics))
+        return
     print(
         f"\ndone in {time.perf_counter() - began:.0f} s. Where to look:\n"
         f"  {run}/test.md              results on the test split, with reports to read\n"

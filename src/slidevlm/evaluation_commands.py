@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slidevlm import dist
-from slidevlm.app.outputs import Outcome
+from slidevlm.app.outputs import Outcome, metrics_json, table
 from slidevlm.app.rescoring import (
     compare_with,
     difference_rows,
@@ -20,6 +20,7 @@ from slidevlm.app.rescoring import (
 from slidevlm.app.runs import run_all, with_run_settings
 from slidevlm.config import Config
 from slidevlm.errors import ConfigError
+from slidevlm.eval.compare import Difference
 from slidevlm.report.tables import difference_table, score_table
 from slidevlm.run import write_text
 
@@ -32,6 +33,7 @@ class Evaluation:
     predictions: Path | None  # instead of it
     compare: Path | None
     form: str  # of the printed table
+    as_json: bool = False  # instead of it
 
 
 def evaluate(asked: Evaluation, given: Config) -> None:
@@ -58,19 +60,41 @@ def evaluate(asked: Evaluation, given: Config) -> None:
         outcome = rescore(asked.predictions, config)
     if not dist.is_main_of_environment():
         return
+    found = None
+    if asked.compare is not None:
+        found = compare_with(outcome, asked.compare, config)
+        _write_comparison(outcome, asked.compare, found)
+    if asked.as_json:
+        content = {"folder": _name(outcome), "metrics": table(outcome.scores)}
+        compared = {} if found is None else {"comparison": difference_rows(found)}
+        print(json.dumps({**content, **compared}, indent=1))
+        return
     width = shutil.get_terminal_size().columns
     print(score_table(outcome.scores, asked.form, width))
-    if asked.compare is not None:
-        _compare(outcome, asked.compare, config, asked.form, width)
+    if found is not None:
+        print(f"\ncompared with {asked.compare}, on the same resamples:")
+        print(difference_table(found, asked.form, width))
 
 
-def _compare(outcome: Outcome, other: Path, config: Config, form: str, width: int) -> None:
-    found = compare_with(outcome, other, config)
-    print(f"\ncompared with {other}, on the same resamples:")
-    print(difference_table(found, form, width))
+def _write_comparison(outcome: Outcome, other: Path, found: list[Difference]) -> None:
     if outcome.folder is None:
         return
     content = {"other": str(other), "about": outcome.about, "differences": difference_rows(found)}
     write_text(outcome.folder / "comparison.json", json.dumps(content, indent=1) + "\n")
     page = f"# Beside {other}\n\n{difference_table(found, 'markdown')}\n"
     write_text(outcome.folder / "comparison.md", page)
+
+
+def train(config: Config, *, as_json: bool = False) -> None:
+    """Train; with `as_json` print the run's folder and the last metrics.
+
+    Raises:
+        SlideVLMError: for everything a user can mend.
+    """
+    outcome = run_all(config)
+    if as_json and dist.is_main_of_environment():
+        print(metrics_json(outcome.folder, outcome.metrics))
+
+
+def _name(outcome: Outcome) -> str | None:
+    return None if outcome.folder is None else str(outcome.folder)

@@ -95,6 +95,8 @@ def _add(parser: Any, argument: Argument) -> None:
     if spec.positional:
         if argument.default is not None:
             options["nargs"] = "?"
+        if spec.choices:
+            options["choices"] = spec.choices
         parser.add_argument(argument.name, metavar=argument.flag, **options)
         return
     if kind == "switch":

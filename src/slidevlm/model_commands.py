@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -42,12 +42,14 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def list_models() -> None:
+def list_models(*, as_json: bool = False) -> None:
     """Print every shipped configuration and what it is."""
-    rows = []
-    for name in zoo.names():
-        content = json.loads(_text_of(name))
-        rows.append((name, content["family"], *shortened([content["description"]], 110)))
+    contents = {name: json.loads(_text_of(name)) for name in zoo.names()}
+    if as_json:
+        wanted = ("family", "description")
+        print(json.dumps({n: {k: c[k] for k in wanted} for n, c in contents.items()}, indent=1))
+        return
+    rows = [(n, c["family"], *shortened([c["description"]], 110)) for n, c in contents.items()]
     print(table(("model", "family", "what"), rows))
 
 
@@ -55,13 +57,17 @@ def _text_of(name: str) -> str:
     return resources.files(zoo.__name__).joinpath(f"{name}.json").read_text(encoding="utf-8")
 
 
-def show(name: str, tiles: int, tokens: int | None) -> None:
+def show(name: str, tiles: int, tokens: int | None, *, as_json: bool = False) -> None:
     """Print a model's parts, its groups for locking, and the memory of a training step."""
     config = zoo.load(name)
     known = config.tile_width is not None
     config = resolve(replace(config, tile_width=config.tile_width or _TILE_WIDTH))
     with torch.device("meta"):
         model = build_model(config, vocabulary(config))
+    length = tokens or config.text.context_length
+    if as_json:
+        print(json.dumps(_shown(config, model, tiles, length), indent=1))
+        return
     print(f"{name}: family {config.family}, embedding {config.embed_dim} wide")
     if config.family != "lm":
         width = "" if known else " (taken from the data; assumed here)"
@@ -73,8 +79,25 @@ def show(name: str, tiles: int, tokens: int | None) -> None:
         if rows:
             print(f"\n{tower}: groups from input to output")
             print(table(("group", "parameters"), rows))
-    length = tokens or config.text.context_length
     print("\n" + _memory_lines(memory(config, tiles, length), tiles, length))
+
+
+def _shown(config: ModelConfig, model: Model, tiles: int, tokens: int) -> dict[str, object]:
+    """What `show` prints, as values."""
+    found = memory(config, tiles, tokens)
+    return {
+        "family": config.family,
+        "embed_dim": config.embed_dim,
+        "tile_width": config.tile_width,
+        "vocabulary": vocabulary(config),
+        "context_length": config.text.context_length,
+        "parts": {n: {"parameters": p, "trainable": t} for n, p, t in parts(model)},
+        "groups": {
+            tower: {group: _count(_parameters(part)) for group, part in groups(model, tower)}
+            for tower in _TOWERS
+        },
+        "memory_bytes": {**asdict(found), "tiles": tiles, "tokens": tokens},
+    }
 
 
 def vocabulary(config: ModelConfig) -> int:
@@ -192,9 +215,13 @@ def new(name: str, file: Path) -> None:
     print(f"wrote {file}; edit it and train with --model {file}")
 
 
-def export_model(source: str, folder: Path) -> None:
+def export_model(source: str, folder: Path, *, as_json: bool = False) -> None:
     """Write a trained model as a folder, and say what is in it."""
     configure_logging(debug=False, main=True)
-    for path in export(source, folder):
+    files = export(source, folder)
+    if as_json:
+        print(json.dumps({"folder": str(folder), "files": [file.name for file in files]}, indent=1))
+        return
+    for path in files:
         print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    print(f"use it by --pretrained {folder}")
+    print(f"use it by --pretrained {folder}, in every command that uses a model, or slidevlm.load")

@@ -24,7 +24,7 @@ from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.scores import Score
 from slidevlm.eval.text_metrics.clinical import read_extractor
 from slidevlm.eval.text_metrics.embedders import embedder
-from slidevlm.eval.text_metrics.meteor import MeteorData, read_data
+from slidevlm.eval.text_metrics.meteor_data import MeteorData, read_data
 from slidevlm.eval.text_metrics.scoring import Scoring
 from slidevlm.models.generate import Decoding
 from slidevlm.report.tables import score_table
@@ -134,6 +134,7 @@ class Comparing:
     only_common: bool
     form: str
     output: Path | None
+    as_json: bool = False
 
 
 def score(asked: Comparing) -> dict[str, float]:
@@ -159,9 +160,13 @@ def score(asked: Comparing) -> dict[str, float]:
     if asked.bootstrap:
         drawn = asked.bootstrap.values(names, counted.values).values
     rows = [_row(name, value, drawn, asked.bootstrap, len(names)) for name, value in values.items()]
-    print(score_table(rows, asked.form, shutil.get_terminal_size().columns))
     if asked.output is not None:
         write_text(asked.output, _as_json(asked, rows))
+    if asked.as_json:
+        print(_as_json(asked, rows), end="")
+        return values
+    print(score_table(rows, asked.form, shutil.get_terminal_size().columns))
+    if asked.output is not None:
         print(f"wrote {asked.output}")
     return values
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,13 @@ class Outcome:
     scores: list[Score] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None  # where it was written
+
+
+def metrics_json(folder: Path | None, metrics: Mapping[str, float]) -> str:
+    """A JSON document of a run's folder and metrics; null where one is not defined."""
+    known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    content = {"folder": None if folder is None else str(folder), "metrics": known}
+    return json.dumps(content, indent=1)
 
 
 def about(

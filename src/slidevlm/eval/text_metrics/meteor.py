@@ -1,92 +1,30 @@
 """METEOR 1.5 (Denkowski and Lavie, 2014), English, with the parameters for ranking.
 
-Words match when they are equal (weight 1) or have one stem (0.6). With METEOR's own data files
-synonyms of WordNet (0.8) and paraphrases (0.6) match too, and its list of function words is used;
-then it is the whole of METEOR 1.5, and the score is called `meteor`. Without, function words are a
-list of our own and the score is called `meteor_exact_stem`.
+Words match when they are equal (weight 1) or have one stem (0.6). With METEOR's own data
+synonyms of WordNet (0.8) and paraphrases (0.6) match too; then it is the whole of METEOR 1.5 and
+the score is called `meteor`. Without it is called `meteor_exact_stem`.
 
-The alignment covers most words by weight, in fewest chunks, with the least distance; beams of 40
-search it.
+Of the alignments that there may be METEOR takes what its search finds, so the search is part of the
+score. It is kept here with its peculiarities, see `_search`.
 """
 
 from __future__ import annotations
 
-import gzip
-import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from slidevlm.errors import DataError
+from slidevlm.eval.text_metrics.meteor_data import MeteorData, Paraphrases
 from slidevlm.eval.text_metrics.stems import stem
 
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
 _EXACT, _STEM, _SYNONYM, _PARAPHRASE = 1.0, 0.6, 0.8, 0.6
 _BEAM = 40
-
-# Frequent words that say little by themselves; METEOR's list is of frequent words too.
-_FREQUENT = (
-    "a about after all also an and are as at be been but by can could first for from had has have "
-    "he her his if in into is it its last more new no not of on one or other out over said she so "
-    "some than that the their there they this time to two up was we were what when which who will "
-    "with would you 's -lrb- -rrb-"
-)
-FUNCTION_WORDS = frozenset(_FREQUENT.split())
-
-
-@dataclass(frozen=True)
-class MeteorData:
-    """Synonyms, paraphrases and function words of METEOR's own distribution.
-
-    Args:
-        function_words: words that weigh less.
-        synonyms: word -> numbers of its sets of synonyms.
-        paraphrases: phrase -> phrases that may stand for it.
-    """
-
-    function_words: frozenset[str] = FUNCTION_WORDS
-    synonyms: dict[str, frozenset[str]] = field(default_factory=dict)
-    paraphrases: dict[tuple[str, ...], set[tuple[str, ...]]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """What the score is called."""
-        return "meteor" if self.synonyms else "meteor_exact_stem"
-
-
-def read_data(folder: Path) -> MeteorData:
-    """The data of METEOR 1.5 from the folder that has meteor-1.5.jar and data/paraphrase-en.gz.
-
-    Raises:
-        DataError: a file is missing, or not what it should be.
-    """
-    jar, table = folder / "meteor-1.5.jar", folder / "data" / "paraphrase-en.gz"
-    for file in (jar, table):
-        if not file.is_file():
-            raise DataError(
-                f"METEOR's data: no {file}; give the folder of METEOR 1.5 with meteor-1.5.jar and "
-                "data/paraphrase-en.gz (pycocoevalcap/meteor has both)"
-            )
-    try:
-        with zipfile.ZipFile(jar) as archive:
-            words = archive.read("function/english.words").decode().split()
-            synsets = archive.read("synonym/english.synsets").decode().splitlines()
-            exceptions = archive.read("synonym/english.exceptions").decode().splitlines()
-        with gzip.open(table, "rt", encoding="utf-8") as pairs:
-            lines = pairs.read().splitlines()
-        synonyms = {w: frozenset(s.split()) for w, s in zip(synsets[::2], synsets[1::2])}  # noqa: B905
-        for form, base in zip(exceptions[::2], exceptions[1::2]):  # noqa: B905
-            if base in synonyms:
-                synonyms[form] = synonyms.get(form, frozenset()) | synonyms[base]
-        paraphrases: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
-        for one, other in zip(lines[1::3], lines[2::3], strict=True):
-            paraphrases.setdefault(tuple(one.split()), set()).add(tuple(other.split()))
-    except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"METEOR's data in {folder} cannot be read: {error}") from error
-    return MeteorData(frozenset(words), synonyms, paraphrases)
+_NOTHING = MeteorData()
+_CHUNK, _WORD = 1 << 24, 1 << 48  # in the order of paths: more words, fewer chunks, less distance
 
 
 @dataclass(frozen=True)
@@ -103,10 +41,16 @@ class Match:
 def statistics(
     generated: Sequence[Sequence[str]],
     references: Sequence[Sequence[str]],
-    data: MeteorData = MeteorData(),
+    data: MeteorData = _NOTHING,
 ) -> np.ndarray:
-    """[N, 6]: weighted words of both texts, weighted matches of both, matches, chunks."""
-    rows = [_one(c, r, data) for c, r in zip(generated, references, strict=True)]
+    """[N, 6]: weighted words of both texts, weighted matches of both, matches, chunks.
+
+    Raises:
+        DataError: the paraphrases of `data` cannot be read.
+    """
+    pairs = list(zip(generated, references, strict=True))
+    phrases = data.paraphrases({word for pair in pairs for text in pair for word in text})
+    rows = [_one(candidate, reference, data, phrases) for candidate, reference in pairs]
     return np.array(rows, dtype=np.float64).reshape(-1, 6)
 
 
@@ -120,14 +64,16 @@ def finish(sums: np.ndarray) -> np.ndarray:
         return np.nan_to_num((1 - penalty) * mean, nan=0.0)
 
 
-def _one(candidate: Sequence[str], reference: Sequence[str], data: MeteorData) -> list[float]:
-    found = align(candidate, reference, data)
+def _one(
+    candidate: Sequence[str], reference: Sequence[str], data: MeteorData, phrases: Paraphrases
+) -> list[float]:
+    found = align(candidate, reference, data, phrases)
     chunks, end = 0, (-1, -1)
     for match in found:
         chunks += (match.start, match.other) != end
         end = match.start + match.length, match.other + match.other_length
     ours, theirs = sum(m.length for m in found), sum(m.other_length for m in found)
-    # The same text is one chunk, which costs nothing.
+    # A text that is matched as a whole is one chunk, which costs nothing, in a corpus neither.
     whole = chunks == 1 and ours == len(candidate) and theirs == len(reference)
     return [
         _weigh(candidate, data),
@@ -144,109 +90,157 @@ def _weigh(words: Sequence[str], data: MeteorData) -> float:
     return _DELTA * (len(words) - function) + (1 - _DELTA) * function
 
 
-# (-weighted words covered, chunks, distance, words of the candidate used as bits, where a match
-# must begin to be of the same chunk: in candidate and reference; number; matches). Less is better.
-# The matches are the last one and a link to those before; the number before them settles every tie.
-_Path = tuple[float, int, int, int, int, int, int, Any]
-
-
 def align(
     candidate: Sequence[str],
     reference: Sequence[str],
-    data: MeteorData = MeteorData(),
+    data: MeteorData = _NOTHING,
+    phrases: Paraphrases | None = None,
 ) -> tuple[Match, ...]:
-    """The best alignment, in the order of the reference, along which it is searched."""
-    possible: list[list[Match]] = [[] for _ in reference]
-    rivals = [0] * len(candidate)
-    for match in (m for ms in _possible(candidate, reference, data) for m in ms):
-        possible[match.other].append(match)
+    """The alignment that METEOR 1.5 takes, in the order of the reference.
+
+    Args:
+        phrases: the paraphrases of these words; by default they are read from `data`.
+    """
+    if phrases is None:
+        phrases = data.paraphrases({*candidate, *reference})
+    possible = _possible(candidate, reference, data, phrases)
+    covered = [0] * len(candidate), [0] * len(reference)
+    for match in (m for matches in possible for m in matches):
         for place in range(match.start, match.start + match.length):
-            rivals[place] += 1
-    waiting: list[list[_Path]] = [[] for _ in range(len(reference) + 1)]
-    waiting[0] = [(0.0, 0, 0, 0, -1, -1, 0, None)]
-    busy = number = 0  # words before `busy` may be within a phrase that began earlier
+            covered[0][place] += 1
+        for place in range(match.other, match.other + match.other_length):
+            covered[1][place] += 1
+    fixed = [_without_rivals(matches, covered) for matches in possible]
+    return _search(possible, fixed)
+
+
+def _without_rivals(matches: Sequence[Match], covered: tuple[list[int], list[int]]) -> bool:
+    """Is there one match here, and no other of any of its words? Then it is never left out."""
+    if len(matches) != 1:
+        return False
+    m = matches[0]
+    ours = covered[0][m.start : m.start + m.length]
+    theirs = covered[1][m.other : m.other + m.other_length]
+    return set(ours) == set(theirs) == {1}
+
+
+# Rank (less is better), next word of the reference, word of the candidate after the last match (-1:
+# no chunk is open), words of the candidate used as bits, matches: the last and those before.
+_Path = tuple[int, int, int, int, Any]
+
+
+def _search(possible: Sequence[Sequence[Match]], fixed: Sequence[bool]) -> tuple[Match, ...]:
+    """METEOR's beam search, word by word of the reference; ties stay in order of discovery.
+
+    Best are most words by weight, in fewest chunks, with the least distance, but
+    - the weighted words of a match are rounded down: one by stem or synonym alone counts as none;
+    - a chunk counts when it has ended;
+    - the distance of a match is charged to the path that leaves it out, and to those that take
+      another match of this word later on, instead of to the path that takes it;
+    - of the paths with the same words used all are kept, so that they fill the beam.
+    """
+    paths: list[_Path] = [(0, 0, -1, 0, None)]
     for place, matches in enumerate(possible):
-        # Of a pair without rivals nothing is gained by leaving it out.
-        sure = len(matches) == 1 and rivals[matches[0].start] == 1 and place >= busy
-        sure = sure and matches[0].length == matches[0].other_length == 1
-        busy = max([busy, *(place + m.other_length for m in matches if m.other_length > 1)])
-        for path in _best(waiting[place]):
-            covered, chunks, distance, used, start, other, _, link = path
-            for match in matches:
-                bits = ((1 << match.length) - 1) << match.start
-                if not used & bits:
-                    number += 1
-                    waiting[place + match.other_length].append(
-                        (
-                            covered - match.weight * (match.length + match.other_length),
-                            chunks + (start != match.start or other != place),
-                            distance + abs(match.start - place),
-                            used | bits,
-                            match.start + match.length,
-                            place + match.other_length,
-                            number,
-                            (match, link),
-                        )
+        paths.sort(key=itemgetter(0))
+        after: list[_Path] = []
+        steps = [_step(match) for match in matches]
+        for path in paths[:_BEAM]:
+            rank, word, end, used, link = path
+            if word > place:  # within a phrase
+                after.append(path)
+                continue
+            for match, bits, gain, distance in steps:
+                if used & bits:
+                    continue
+                broken = end not in (-1, match.start)
+                after.append(
+                    (
+                        rank - gain + broken * _CHUNK + fixed[place] * distance,
+                        place + match.other_length,
+                        match.start + match.length,
+                        used | bits,
+                        (match, link),
                     )
-            if not sure:
-                waiting[place + 1].append(path)
-    found, link = [], min(waiting[-1])[-1]
+                )
+                rank += distance
+            if not fixed[place]:
+                after.append((rank + (end != -1) * _CHUNK, place + 1, -1, used, link))
+        paths = after
+    paths.sort(key=itemgetter(0))
+    link = min(paths[:_BEAM], key=lambda p: p[0] + (p[2] != -1) * _CHUNK)[-1]
+    found = []
     while link is not None:
         match, link = link
         found.append(match)
     return tuple(reversed(found))
 
 
-def _best(paths: list[_Path]) -> list[_Path]:
-    """The beam: of paths with one future the best alone."""
-    if len(paths) == 1:
-        return paths
-    kept: dict[tuple[int, int, int], _Path] = {}
-    for path in sorted(paths):
-        kept.setdefault(path[3:6], path)
-        if len(kept) == _BEAM:
-            break
-    return list(kept.values())
+def _step(match: Match) -> tuple[Match, int, int, int]:
+    """A match, its words of the candidate as bits, its gain in rank and its distance."""
+    words = int(match.weight * match.length) + int(match.weight * match.other_length)
+    bits = ((1 << match.length) - 1) << match.start
+    return match, bits, words * _WORD, abs(match.start - match.other)
 
 
 def _possible(
-    candidate: Sequence[str], reference: Sequence[str], data: MeteorData
+    candidate: Sequence[str],
+    reference: Sequence[str],
+    data: MeteorData,
+    phrases: Paraphrases,
 ) -> list[list[Match]]:
-    """What the words of the candidate may be matched with, by where it begins."""
-    where: dict[str, list[int]] = {}
-    stems: dict[str, list[int]] = {}
+    """What may be matched with the words of the reference, by where it begins there.
+
+    A pair that matches in several ways is there several times, as in METEOR; so are paraphrases,
+    which are looked up from both texts. Of equal texts only equal words are matched.
+    """
+    found: list[list[Match]] = [[] for _ in reference]
+    where = _places(candidate)
     for j, word in enumerate(reference):
-        where.setdefault(word, []).append(j)
-        stems.setdefault(stem(word), []).append(j)
-    found: list[list[Match]] = []
-    for i, word in enumerate(candidate):
-        weights = dict.fromkeys(where.get(word, ()), _EXACT)
-        for j in stems.get(stem(word), ()):
-            weights.setdefault(j, _STEM)
-        mine = data.synonyms.get(word)
-        if mine:
-            for j, other in enumerate(reference):
-                if mine & data.synonyms.get(other, frozenset()):
-                    weights.setdefault(j, _SYNONYM)
-        matches = [Match(i, 1, j, 1, w) for j, w in sorted(weights.items())]
-        found.append(matches + _paraphrases(candidate, i, reference, data, weights))
+        found[j] += [Match(i, 1, j, 1, _EXACT) for i in where.get(word, ())]
+    if list(candidate) == list(reference):
+        return found
+    where = _places([stem(word) for word in candidate])
+    for j, word in enumerate(reference):
+        others = (i for i in where.get(stem(word), ()) if candidate[i] != word)
+        found[j] += [Match(i, 1, j, 1, _STEM) for i in others]
+    if data.synsets:
+        mine = [data.synonyms(word) for word in candidate]
+        for j, word in enumerate(reference):
+            sets = data.synonyms(word)
+            others = (i for i, s in enumerate(mine) if sets & s and candidate[i] != word)
+            found[j] += [Match(i, 1, j, 1, _SYNONYM) for i in others]
+    for j, n, i, m in _paraphrased(reference, candidate, phrases):
+        found[j].append(Match(i, m, j, n, _PARAPHRASE))
+    for i, m, j, n in _paraphrased(candidate, reference, phrases):
+        found[j].append(Match(i, m, j, n, _PARAPHRASE))
     return found
 
 
-def _paraphrases(
-    candidate: Sequence[str],
-    place: int,
-    reference: Sequence[str],
-    data: MeteorData,
-    single: dict[int, float],
-) -> list[Match]:
-    if not data.paraphrases:
+def _places(words: Sequence[str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for place, word in enumerate(words):
+        found.setdefault(word, []).append(place)
+    return found
+
+
+def _paraphrased(
+    text: Sequence[str],
+    other: Sequence[str],
+    phrases: Paraphrases,
+) -> list[tuple[int, int, int, int]]:
+    """Start and length of phrases of `text` and of what stands for them in `other`."""
+    if not phrases:
         return []
+    longest = max(map(len, phrases))
+    where = _places(other)
     found = []
-    for length in range(1, min(7, len(candidate) - place) + 1):
-        for other in data.paraphrases.get(tuple(candidate[place : place + length]), ()):
-            n = len(other)
-            for j in range(len(reference) - n + 1):
-                if tuple(reference[j : j + n]) == other and not (length == n == 1 and j in single):
-                    found.append(Match(place, length, j, n, _PARAPHRASE))
+    for i in range(len(text)):
+        for m in range(1, min(longest, len(text) - i) + 1):
+            for phrase in phrases.get(tuple(text[i : i + m]), ()):
+                n = len(phrase)
+                found += [
+                    (i, m, j, n)
+                    for j in where.get(phrase[0], ())
+                    if tuple(other[j : j + n]) == phrase
+                ]
     return found

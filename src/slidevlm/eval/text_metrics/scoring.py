@@ -14,7 +14,7 @@ import numpy as np
 
 from slidevlm.eval.text_metrics import bleu, cider, clinical, meteor, rouge
 from slidevlm.eval.text_metrics.clinical import Extractor, read_extractor
-from slidevlm.eval.text_metrics.meteor import MeteorData
+from slidevlm.eval.text_metrics.meteor_data import MeteorData
 from slidevlm.eval.text_metrics.ngrams import ngrams
 from slidevlm.eval.text_metrics.ptb import tokenize
 
