@@ -253,7 +253,9 @@ class Partial:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._file is not None
         self._file.close()
-        if kind is not None and not self.records:  # an error came first: nothing to go on from, nothing in the way
+        if (
+            kind is not None and not self.records
+        ):  # an error came first: nothing to go on from, nothing in the way
             self.path.unlink(missing_ok=True)
 
 
