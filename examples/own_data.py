@@ -56,7 +56,7 @@ def write_features(folder: Path, layout: str) -> Path:
     return folder if layout == "clam" else features
 
 
-def slidevlm(*words: str | Path) -> None:
+def slidevlm(*words: object) -> None:
     """Run a command, and show it."""
     print("$ slidevlm", *words, flush=True)
     subprocess.run([sys.executable, "-m", "slidevlm", *map(str, words)], check=True)
