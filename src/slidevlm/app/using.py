@@ -18,7 +18,7 @@ from slidevlm.data.dataset import BadSpecimens, BagDataset, StopAtBad, make_load
 from slidevlm.data.sampling import EvalBatches
 from slidevlm.data.splits import find, read_identifiers
 from slidevlm.errors import ConfigError, DataError
-from slidevlm.run import Bar, write_text
+from slidevlm.run import Bar, working, write_text
 
 log = logging.getLogger("slidevlm")
 
@@ -58,13 +58,16 @@ class Using:
     skip_bad: bool = False
 
     def load(self) -> SlideModel:
-        """The model, on its device."""
-        return load(
-            self.model,
-            device=self.device,
-            precision=self.precision,
-            image_features_cutoff=self.image_features_cutoff,
-        )
+        """The model, on its device, its hash known."""
+        with working("reading the model"):
+            model = load(
+                self.model,
+                device=self.device,
+                precision=self.precision,
+                image_features_cutoff=self.image_features_cutoff,
+            )
+            assert model.hash, "made once"
+        return model
 
 
 class Cohort:
@@ -75,8 +78,9 @@ class Cohort:
     """
 
     def __init__(self, using: Using) -> None:
-        self.store = open_path(using.source, using.hdf5_feature_attribute, using.slide_table)
-        self.cases = _cases(using, self.store)
+        with working("listing specimens"):
+            self.store = open_path(using.source, using.hdf5_feature_attribute, using.slide_table)
+            self.cases = _cases(using, self.store)
         self.bad = BadSpecimens() if using.skip_bad else StopAtBad()
         self._using = using
 
@@ -218,17 +222,18 @@ class Partial:
 
     def _read(self) -> None:
         lines = self.path.read_bytes().split(b"\n")
-        if lines[0] != json.dumps(self._about).encode():
+        found: list[Record] = []
+        for line in lines[1:]:
+            try:
+                found.append(json.loads(line))
+            except ValueError:  # empty, or cut short by a kill, perhaps within a character
+                continue
+        if found and lines[0] != json.dumps(self._about).encode():
             raise ConfigError(
                 f"{self.path} was written by another model, from other data or with other "
                 "settings; remove it or choose another --output"
             )
-        for line in lines[1:]:
-            try:
-                record = json.loads(line)
-            except ValueError:  # empty, or cut short by a kill, perhaps within a character
-                continue
-            self.records[record["id"]] = record
+        self.records = {record["id"]: record for record in found}
 
     def __enter__(self) -> Partial:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -245,9 +250,13 @@ class Partial:
             self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._file is not None
         self._file.close()
+        if (
+            kind is not None and not self.records
+        ):  # an error came first: nothing to go on from, nothing in the way
+            self.path.unlink(missing_ok=True)
 
 
 def check_output(output: Path, forms: Sequence[str]) -> None:
