@@ -37,9 +37,9 @@ def prepare(config: Config, trained: Trained, precision: Precision) -> None:
         changed = quantise_linears(model, kind, training=training)
         log.info("--use-bnb-linear %s: %d linear layers changed", wanted.use_bnb_linear, changed)
     if precision.weights_dtype is not None:
-        kind, everything = precision.weights_dtype, precision.everything
-        count = cast_weights(model, kind, everything=everything)
-        log.info("--precision %s: %d numbers in %s", config.optim.precision, count, kind)
+        narrow, everything = precision.weights_dtype, precision.everything
+        count = cast_weights(model, narrow, everything=everything)
+        log.info("--precision %s: %d numbers in %s", config.optim.precision, count, narrow)
     if wanted.grad_checkpointing:
         for module in model.modules():
             if isinstance(module, Recomputing):
