@@ -137,7 +137,7 @@ class Rows:
         if len(mine) < most:
             mine = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
         everyone = mine.new_empty(most * len(self.sizes), *mine.shape[1:])
-        td.all_gather_into_tensor(everyone, mine.contiguous())
+        td.all_gather(list(everyone.split(most)), mine.contiguous())
         if min(self.sizes) == most:
             return everyone
         parts = everyone.split(most)
@@ -158,7 +158,7 @@ class Rows:
                 place[: len(part)] = part
             tensor = padded.flatten(0, 1)
         mine = tensor.new_empty(most, *tensor.shape[1:])
-        td.reduce_scatter_tensor(mine, tensor.contiguous())
+        td.reduce_scatter(mine, list(tensor.contiguous().split(most)))
         return mine[: self.sizes[rank()]]
 
 
