@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +16,7 @@ from slidevlm import remote as module
 from slidevlm.errors import ConfigError
 from slidevlm.remote import RECORD, Mirror, Remote, Syncing, told
 
-SECRET = "xSECRETx-never-in-a-log"
-
-
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """The URL of a server that speaks S3."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of a bucket of its own."""
-    s3fs = pytest.importorskip("s3fs")
-    for name, value in (
-        ("AWS_ENDPOINT_URL", s3_server),
-        ("AWS_ACCESS_KEY_ID", "testing"),
-        ("AWS_SECRET_ACCESS_KEY", SECRET),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(name, value)
-    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
-    s3fs.S3FileSystem(endpoint_url=s3_server, skip_instance_cache=True).mkdir(bucket)
-    return f"s3://{bucket}/runs"
+SECRET = "xSECRETx-never-in-a-log"  # of the fixture s3, too
 
 
 @pytest.fixture(params=["s3", "file", "memory"])
@@ -130,14 +103,14 @@ def test_half_a_copy_is_never_taken_for_whole(
 ) -> None:
     run = folder(tmp_path / "run")
     remote = Remote(*place, "run")
-    put_file = type(remote._files).put_file
+    put_file = remote._files.put_file
 
-    def half(self: Any, source: str, target: str, **options: Any) -> None:
+    def half(source: str, target: str, **options: Any) -> None:
         short = tmp_path / "short"
         short.write_bytes(Path(source).read_bytes()[:100])
-        put_file(self, str(short), target)
+        put_file(str(short), target)
 
-    monkeypatch.setattr(type(remote._files), "put_file", half)
+    monkeypatch.setattr(remote._files, "put_file", half)
     with pytest.raises(OSError, match=r"step_1\.pt: 100 of 10240000 bytes arrived"):
         remote.put(run / "checkpoints/step_1.pt", "checkpoints/step_1.pt")
     if place[1] != "s3":  # there no object is cut short by a broken connection

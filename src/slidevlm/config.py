@@ -379,8 +379,8 @@ class Checkpoint:
     remote_sync_frequency: int = arg(300, "seconds between two copies", minimum=1)
     remote_sync_protocol: str = arg(
         "s3",
-        "s3: any service that speaks it, at AWS_ENDPOINT_URL (extra s3); fsspec: any URL that fsspec "
-        "knows, such as file:// or sftp://",
+        "s3: any service that speaks it, at AWS_ENDPOINT_URL (extra s3); fsspec: any URL that "
+        "fsspec knows, such as file:// or sftp://",
         choices=("s3", "fsspec"),
     )
     delete_previous_checkpoint: bool = arg(

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -151,10 +152,8 @@ class Remote:
 
     def remove(self, name: str) -> None:
         """Remove a file there; harmless where there is none."""
-        try:
+        with suppress(FileNotFoundError):
             self._files.rm_file(self._path(name))
-        except FileNotFoundError:
-            pass
 
 
 class Mirror:
