@@ -91,7 +91,9 @@ def test_an_empty_machine_goes_on_from_the_copy(
     assert found is not None and found[2].progress.epoch == 3
 
 
-def test_within_an_epoch_and_past_a_damaged_copy(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_within_an_epoch_and_past_a_damaged_copy(
+    settings: dict[str, Any], tmp_path: Path, capsys
+) -> None:
     settings |= {"remote_sync": f"file://{tmp_path}/copies", "remote_sync_protocol": "fsspec"}
     expected = weights(run(settings))
     copies = tmp_path / "copies/run/checkpoints"
@@ -100,7 +102,11 @@ def test_within_an_epoch_and_past_a_damaged_copy(settings: dict[str, Any], tmp_p
     names = [f.name for f in copies.iterdir()]
     (copies / "step_9.pt").write_bytes((copies / names[0]).read_bytes()[:1000])
     shutil.rmtree(settings["logs"])
+    capsys.readouterr()
     assert same(weights(run(settings, resume="latest")), expected)
+    told = capsys.readouterr().err
+    assert "skipping a checkpoint" in told and "got checkpoints/step_3.pt from" in told
+    assert "step 3/4" not in told, "only what was left is done"
 
 
 def test_what_cannot_be_copied_to_stops_the_run_at_once(

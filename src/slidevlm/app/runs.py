@@ -20,7 +20,7 @@ from slidevlm.app.folders import claimed_folder, config_name, evaluation_prefix,
 from slidevlm.app.judging import Judge
 from slidevlm.app.outputs import Outcome
 from slidevlm.app.preparing import prepare
-from slidevlm.app.syncing import syncing
+from slidevlm.app.syncing import fetch, syncing
 from slidevlm.app.trained import Trained, model_for
 from slidevlm.app.weights import Start, start_of
 from slidevlm.config import (
@@ -128,6 +128,7 @@ def _train(config: Config, precision: Precision) -> Outcome:
 
 
 def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outcome:
+    fetch(config, folder)
     prefix = evaluation_prefix(config, folder)  # before the run writes a config.yaml
     with working("opening model and data", shown=dist.is_main()):
         start = start_of(config, folder)
