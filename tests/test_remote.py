@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -87,7 +88,37 @@ def test_a_checkpoint_removed_here_is_removed_there_after_the_new_one_is_there(
     assert {*remote.sizes()} == {"config.yaml", "empty.txt", "checkpoints/step_2.pt"}
 
 
-def test_the_last_copied_comes_first(place: tuple[str, str], tmp_path: Path) -> None:
+def test_the_last_written_comes_first_and_what_came_after_the_record_before_it(
+    place: tuple[str, str], tmp_path: Path
+) -> None:
+    """However fast they were copied, and in whatever order."""
+    run, remote = tmp_path / "run", Remote(*place, "run")
+    (run / "checkpoints").mkdir(parents=True)
+    for age, name in enumerate(("step_9.pt", "epoch_4.pt", "step_11.pt", "best.pt")):
+        (run / "checkpoints" / name).write_text("x")
+        os.utime(run / "checkpoints" / name, (1000 + age, 1000 + age))
+    Mirror(remote, run).sync()
+    remote.put(run / "checkpoints/best.pt", "checkpoints/epoch_5.pt")
+    names = ["epoch_5.pt", "best.pt", "step_11.pt", "epoch_4.pt", "step_9.pt"]
+    assert remote.newest_first("checkpoints/") == [f"checkpoints/{n}" for n in names]
+
+
+def test_a_machine_that_has_only_the_newest_leaves_the_others_there(
+    place: tuple[str, str], tmp_path: Path
+) -> None:
+    run, remote = folder(tmp_path / "run"), Remote(*place, "run")
+    Mirror(remote, run).sync()
+    other = tmp_path / "other"
+    times = remote.record()
+    for name in ("config.yaml", RECORD):
+        remote.get(name, other, times[name][1] if name in times else None)
+    assert Mirror(Remote(*place, "run"), other).sync() == 0, "it is the same file"
+    assert {*remote.sizes()} == FILES
+
+
+def test_without_a_record_the_last_copied_comes_first(
+    place: tuple[str, str], tmp_path: Path
+) -> None:
     remote = Remote(*place, "run")
     for number in (3, 1, 2):
         path = tmp_path / f"step_{number}.pt"
@@ -215,11 +246,12 @@ def test_without_a_remote_nothing_happens() -> None:
         syncing.begin()
 
 
-def test_the_record_is_not_copied_and_a_damaged_one_is_no_trouble(tmp_path: Path) -> None:
+def test_the_record_is_no_file_of_the_run_and_a_damaged_one_is_no_trouble(tmp_path: Path) -> None:
     run = folder(tmp_path / "run")
     place = (f"memory://{uuid.uuid4().hex}", "fsspec", "run")
     Mirror(Remote(*place), run).sync()
     assert (run / RECORD).exists() and RECORD not in Remote(*place).sizes()
+    assert Remote(*place).record().keys() == FILES
     (run / RECORD).write_text("{")
     assert Mirror(Remote(*place), run).sync() == 3
 

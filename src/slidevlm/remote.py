@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -97,12 +98,30 @@ class Remote:
         self._tell()
         start = len(self._root.lstrip("/")) + 1
         names = {path.lstrip("/")[start:]: info for path, info in found.items()}
-        return {n: i for n, i in names.items() if n and not n.endswith(_PARTIAL)}
+        return {n: i for n, i in names.items() if n and n != RECORD and not n.endswith(_PARTIAL)}
 
     def newest_first(self, prefix: str) -> list[str]:
-        """Names that begin with `prefix`, the one that was copied last first."""
-        names = sorted(name for name in self._list() if name.startswith(prefix))
-        return sorted(names, key=lambda n: self._files.modified(self._path(n)), reverse=True)
+        """Names that begin with `prefix`, the one that was written last first.
+
+        Times are those of the machine that copied; what came after its last record is newer.
+        """
+        known = self.record()
+        return sorted(
+            (name for name in self._list() if name.startswith(prefix)),
+            key=lambda n: (known[n][1] if n in known else math.inf, self._modified(n)),
+            reverse=True,
+        )
+
+    def _modified(self, name: str) -> float:
+        return float(self._files.modified(self._path(name)).timestamp())
+
+    def record(self) -> dict[str, list[int]]:
+        """Name -> bytes and time (ns) of what was copied, as of the last copy that was complete."""
+        try:
+            content = json.loads(self._files.cat_file(self._path(RECORD)))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return dict(content["files"])
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -130,8 +149,8 @@ class Remote:
             self._files.mv(partial, target)
         self._tell()
 
-    def get(self, name: str, folder: Path) -> Path:
-        """Copy a file from there into a folder, whole or not at all.
+    def get(self, name: str, folder: Path, nanoseconds: int | None = None) -> Path:
+        """Copy a file from there into a folder, whole or not at all; `nanoseconds` is its time.
 
         Raises:
             OSError: fewer bytes arrived than it has.
@@ -145,6 +164,8 @@ class Remote:
             size = int(self._files.info(self._path(name))["size"])
             if temporary.stat().st_size != size:
                 raise OSError(f"{name}: {temporary.stat().st_size} of {size} bytes arrived")
+            if nanoseconds is not None:
+                os.utime(temporary, ns=(nanoseconds, nanoseconds))
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -162,6 +183,7 @@ class Mirror:
     def __init__(self, remote: Remote, folder: Path) -> None:
         self.remote, self.folder = remote, folder
         self._copied: dict[str, list[int]] | None = None
+        self._seen: set[str] = set()  # what there was in the folder since this process began
 
     def sync(self) -> int:
         """Copy what is new or changed; then remove there checkpoints that were removed here.
@@ -173,6 +195,7 @@ class Mirror:
             self._copied = self._remembered()
         copied, count = self._copied, 0
         for name, path in self._files():
+            self._seen.add(name)
             try:
                 stat = path.stat()
                 mark = [stat.st_size, stat.st_mtime_ns]
@@ -186,11 +209,14 @@ class Mirror:
             copied[name] = mark
             self._remember(copied)
             count += 1
-        for name in [n for n in copied if n.startswith(_CHECKPOINTS)]:
-            if not (self.folder / name).exists():
-                self.remote.remove(name)
-                del copied[name]
-                self._remember(copied)
+        gone = [n for n in copied if n.startswith(_CHECKPOINTS) and n in self._seen]
+        gone = [n for n in gone if not (self.folder / n).exists()]
+        for name in gone:
+            self.remote.remove(name)
+            del copied[name]
+            self._remember(copied)
+        if count or gone:
+            self.remote.put(self.folder / RECORD, RECORD)
         return count
 
     def _files(self) -> Iterator[tuple[str, Path]]:

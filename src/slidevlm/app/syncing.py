@@ -8,7 +8,7 @@ from pathlib import Path
 from slidevlm import dist
 from slidevlm.config import Config
 from slidevlm.errors import CheckpointError, ConfigError
-from slidevlm.remote import Mirror, Remote, Syncing, told
+from slidevlm.remote import RECORD, Mirror, Remote, Syncing, told
 from slidevlm.run import CHECKPOINTS
 from slidevlm.train import checkpoint as ckpt
 
@@ -47,12 +47,15 @@ def _fetch(config: Config, folder: Path) -> None:
     remote = _remote(config, folder)
     assert remote is not None, "the caller has looked"
     try:
+        times = {name: mark[1] for name, mark in remote.record().items()}
         for name in remote.sizes():
             if not name.startswith(f"{CHECKPOINTS}/") and not (folder / name).exists():
-                remote.get(name, folder)
+                remote.get(name, folder, times.get(name))
+        if times:
+            remote.get(RECORD, folder)
         names = remote.newest_first(f"{CHECKPOINTS}/")
         for name in names:
-            path = remote.get(name, folder)
+            path = remote.get(name, folder, times.get(name))
             try:
                 ckpt.load(path)
             except CheckpointError as error:
