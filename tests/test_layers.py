@@ -28,11 +28,7 @@ LAYERS = (
     ("eval",),
     ("data", "models", "losses"),
     ("config", "flags", "run"),
-<<<<<<< HEAD
-    ("errors", "registry", "batch", "dist", "precision", "hub", "remote"),
-=======
-    ("errors", "registry", "batch", "dist", "launch", "precision", "hub"),
->>>>>>> main
+    ("errors", "registry", "batch", "dist", "launch", "precision", "hub", "remote"),
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 # Within these two, neighbours may know each other (flags reads config, registry raises errors).
