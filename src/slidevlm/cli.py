@@ -28,6 +28,7 @@ commands:
   classify         the classes of slides, by prompts
   embed            the vectors of slides
   score            score any two files of reports
+  report           the page of a run: curves, tables, map, specimens; one HTML file
   demo             synthesize a cohort, train on it, evaluate: a first look in minutes
   doctor           what is wrong with this machine or installation, and how to mend it
   completion       a script by which bash or zsh completes all this
@@ -187,6 +188,36 @@ def _score(argv: Sequence[str]) -> None:
             as_json=a.json,
         )
     )
+
+
+@dataclass(frozen=True)
+class _ReportArguments:
+    """arguments: which run, and where the page goes."""
+
+    run: str = arg("", "folder of a run, or of one of its evaluations", positional=True)
+    other: str | None = arg("", "another one, shown beside it", positional=True)
+    output: str | None = arg(None, "file to write", default_text="report.html in RUN")
+    json: bool = arg(False, cli_use.JSON)
+
+
+REPORT_HELP = """\
+Write the page of a run, or of two side by side: settings, learning curves, retrieval, tables of all
+tasks, confusion matrices, ROC curves, a map of the embeddings, every specimen with its true and its
+generated report. One HTML file that needs no network. It contains the reports of the specimens."""
+REPORT_EPILOG = """\
+examples:
+  slidevlm report logs/first
+  slidevlm report logs/first logs/second --output both.html
+"""
+
+
+def _report(argv: Sequence[str]) -> None:
+    a = parse_into(_ReportArguments, argv, "slidevlm report", REPORT_HELP, REPORT_EPILOG)
+    if not a.run:
+        raise ConfigError("give the folder of a run: slidevlm report RUN")
+    from slidevlm.page_commands import Reporting, report
+
+    report(Reporting(Path(a.run), _path(a.other or None), _path(a.output), a.json))
 
 
 @dataclass(frozen=True)
@@ -615,6 +646,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("classify",): cli_use.classify,
     ("embed",): cli_use.embed,
     ("score",): _score,
+    ("report",): _report,
     ("demo",): _demo,
     ("doctor",): _doctor,
     ("completion",): _completion,

@@ -1,0 +1,81 @@
+"""The page of a run: which files it is made of, and where it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slidevlm.app.outputs import newest_predictions
+from slidevlm.errors import ConfigError
+from slidevlm.report.content import RunFiles, content
+from slidevlm.report.run_page import render
+from slidevlm.run import METRICS, write_text
+
+PAGE = "report.html"
+
+
+def plotly_source() -> str:
+    """plotly.js, which the page carries with it.
+
+    Raises:
+        ConfigError: plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ConfigError(
+            "a page with plots needs the extra: pip install 'slidevlm[report]'"
+        ) from error
+    return str(get_plotlyjs())
+
+
+def run_files(place: Path) -> RunFiles:
+    """The files of a run folder, or of one of its evaluations.
+
+    A run shows its newest evaluation; the folder of an evaluation shows itself, with the training
+    of the run that it lies in.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if not place.is_dir():
+        raise ConfigError(f"{place} is not the folder of a run or of an evaluation")
+    predictions = newest_predictions(place)
+    trained = (place / METRICS).is_file() or (place / "config.yaml").is_file()
+    if predictions is None and not trained:
+        raise ConfigError(
+            f"{place} is not of a run: it has neither config.yaml nor {METRICS} nor predictions; "
+            "give the folder that `slidevlm train` or `slidevlm evaluate` has written"
+        )
+    folder = place.resolve()
+    name = folder.name
+    if folder.name.startswith("evaluation-") and (folder.parent / METRICS).is_file():
+        folder, name = folder.parent, f"{folder.parent.name}/{folder.name}"
+    checks = [place / "check.json", place / "check" / "check.json", folder / "check" / "check.json"]
+    check = next((path for path in checks if path.is_file()), None)
+    return RunFiles(name, folder, predictions, check)
+
+
+def write_page(
+    places: Sequence[Path],
+    output: Path | None = None,
+    attention: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Write the page of one run, or of two side by side; returns where.
+
+    Args:
+        places: folders of runs or evaluations, one or two.
+        output: the file; `report.html` in the first folder where None.
+        attention: see `report.content.content`.
+
+    Raises:
+        SlideVLMError: for everything a user can mend.
+    """
+    runs = [run_files(place) for place in places]
+    plotly = plotly_source()
+    path = places[0] / PAGE if output is None else output
+    if path.is_dir():
+        raise ConfigError(f"--output {path} is a folder; give a file such as {path / PAGE}")
+    write_text(path, render(content(runs, attention), plotly))
+    return path

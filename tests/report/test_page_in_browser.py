@@ -1,0 +1,143 @@
+"""The page in a real browser: Chromium, wide and narrow, light and dark.
+
+Screenshots go to the folder that $SLIDEVLM_SCREENSHOTS names, else to the test's own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slidevlm.app.page import write_page
+
+TABS = (
+    "overview", "training", "retrieval", "tasks", "map", "specimens", "attention", "data",
+    "settings",
+)  # fmt: skip
+WITH_PLOTS = ("training", "retrieval", "tasks", "map")
+
+
+class Looked:
+    """A page that was opened, and everything it complained of or asked the network for."""
+
+    def __init__(self, browser: Any, path: Path, width: int, scheme: str = "light") -> None:
+        self.problems: list[str] = []
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme
+        )
+        self.page = self.context.new_page()
+        self.page.on("console", lambda m: self.problems.append(f"{m.type}: {m.text}"))
+        self.page.on("pageerror", lambda e: self.problems.append(str(e)))
+        self.page.on(
+            "request",
+            lambda r: (
+                None
+                if r.url.startswith((path.as_uri(), "data:", "blob:"))
+                else self.problems.append(f"request {r.url}")
+            ),
+        )
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("html[data-ready]")
+
+    def tab(self, name: str) -> None:
+        """Open a tab and draw all its plots."""
+        self.page.click(f"#button-{name}")
+        plots = self.page.locator(f"#tab-{name} .plot")
+        for i in range(plots.count()):
+            plots.nth(i).scroll_into_view_if_needed()
+            plots.nth(i).locator(".main-svg").first.wait_for()
+        self.page.evaluate("scrollTo(0, 0)")
+
+    def overflow(self) -> int:
+        return self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+
+
+def screenshots(tmp_path: Path) -> Path:
+    folder = Path(os.environ.get("SLIDEVLM_SCREENSHOTS", tmp_path / "screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_every_tab(browser: Any, run_folder: Path, tmp_path: Path, width: int, scheme: str) -> None:
+    looked = Looked(browser, write_page([run_folder]), width, scheme)
+    for tab in TABS:
+        looked.tab(tab)
+        shown = looked.page.locator(f"#tab-{tab}")
+        assert shown.is_visible() and shown.inner_text().strip()
+        assert looked.overflow() <= 0, f"{tab} is wider than {width}"
+        drawn = looked.page.locator(f"#tab-{tab} .plot .main-svg").count()
+        assert (drawn > 0) == (tab in WITH_PLOTS), tab
+        path = screenshots(tmp_path) / f"{tab}-{width}-{scheme}.png"
+        looked.page.screenshot(path=str(path), full_page=True)
+    assert looked.problems == []
+
+
+def test_search_map_and_specimens(browser: Any, run_folder: Path) -> None:
+    looked = Looked(browser, write_page([run_folder]), 1280)
+    page = looked.page
+    looked.tab("specimens")
+    page.fill("#search", "s0017 shows")
+    page.wait_for_selector(".count:text-is('1\u20131 of 1')")
+    page.click(".entry")
+    assert page.locator(".detail h2").inner_text() == "S0017"
+    assert "Specimen 17 shows" in page.locator(".detail .text").first.inner_text()
+    missed = page.locator(".detail mark.missed").all_inner_texts()
+    assert any("free" in text for text in missed), "the generated report says involved"
+    assert any("involved" in t for t in page.locator(".detail mark.added").all_inner_texts())
+    page.fill("#search", "there is no such word")
+    page.wait_for_selector("text=Nothing fits this search")
+
+    looked.tab("map")
+    box = page.locator("#map-plot .points path").nth(3).bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.wait_for_selector("#tip:not([hidden])")
+    tip = page.locator("#tip").inner_text()
+    assert tip.startswith("S00") and "shows" in tip
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_selector("#tab-specimens:not([hidden])")
+    assert page.locator(".detail h2").inner_text() == tip.split()[0]
+    page.click("#theme")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 29)"
+    assert looked.problems == []
+
+
+def test_hostile_texts_do_nothing(browser: Any, run_folder: Path) -> None:
+    looked = Looked(browser, write_page([run_folder]), 1280)
+    page = looked.page
+    for tab in TABS:
+        looked.tab(tab)
+    looked.tab("specimens")
+    page.click(".entry >> nth=0")
+    assert "<img src=x onerror" in page.locator(".detail h2").inner_text(), "shown as text"
+    looked.tab("map")
+    page.mouse.move(*(lambda b: (b["x"] + 3, b["y"] + 3))(
+        page.locator("#map-plot .points path").nth(0).bounding_box()))  # fmt: skip
+    page.wait_for_selector("#tip:not([hidden])")
+    assert page.evaluate("window.hacked === undefined")
+    assert page.locator("img, a[href^='javascript'], iframe, object, embed").count() == 0
+    assert page.locator("script").count() == 3
+    assert looked.problems == []
+
+
+def test_two_runs(browser: Any, tmp_path: Path, writer: Callable[..., Path]) -> None:
+    places = [writer(tmp_path / name / name) for name in "ab"]
+    other = writer(tmp_path / "c" / "second", seed=5)
+    looked = Looked(browser, write_page([places[0], other], tmp_path / "two.html"), 1280)
+    for tab in TABS:
+        looked.tab(tab)
+        assert looked.overflow() <= 0, tab
+        path = screenshots(tmp_path) / f"two-{tab}-1280.png"
+        looked.page.screenshot(path=str(path), full_page=True)
+    assert looked.page.locator("#tab-retrieval th", has_text="B \u2212 A").count() > 0
+    assert (
+        looked.page.locator("#tab-specimens .detail h3", has_text="Generated report").count() == 2
+    )
+    assert looked.problems == []

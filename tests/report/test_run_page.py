@@ -1,0 +1,153 @@
+"""The page of a run: what stands in it, and that nothing in the data acts on it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from slidevlm.app.page import run_files, write_page
+from slidevlm.cli import main
+from slidevlm.errors import ConfigError, DataError
+from slidevlm.eval.stored import load
+from slidevlm.report.embedding_map import nearest, pca
+from slidevlm.report.run_page import as_json
+from slidevlm.report.specimens import roc
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    found = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL
+    )
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_the_data_of_the_page_is_that_of_the_run(run_folder: Path) -> None:
+    run = data_of(write_page([run_folder]))["runs"][0]
+    stored = load(run_folder / "predictions.npz").splits["test"]
+    assert run["specimens"]["id"] == list(stored.specimen_ids)
+    assert run["specimens"]["report"] == list(stored.reports)
+    assert run["specimens"]["generated"] == list(stored.generated or ())
+    metrics = {f"{m['split']}/{m['task']}/{m['metric']}": m for m in run["evaluation"]["metrics"]}
+    told = json.loads((run_folder / "metrics.json").read_text())["metrics"]
+    assert metrics.keys() == told.keys()
+    assert any(row["lo"] is not None for row in told.values())
+    for name, row in told.items():
+        for key in ("value", "lo", "hi"):
+            mine = metrics[name][key]
+            assert (mine is None) == (row[key] is None)
+            assert mine is None or mine == pytest.approx(row[key], rel=1e-4)
+    assert run["curves"]["train"]["values"]["caption_loss"] == pytest.approx([3, 1.5, 1, 0.75, 0.6])
+    epochs = next(row for row in run["settings"] if row["flag"] == "--epochs")
+    assert (epochs["value"], epochs["given"], epochs["default"]) == ("1", True, "32")
+    similarity = stored.image_embedding @ stored.image_embedding.T
+    np.fill_diagonal(similarity, -2)
+    assert [row[0][0] for row in run["specimens"]["near"]] == similarity.argmax(1).tolist()
+
+
+def test_what_is_missing_is_told_with_the_command_that_makes_it(tmp_path: Path, writer) -> None:
+    folder = writer(tmp_path / "runs" / "tiny", generated=False)
+    for path in [*folder.glob("predictions.*"), folder / "metrics.json"]:
+        path.unlink()
+    run = data_of(write_page([folder], tmp_path / "page.html"))["runs"][0]
+    assert run["specimens"] is None and run["evaluation"] is None
+    commands = [one["command"] for one in run["lacking"]]
+    assert any(c.startswith("slidevlm evaluate") for c in commands)
+    assert any(c.startswith("slidevlm data check --config") for c in commands)
+
+
+def test_the_check_beside_a_run_is_on_its_page(run_folder: Path) -> None:
+    (run_folder / "check").mkdir()
+    (run_folder / "check/check.json").write_text('{"errors": 0, "warnings": 7}')
+    assert data_of(write_page([run_folder]))["runs"][0]["check"]["warnings"] == 7
+
+
+def test_an_evaluation_within_a_run_shows_the_training_too(tmp_path: Path, writer) -> None:
+    run = writer(tmp_path / "runs" / "tiny")
+    inner = writer(run / "evaluation-2026_01_01-00_00_00", n=30, seed=1)
+    found = run_files(inner)
+    assert found.folder == run and found.name == "tiny/evaluation-2026_01_01-00_00_00"
+    assert found.predictions == inner / "predictions.npz"
+
+
+def test_other_folders_and_files_are_refused(tmp_path: Path, run_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="not the folder of a run"):
+        write_page([tmp_path / "none"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="neither config.yaml nor"):
+        write_page([tmp_path / "empty"])
+    with pytest.raises(ConfigError, match="is a folder"):
+        write_page([run_folder], tmp_path)
+    (run_folder / "predictions.csv").write_text("split,specimen\ntest,other\n")
+    with pytest.raises(DataError, match="of different evaluations"):
+        write_page([run_folder])
+
+
+def test_the_command(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run_folder), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["page"] == str(run_folder / "report.html")
+    assert told["bytes"] == (run_folder / "report.html").stat().st_size
+    assert main(["report", str(run_folder), "--output", str(run_folder / "other.html")]) == 0
+    assert "open it in a browser" in capsys.readouterr().out
+    assert data_of(run_folder / "other.html") == data_of(run_folder / "report.html")
+    assert main(["report"]) == 2
+
+
+def test_without_plotly_the_extra_is_named(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
+    assert main(["report", str(run_folder)]) == 2
+    assert "slidevlm[report]" in capsys.readouterr().err
+    assert not (run_folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("text", ["</script>", "<!--", "\u2028\u2029", "\ud800", "{{data}}", "é漢"])
+def test_json_in_a_script_element(text: str) -> None:
+    found = as_json({"a": text})
+    assert "<" not in found and "\u2028" not in found and "\u2029" not in found
+    assert json.loads(found)["a"] == ("?" if text == "\ud800" else text)
+
+
+def test_roc_is_scikit_learns() -> None:
+    random = np.random.default_rng(0)
+    score = random.integers(0, 12, 200) / 12  # with ties
+    positive = random.random(200) < score
+    found = roc(positive, score)
+    assert found is not None
+    assert found["auc"] == pytest.approx(roc_auc_score(positive, score), abs=1e-4)
+    x, y, _ = roc_curve(positive, score, drop_intermediate=False)
+    ours = set(zip(found["x"], found["y"], strict=True))
+    assert ours <= set(zip(x.round(4).tolist(), y.round(4).tolist(), strict=True))
+    assert np.trapezoid(found["y"], found["x"]) == pytest.approx(found["auc"], abs=1e-4)
+    assert roc(np.ones(5, bool), np.arange(5.0)) is None
+
+
+def test_pca_is_scikit_learns_and_broken_rows_have_no_place() -> None:
+    vectors = np.random.default_rng(0).normal(size=(40, 6)) * [5, 3, 1, 1, 1, 1]
+    reference = PCA(2).fit(vectors)
+    places = reference.transform(vectors)
+    found = pca(np.vstack([vectors, np.full((1, 6), np.nan)]))
+    for axis, column in zip("xy", places.T, strict=True):
+        mine = np.array(found[axis][:-1], float)
+        assert np.abs(mine) == pytest.approx(np.abs(column), rel=1e-3)
+        assert found[axis][-1] is None
+    assert found["share"] == pytest.approx(reference.explained_variance_ratio_, abs=1e-4)
+    assert pca(np.ones((1, 3)))["x"] == [0.0]
+
+
+def test_nearest_in_blocks_is_a_plain_sort() -> None:
+    vectors = np.random.default_rng(1).normal(size=(1500, 4))
+    found = nearest(vectors, vectors, range(1500), 3, skip_self=True)
+    scores = vectors @ vectors.T
+    np.fill_diagonal(scores, -np.inf)
+    for i in (0, 1023, 1024, 1499):
+        assert [j for j, _ in found[i]] == np.argsort(-scores[i])[:3].tolist()
