@@ -379,6 +379,20 @@ class Checkpoint:
     save_every_n_steps: int | None = arg(
         None, "optimizer steps between two checkpoints within an epoch", minimum=1, extra=True
     )
+    save_best: str | None = arg(
+        None,
+        "metric of the validation, such as val/image_to_text/R@10: best.pt is the checkpoint with "
+        "the best value so far; METRIC:max or METRIC:min where the direction is not known",
+        extra=True,
+    )
+    ema: float | None = arg(
+        None,
+        "decay of an exponential moving average of the weights, such as 0.999: it is what is "
+        "evaluated, and what users of a checkpoint get; training goes on with the last weights",
+        minimum=0.0,
+        below=1.0,
+        extra=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -817,6 +831,21 @@ def _resuming(config: Config) -> Iterator[str]:
             yield "--resume latest needs --name, the run to go on with"
 
 
+def _best(config: Config) -> Iterator[str]:
+    wanted = config.checkpoint.save_best
+    if wanted is None or config.evaluation.test:  # an evaluation of a run has the run's arguments
+        return
+    name, colon, direction = wanted.partition(":")
+    if not name or (colon and direction not in ("min", "max")):
+        yield f"--save-best {wanted}: write METRIC, METRIC:max or METRIC:min"
+    if not config.data.val_split:
+        yield "--save-best needs --val-split, whose evaluations it compares"
+    if config.logs is None:
+        yield "--save-best keeps a checkpoint, but --logs is None"
+    if config.evaluation.eval_grace_period >= config.optim.epochs:
+        yield "--save-best: --eval-grace-period leaves no evaluation"
+
+
 def _model(config: Config) -> Iterator[str]:
     model = config.model
     of_locks = {
@@ -892,6 +921,7 @@ def _combinations(config: Config) -> Iterator[str]:
             if field_name in config.given:
                 yield f"--{field_name.replace('_', '-')} works only with --report-to wandb"
     yield from _resuming(config)
+    yield from _best(config)
     name = config.logging.name
     if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
         yield f"--name {name!r} must be the name of one folder"

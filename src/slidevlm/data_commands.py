@@ -32,7 +32,7 @@ from slidevlm.models import from_dict, zoo
 from slidevlm.report.check_page import page, terminal
 from slidevlm.report.inspection import terminal as inspection_text
 from slidevlm.report.plain import table
-from slidevlm.run import Bar, configure_logging, write_text
+from slidevlm.run import Bar, configure_logging, working, write_text
 
 SPLITS = ("train", "val", "test")
 log = logging.getLogger("slidevlm")
@@ -57,7 +57,8 @@ def inspect_path(path: Path) -> Inspection:
 def inspect(path: Path, *, as_json: bool) -> None:
     """Print what is at `path`."""
     configure_logging(debug=False, main=True)
-    found = inspect_path(path)
+    with working("looking into files"):
+        found = inspect_path(path)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
     else:
@@ -380,22 +381,24 @@ def split_path(wanted: Dividing, *, as_json: bool = False) -> None:
     there = [str(file) for file in files if file.exists()]
     if there:
         raise ConfigError(f"{', '.join(there)} exist(s); choose another folder or remove them")
-    store = open_path(wanted.source, wanted.hdf5_feature_attribute, wanted.slide_table)
-    cases = [case for case in store.cases if store.has_features(case)]
+    with working("listing specimens"):
+        store = open_path(wanted.source, wanted.hdf5_feature_attribute, wanted.slide_table)
+        cases = [case for case in store.cases if store.has_features(case)]
     if len(cases) < len(store.cases):
         log.warning(
             "%d of %d specimens have no features and are left out",
             len(store.cases) - len(cases),
             len(store.cases),
         )
-    division = divide(
-        cases,
-        names,
-        wanted.fractions,
-        classes=None if wanted.labels is None else read_classes(wanted.labels),
-        sites=_sites(wanted, cases),
-        seed=wanted.seed,
-    )
+    with working("dividing"):
+        division = divide(
+            cases,
+            names,
+            wanted.fractions,
+            classes=None if wanted.labels is None else read_classes(wanted.labels),
+            sites=_sites(wanted, cases),
+            seed=wanted.seed,
+        )
     _make_folder(wanted.folder)
     for file, specimens in zip(files, division.specimens, strict=True):
         write_text(file, write_identifiers(specimens))

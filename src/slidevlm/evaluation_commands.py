@@ -22,7 +22,7 @@ from slidevlm.config import Config
 from slidevlm.errors import ConfigError
 from slidevlm.eval.compare import Difference
 from slidevlm.report.tables import difference_table, score_table
-from slidevlm.run import write_text
+from slidevlm.run import working, write_text
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,14 @@ def evaluate(asked: Evaluation, given: Config) -> None:
         assert asked.predictions is not None
         config = with_stored_settings(asked.predictions, given)
         config = with_resamples(config) if asked.compare is not None else config
-        outcome = rescore(asked.predictions, config)
+        with working("scoring stored predictions"):
+            outcome = rescore(asked.predictions, config)
     if not dist.is_main_of_environment():
         return
     found = None
     if asked.compare is not None:
-        found = compare_with(outcome, asked.compare, config)
+        with working("comparing"):
+            found = compare_with(outcome, asked.compare, config)
         _write_comparison(outcome, asked.compare, found)
     if asked.as_json:
         content = {"folder": _name(outcome), "metrics": table(outcome.scores)}

@@ -19,7 +19,7 @@ from slidevlm.models.freeze import image_groups, text_groups
 from slidevlm.models.mode import Group
 from slidevlm.models.text.huggingface import HuggingFaceConfig
 from slidevlm.report.plain import shortened, table
-from slidevlm.run import configure_logging, write_text
+from slidevlm.run import configure_logging, working, write_text
 
 _TILE_WIDTH = 1024  # where a configuration takes it from the data
 _TOWERS = ("slide", "text", "decoder")
@@ -218,7 +218,8 @@ def new(name: str, file: Path) -> None:
 def export_model(source: str, folder: Path, *, as_json: bool = False) -> None:
     """Write a trained model as a folder, and say what is in it."""
     configure_logging(debug=False, main=True)
-    files = export(source, folder)
+    with working("writing the model"):
+        files = export(source, folder)
     if as_json:
         print(json.dumps({"folder": str(folder), "files": [file.name for file in files]}, indent=1))
         return

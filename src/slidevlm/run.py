@@ -311,6 +311,21 @@ class Bar:
             self._progress.stop()
 
 
+@contextmanager
+def working(title: str, *, shown: bool = True) -> Iterator[None]:
+    """Within, a terminal shows that something is done of which nobody knows how long it takes.
+
+    Not around a `Bar`, which tells more.
+    """
+    if not (shown and sys.stderr.isatty()):
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{title} ..."):
+        yield
+
+
 class _Terminal(logging.Handler):
     """Writes to what stderr is at that moment: notebooks and tests exchange it."""
 

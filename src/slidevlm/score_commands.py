@@ -22,7 +22,7 @@ from slidevlm.eval.text_metrics.embedders import embedder
 from slidevlm.eval.text_metrics.meteor_data import MeteorData, read_data
 from slidevlm.eval.text_metrics.scoring import Scoring
 from slidevlm.report.tables import score_table
-from slidevlm.run import configure_logging, write_text
+from slidevlm.run import configure_logging, working, write_text
 
 log = logging.getLogger("slidevlm")
 
@@ -55,16 +55,17 @@ def score(asked: Comparing) -> dict[str, float]:
     generated, references = _texts(asked)
     names = _matched(generated, references, asked)
     ours, theirs = [generated[n] for n in names], [references[n] for n in names]
-    scoring = Scoring(
-        extractor=read_extractor(asked.clinical),
-        meteor=MeteorData() if asked.meteor_data is None else read_data(asked.meteor_data),
-        embed=None if asked.embedder is None else embedder(asked.embedder, theirs),
-    )
-    counted = scoring.count(ours, theirs)
-    values = counted.scores()
     drawn: dict[str, np.ndarray] = {}
-    if asked.bootstrap:
-        drawn = asked.bootstrap.values(names, counted.values).values
+    with working("scoring reports"):
+        scoring = Scoring(
+            extractor=read_extractor(asked.clinical),
+            meteor=MeteorData() if asked.meteor_data is None else read_data(asked.meteor_data),
+            embed=None if asked.embedder is None else embedder(asked.embedder, theirs),
+        )
+        counted = scoring.count(ours, theirs)
+        values = counted.scores()
+        if asked.bootstrap:
+            drawn = asked.bootstrap.values(names, counted.values).values
     rows = [_row(name, value, drawn, asked.bootstrap, len(names)) for name, value in values.items()]
     if asked.output is not None:
         write_text(asked.output, _as_json(asked, rows))

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from slidevlm.app import train
+from slidevlm.app import evaluate_run, train
 from slidevlm.config import Config, with_values
 from slidevlm.data.synthetic import DemoCohort, synthesize
+from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.train import checkpoint as ckpt
 
 
@@ -115,3 +116,78 @@ def test_rates_of_a_run_are_the_schedules(
     folder = run(settings, **options)
     rates = [line["learning_rate"] / 1e-2 for line in lines(folder)]
     assert rates == pytest.approx(expected)
+
+
+# --- averages -----------------------------------------------------------------------------------
+
+
+def test_an_average_is_kept_evaluated_used_and_resumed_exactly(
+    settings: dict[str, Any], cohort: DemoCohort, capsys
+) -> None:
+    validated = {"val_split": (str(cohort.split("val")),), "test_split": str(cohort.split("test"))}
+    plain = run(settings, name="plain", **validated)
+    whole = run(settings, name="whole", ema=0.9, **validated)
+    assert same(weights(plain), weights(whole)), "training itself is as without"
+    saved = ckpt.load(whole / "checkpoints/epoch_2.pt")[0]
+    assert saved.averaged and not same(saved.for_use().weights, saved.weights)
+    half = run(settings, ema=0.9, save_every_n_steps=1, **validated)
+    for name in ("epoch_2.pt", "step_4.pt"):
+        (half / "checkpoints" / name).unlink(missing_ok=True)
+    run(settings, resume="latest", ema=0.9, **validated)
+    resumed = ckpt.load(half / "checkpoints/epoch_2.pt")[0]
+    assert same(resumed.weights, saved.weights) and same(resumed.averaged, saved.averaged)
+    # The validation of the run, its test split, and a later evaluation are all of the average.
+    name = "val/loss/caption"
+    in_run = [x[name] for x in lines(whole, "evaluation")]
+    assert in_run != [x[name] for x in lines(plain, "evaluation")]
+    capsys.readouterr()
+    tested = evaluate_run(whole)
+    assert tested[name] == pytest.approx(in_run[-1], rel=1e-6)
+    assert "their average (--ema)" in capsys.readouterr().err
+    written = json.loads((whole / "test.json").read_text())
+    assert json.dumps(written) != json.dumps(json.loads((plain / "test.json").read_text()))
+    raw = evaluate_run(whole, with_values(Config(), {"pretrained": f"raw:{whole}"}))
+    assert raw[name] == pytest.approx([x[name] for x in lines(plain, "evaluation")][-1], rel=1e-6)
+    with pytest.raises(CheckpointError, match="resume with --ema DECAY, too"):
+        run(settings, resume="latest", epochs=3, **validated)
+
+
+# --- the best checkpoint --------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_is_kept(settings: dict[str, Any], cohort: DemoCohort) -> None:
+    validated = {"val_split": (str(cohort.split("val")),), "save_frequency": 0}
+    folder = run(settings, epochs=4, lr=0.05, save_best="val/loss/contrastive", **validated)
+    values = [x["val/loss/contrastive"] for x in lines(folder, "evaluation")]
+    _, training = ckpt.load(folder / "checkpoints/best.pt")
+    assert training.best == {"val/loss/contrastive": min(values)}
+    assert training.progress.epoch == values.index(min(values)) + 1
+    assert {f.name for f in (folder / "checkpoints").iterdir()} == {"best.pt", "epoch_4.pt"}
+    # Another direction, and a run that goes on remembers.
+    worst = {**validated, "name": "worst", "save_best": "val/loss/contrastive:max"}
+    run(settings, epochs=2, lr=0.05, **worst)
+    folder = run(settings, epochs=4, lr=0.05, resume="latest", **worst)
+    values = [x["val/loss/contrastive"] for x in lines(folder, "evaluation")]
+    _, training = ckpt.load(folder / "checkpoints/best.pt")
+    assert training.best == {"val/loss/contrastive": max(values)}
+
+
+def test_the_metrics_to_choose_from_are_known_before_training(
+    settings: dict[str, Any], cohort: DemoCohort
+) -> None:
+    """And are those that an evaluation has."""
+    more = {
+        "val_split": (str(cohort.split("val")),),
+        "save_captions": True,
+        "caption_val_max_seq_len": 3,
+        "zsc_class_prompt_mapping": (str(cohort.prompts("diagnosis")),),
+        "zsc_specimen_class_mapping": (str(cohort.labels("diagnosis")),),
+        "epochs": 1,
+        "eval_metric_bootstraps": 3,
+    }
+    with pytest.raises(ConfigError, match="no evaluation of this run has that metric") as caught:
+        run(settings, save_best="val/loss", **more)
+    assert not (Path(settings["logs"]) / "run").exists(), "nothing was trained"
+    listed = {line.strip() for line in str(caught.value).splitlines()[1:]}
+    (told,) = lines(run(settings, save_best="val/captions/bleu_4", **more), "evaluation")
+    assert listed == {name for name in told if "/" in name and not name.endswith(("/lo", "/hi"))}

@@ -423,6 +423,37 @@ def test_two_processes_equal_one(settings: dict[str, Any], accum_freq: int, buck
 
 
 @pytest.mark.slow
+def test_going_on_within_an_epoch_with_another_number_of_processes(
+    settings: dict[str, Any],
+) -> None:
+    """The same global batch order: one process, then two, then one with two batches a step."""
+    settings |= {**exactly(settings), "image_features_cutoff": 150, "val_split": None}
+    train(config_of(settings, name="whole"))
+    folder = Path(settings["logs"]) / "run" / "checkpoints"
+
+    def only(step: int) -> None:
+        for path in [p for p in folder.iterdir() if p.name != f"step_{step}.pt"]:
+            path.unlink()
+
+    train(config_of(settings, save_every_n_steps=1))
+    only(2)
+    result = torchrun(
+        settings, 2, batch_size=6, resume="latest", save_every_n_steps=1, dist_backend="gloo"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "step_2.pt" in result.stderr and "step 3/6" in result.stderr
+    only(5)
+    train(config_of(settings, batch_size=6, accum_freq=2, resume="latest"))
+    assert [x["step"] for x in lines(settings)] == [1, 2, 3, 4, 5, 6]
+    whole = lines(settings | {"name": "whole"})
+    for a, b in zip(lines(settings), whole, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    expected, found = final(settings, "whole"), final(settings)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
 def test_an_existing_run_ends_every_rank(settings: dict[str, Any]) -> None:
     (Path(settings["logs"]) / "run").mkdir(parents=True)
     result = torchrun(settings, 2, batch_size=6)

@@ -128,6 +128,12 @@ class Rig:
 
     def epoch(self, epoch: int) -> None:
         self.watcher.epoch(Progress(3 * epoch, epoch, 0))
+        self.watcher.wait()
+
+    def save(self, progress: Progress) -> None:
+        """Within an epoch; what is to be written is, or has failed, when it returns."""
+        self.watcher.save_within_epoch(progress)
+        self.watcher.wait()
 
     def step(self, step: int, **options: Any) -> None:
         self.watcher.step(line(step, **options))
@@ -276,7 +282,7 @@ def test_steps_save_within_an_epoch_and_at_its_end(tmp_path: Path) -> None:
     for epoch in EPOCHS:
         for batch in (1, 2):
             step = 3 * (epoch - 1) + batch
-            rig.watcher.save_within_epoch(Progress(step, epoch - 1, batch))
+            rig.save(Progress(step, epoch - 1, batch))
         rig.epoch(epoch)
     names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     steps = {f"step_{s}.pt" for s in (2, 4, 6, 8, 10, 12, 14)}
@@ -288,14 +294,14 @@ def test_steps_save_within_an_epoch_and_at_its_end(tmp_path: Path) -> None:
 def test_no_state_is_gathered_where_nothing_is_saved(tmp_path: Path) -> None:
     rig = Rig(tmp_path, val_frequency=100)
     rig.epoch(1)
-    rig.watcher.save_within_epoch(Progress(4, 1, 1))
+    rig.save(Progress(4, 1, 1))
     assert rig.calls == []
 
 
 def test_metrics_of_before_are_saved_until_there_are_new_ones(tmp_path: Path) -> None:
     old = {"val/score": 0.5}
     rig = Rig(tmp_path, start=Progress(3, 1, 0), metrics=old, save_every_n_steps=1, val_frequency=9)
-    rig.watcher.save_within_epoch(Progress(4, 1, 1))
+    rig.save(Progress(4, 1, 1))
     assert load(tmp_path / "checkpoints/step_4.pt")[1].metrics == old
     assert rig.watcher.metrics == old
 
@@ -305,10 +311,10 @@ def test_metrics_of_before_are_saved_until_there_are_new_ones(tmp_path: Path) ->
 
 def test_asked_to_end_within_an_epoch_it_saves_there(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
-    rig.watcher.save_within_epoch(Progress(1, 0, 1))
+    rig.save(Progress(1, 0, 1))
     assert not rig.watcher.stops and rig.calls == []
     rig.interrupts.name = "SIGTERM"
-    rig.watcher.save_within_epoch(Progress(2, 0, 2))
+    rig.save(Progress(2, 0, 2))
     assert rig.watcher.stops
     assert load(tmp_path / "checkpoints" / "step_2.pt")[1].progress == Progress(2, 0, 2)
 
@@ -340,12 +346,12 @@ def test_a_save_that_fails_is_told_and_tried_again(
 ) -> None:
     rig = Rig(tmp_path, save_every_n_steps=2)
     obstacle = refuse(tmp_path)
-    rig.watcher.save_within_epoch(Progress(2, 0, 2))
+    rig.save(Progress(2, 0, 2))
     assert "cannot write checkpoint" in messages.text and "tried again" in messages.text
     obstacle.unlink()
-    rig.watcher.save_within_epoch(Progress(4, 1, 1))
+    rig.save(Progress(4, 1, 1))
     assert load(obstacle / "step_4.pt")[1].progress.step == 4
-    rig.watcher.save_within_epoch(Progress(5, 1, 2))
+    rig.save(Progress(5, 1, 2))
     assert [c.name for c in obstacle.iterdir()] == ["step_4.pt"], "once it is stored, no more"
 
 
@@ -353,7 +359,7 @@ def test_a_save_that_fails_is_told_and_tried_again(
 def test_a_save_that_failed_is_tried_again_before_its_time(tmp_path: Path) -> None:
     rig = Rig(tmp_path, save_every_n_steps=2)
     obstacle = refuse(tmp_path)
-    rig.watcher.save_within_epoch(Progress(2, 0, 2))
+    rig.save(Progress(2, 0, 2))
     obstacle.unlink()
     rig.epoch(1)  # nothing is due then
     assert load(obstacle / "step_3.pt")[1].progress == Progress(3, 1, 0)
@@ -363,7 +369,7 @@ def test_a_save_that_failed_is_not_tried_at_every_step(tmp_path: Path) -> None:
     rig = Rig(tmp_path, save_every_n_steps=2)
     refuse(tmp_path)
     for step in range(1, 4):
-        rig.watcher.save_within_epoch(Progress(step, 0, step))
+        rig.save(Progress(step, 0, step))
     assert rig.calls == [("save", 2)]
 
 
@@ -375,4 +381,4 @@ def test_the_last_save_that_fails_is_an_error(tmp_path: Path) -> None:
         rig.epoch(5)
     rig.interrupts.name = "SIGTERM"
     with pytest.raises(CheckpointError, match="cannot write"):
-        rig.watcher.save_within_epoch(Progress(13, 4, 1))
+        rig.save(Progress(13, 4, 1))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from slidevlm.precision import Precision
 from slidevlm.run import CHECKPOINTS, Run, peak_memory
 from slidevlm.train import checkpoint as ckpt
 from slidevlm.train import schedule
+from slidevlm.train.average import Average
+from slidevlm.train.best import Best
 from slidevlm.train.interrupt import Interrupts
 from slidevlm.train.loop import Plan
 from slidevlm.train.loop import train as run_loop
@@ -82,14 +85,18 @@ def fit(
         "seed": seed,
         "similar_lengths": batches.lengths_id(),
     }
+    average = _average(config, trained, start)
     progress = ckpt.Progress()
     if start.training is not None:
-        progress = _go_on(start.training, step, order)
+        progress = _go_on(start.training, step, order, optim.accum_freq)
 
     def state(
         at: ckpt.Progress, metrics: dict[str, float]
     ) -> tuple[ckpt.ModelState, ckpt.TrainState]:
-        return trained.state(), ckpt.TrainState(
+        model = _steady(trained)
+        if average is not None:
+            model = replace(model, averaged=average.state())
+        return model, ckpt.TrainState(
             progress=at,
             optimizer=step.optimizer.state_dict(),
             scaler=step.scaler.state_dict(),
@@ -99,28 +106,84 @@ def fit(
             config=to_yaml(config),
             metrics=metrics,
             threads=torch.get_num_threads(),
+            accum_freq=optim.accum_freq,
         )
+
+    def evaluate(epoch: int, write: bool, at: int) -> dict[str, float]:
+        with nullcontext() if average is None else average.in_place():
+            return judge.epoch(data.vals, epoch, write, at)
 
     watcher = RunWatcher(
         run,
         _keeper(config, folder),
         state,
-        lambda epoch, write, at: judge.epoch(data.vals, epoch, write, at),
+        evaluate,
         _rhythm(config, steps_an_epoch),
         progress,
         {} if start.training is None else start.training.metrics,
         interrupts,
         peak_memory if config.logging.log_memory else dict,
+        (lambda step: None) if average is None else average.update,
+        _best(config, data, judge, start),
     )
+    step.optimizer.register_step_pre_hook(lambda *_: watcher.settle())
     try:
         end = run_loop(step, loader, batches, plan, watcher, progress)
+    except KeyboardInterrupt:
+        watcher.close(at_once=True)
+        raise
     finally:
         watcher.close()
     if step.skipped:
         log.warning("%d steps were skipped: loss or gradient not finite", step.skipped)
     if watcher.stops:
         _tell_how_to_go_on(folder, end)
+    elif average is not None:
+        average.put()  # what comes after training is of the averages
     return Fitted(watcher.metrics, finished=not watcher.stops)
+
+
+def _steady(trained: Trained) -> ckpt.ModelState:
+    """The model's state, of which nothing changes before the optimizer's next step.
+
+    Buffers such as BatchNorm's statistics would: they are copied.
+    """
+    parameters = {p.data_ptr() for p in trained.model.parameters()}
+    state = trained.state()
+    return replace(
+        state,
+        weights={
+            name: tensor if tensor.data_ptr() in parameters else tensor.clone()
+            for name, tensor in state.weights.items()
+        },
+    )
+
+
+def _average(config: Config, trained: Trained, start: Start) -> Average | None:
+    """Of --ema, as a checkpoint has it, or beginning with the weights there are."""
+    decay, saved = config.checkpoint.ema, start.training is not None and start.model is not None
+    had = start.model.averaged if saved and start.model is not None else {}
+    if decay is None:
+        if had:
+            raise CheckpointError(
+                "the checkpoint has an average of the weights, which would be lost: resume with "
+                "--ema DECAY, too"
+            )
+        return None
+    average = Average(trained.model, decay)
+    if had:
+        average.load_state(had)
+    elif saved:
+        log.warning("the checkpoint has no average of the weights; --ema begins with its weights")
+    return average
+
+
+def _best(config: Config, data: Data, judge: Judge, start: Start) -> Best | None:
+    wanted = config.checkpoint.save_best
+    if wanted is None:
+        return None
+    known = dist.from_main(lambda: judge.metric_names(data.vals))
+    return Best(wanted, known, None if start.training is None else start.training.best)
 
 
 def _step(config: Config, trained: Trained, objective: Objective, precision: Precision) -> Step:
@@ -261,19 +324,26 @@ def _schedule(config: Config, steps_an_epoch: int) -> schedule.Schedule:
     )
 
 
-def _go_on(saved: ckpt.TrainState, step: Step, order: dict[str, int]) -> ckpt.Progress:
-    """Restore optimizer, scaler and random state; refuse what would silently drift."""
+def _go_on(
+    saved: ckpt.TrainState, step: Step, order: dict[str, int], accum_freq: int
+) -> ckpt.Progress:
+    """Restore optimizer, scaler and random state; refuse what would silently drift.
+
+    Returns where to go on: a step may be made of other micro-batches than before.
+    """
+    progress = saved.progress
     was = {name: saved.order.get(name, 0) for name in order}
     if was != order:
         differs = ", ".join(f"{k} {was[k]} -> {order[k]}" for k in order if was[k] != order[k])
-        if saved.progress.batch:
+        if progress.batch:
             raise CheckpointError(
                 "the checkpoint lies within an epoch, but the order of the data changed "
-                f"({differs}); "
-                "use the same data, --batch-size, --accum-freq, --seed and number of processes, or "
-                "a checkpoint from the end of an epoch"
+                f"({differs}); use the same data and --seed, and keep --batch-size x processes x "
+                "--accum-freq as it was, or take a checkpoint from the end of an epoch"
             )
         log.warning("the order of the data differs from that of the checkpoint (%s)", differs)
+    elif saved.accum_freq:
+        progress = replace(progress, batch=progress.batch // saved.accum_freq * accum_freq)
     load_state(step.optimizer, saved.optimizer)
     step.scaler.load_state_dict(saved.scaler)
     step.skipped = saved.skipped
@@ -295,4 +365,4 @@ def _go_on(saved: ckpt.TrainState, step: Step, order: dict[str, int]) -> ckpt.Pr
             threads,
             saved.threads,
         )
-    return saved.progress
+    return progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,41 @@ class Judge:
                     text = _example(predictions, number)
                     self.run.text(f"{name}/report_{number + 1}", step, text)
         return metrics
+
+    def metric_names(self, splits: Sequence[Split]) -> list[str]:
+        """The metrics that `epoch` will have: found by judging numbers drawn at random."""
+        quick = replace(self.config.evaluation, eval_metric_bootstraps=0)
+        suite = Suite(replace(self.config, evaluation=quick))
+        drawn = None
+        if suite.support_names:
+            cases = find(suite.support_names, self.store).cases
+            drawn = self._drawn(Split(SUPPORT, cases, ("",) * len(cases), (), ()), write=False)
+        write = self.config.evaluation.save_captions
+        tasks = suite.tasks(_draw_texts, generated=write, support=drawn)
+        return [
+            f"{split.name}/{name}"
+            for split in splits
+            for name in evaluate(self._drawn(split, write), tasks).metrics
+        ]
+
+    def _drawn(self, split: Split, write: bool) -> Predictions:
+        """What predictions of a split look like, without the model."""
+        count, model = len(split.cases), self.trained.model
+        embeds = isinstance(model, CoCa)
+        losses = {"contrastive": 0.0} if embeds else {}
+        if model.decoder is not None:
+            losses["caption"] = 0.0
+        reports = tuple(split.reports)
+        return Predictions(
+            specimen_ids=tuple(case.specimen for case in split.cases),
+            patient_ids=tuple(case.patient for case in split.cases),
+            reports=reports,
+            report_ids=np.arange(count),
+            image_embedding=_draw_texts(reports) if embeds else None,
+            text_embedding=_draw_texts(reports) if embeds else None,
+            generated=reports if write else None,
+            losses=losses,
+        )
 
     def final(self, data: Data, name: str, prefix: str = "") -> Outcome:
         """Evaluate splits once, with files and a table to read.
@@ -225,6 +261,12 @@ def evaluated(config: Config, data: Data) -> list[Split]:
     if not config.evaluation.test:
         return [] if data.test is None else [data.test]
     return [s for s in data.splits if not (config.evaluation.probe and s is data.train)]
+
+
+def _draw_texts(texts: Sequence[str]) -> np.ndarray:
+    """Embeddings [len(texts), E] that have nothing to do with the texts."""
+    rows = np.random.default_rng(0).normal(size=(len(texts), 8)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 class Remembered:

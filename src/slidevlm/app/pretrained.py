@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +27,12 @@ from slidevlm.run import CHECKPOINTS
 from slidevlm.train import checkpoint as ckpt
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "slidevlm_tokenizer.json", "model.safetensors"
+log = logging.getLogger("slidevlm")
+
 # Key of our settings in a folder's config.json and in the metadata of a .safetensors file.
 OURS = "slidevlm"
 HUB = "hf-hub:"
+RAW = "raw:"  # before the name of a checkpoint: not its averaged weights
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -45,13 +49,28 @@ class Pretrained:
 def read_pretrained(name: str, argument: str = "--pretrained") -> Pretrained:
     """What --pretrained names, or another `argument`, which stands in messages.
 
+    Of a checkpoint with an average of the weights (--ema) that is what is taken; with `raw:`
+    before the name it is the last weights.
+
     Raises:
         ConfigError: nothing of that name in any form.
         CheckpointError: it cannot be read, or holds no weights.
     """
+    raw = name.startswith(RAW)
+    found = _read(name.removeprefix(RAW), argument)
+    state = found.state
+    if state is None or not state.averaged:
+        return replace(found, name=name)
+    which = "the last weights" if raw else f"their average (--ema); {RAW}{name} has the last ones"
+    log.info("%s: taking %s", name, which)
+    state = replace(state, averaged={}) if raw else state.for_use()
+    return Pretrained(name, state.weights, state)
+
+
+def _read(name: str, argument: str) -> Pretrained:
     tags = registry()
     if name in tags:
-        return replace(read_pretrained(tags[name], argument), name=name)
+        return replace(_read(tags[name], argument), name=name)
     if name == "openai":
         return Pretrained(name, {f"text.model.{k}": v for k, v in openai_text_weights().items()})
     if name.startswith(HUB):

@@ -36,7 +36,7 @@ from slidevlm.errors import ConfigError
 from slidevlm.flags import read_yaml, to_yaml
 from slidevlm.precision import Precision
 from slidevlm.precision import resolve as resolve_precision
-from slidevlm.run import Run, WandbSettings, configure_logging, environment, log_to
+from slidevlm.run import Run, WandbSettings, configure_logging, environment, log_to, working
 from slidevlm.train.interrupt import Interrupts
 from slidevlm.train.launcher import LauncherWatch
 
@@ -125,11 +125,12 @@ def _train(config: Config, precision: Precision) -> Outcome:
 
 
 def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outcome:
-    start = start_of(config, folder)
-    data = open_data(config)
     prefix = evaluation_prefix(config, folder)  # before the run writes a config.yaml
-    trained = model_for(config, data, start, precision.device)
-    prepare(config, trained)
+    with working("opening model and data", shown=dist.is_main()):
+        start = start_of(config, folder)
+        data = open_data(config)
+        trained = model_for(config, data, start, precision.device)
+        prepare(config, trained)
     new = folder is not None and dist.is_main()
     wandb = WandbSettings(
         config.logging.wandb_project_name, config.logging.wandb_notes, all_values(config)

@@ -18,7 +18,7 @@ from slidevlm.data.dataset import BadSpecimens, BagDataset, StopAtBad, make_load
 from slidevlm.data.sampling import EvalBatches
 from slidevlm.data.splits import find, read_identifiers
 from slidevlm.errors import ConfigError, DataError
-from slidevlm.run import Bar, write_text
+from slidevlm.run import Bar, working, write_text
 
 log = logging.getLogger("slidevlm")
 
@@ -58,13 +58,16 @@ class Using:
     skip_bad: bool = False
 
     def load(self) -> SlideModel:
-        """The model, on its device."""
-        return load(
-            self.model,
-            device=self.device,
-            precision=self.precision,
-            image_features_cutoff=self.image_features_cutoff,
-        )
+        """The model, on its device, its hash known."""
+        with working("reading the model"):
+            model = load(
+                self.model,
+                device=self.device,
+                precision=self.precision,
+                image_features_cutoff=self.image_features_cutoff,
+            )
+            assert model.hash, "made once"
+        return model
 
 
 class Cohort:
@@ -75,8 +78,9 @@ class Cohort:
     """
 
     def __init__(self, using: Using) -> None:
-        self.store = open_path(using.source, using.hdf5_feature_attribute, using.slide_table)
-        self.cases = _cases(using, self.store)
+        with working("listing specimens"):
+            self.store = open_path(using.source, using.hdf5_feature_attribute, using.slide_table)
+            self.cases = _cases(using, self.store)
         self.bad = BadSpecimens() if using.skip_bad else StopAtBad()
         self._using = using
 

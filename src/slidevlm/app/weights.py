@@ -33,19 +33,27 @@ def start_of(config: Config, folder: Path | None) -> Start:
         found = ckpt.newest(folder / CHECKPOINTS)
         if found is not None:
             log.info("going on from %s", found[0])
-            return Start(found[1], found[2])
+            return _resumed(config, found[1], found[2])
         if config.evaluation.test:
             raise CheckpointError(f"no checkpoint in {folder / CHECKPOINTS}; train the run first")
         log.warning("no checkpoint in %s yet; starting at the beginning", folder / CHECKPOINTS)
     elif resume is not None:
         log.info("going on from %s", resume)
-        return Start(*ckpt.load(Path(resume)))
+        return _resumed(config, *ckpt.load(Path(resume)))
     if pretrained is None:
         return Start()
     weights = read_pretrained(pretrained)
     if weights.state is None or _another(config, weights.state):
         return Start(pretrained=weights)
     return Start(weights.state)
+
+
+def _resumed(config: Config, model: ckpt.ModelState, training: ckpt.TrainState) -> Start:
+    """The whole state; to evaluate, the average of the weights where there is one."""
+    if config.evaluation.test and model.averaged:
+        log.info("evaluating the average of the weights (--ema)")
+        model = model.for_use()
+    return Start(model, training)
 
 
 def _another(config: Config, saved: ckpt.ModelState) -> bool:

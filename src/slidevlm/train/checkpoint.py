@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -19,6 +20,12 @@ log = logging.getLogger("slidevlm.checkpoint")
 
 FORMAT = 2
 LATEST = "epoch_latest.pt"
+BEST = "best.pt"  # of --save-best
+_REPLACED = (LATEST, BEST)  # written again and again under the same name
+
+
+class AbandonedError(Exception):
+    """Writing was given up on purpose; nothing has changed."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,19 @@ class ModelState:
     vocab_size: int
     siglip: bool
     position_unit: str | None
+    averaged: dict[str, torch.Tensor] = field(default_factory=dict)  # of --ema, by name
+
+    def for_use(self) -> ModelState:
+        """With the averaged weights in the place of the last ones, where there are any."""
+        return replace(self, weights={**self.weights, **self._averaged_aliases()}, averaged={})
+
+    def _averaged_aliases(self) -> dict[str, torch.Tensor]:
+        """The averages, under every name of a tied weight."""
+        if not self.averaged:
+            return {}
+        by_storage = {self.weights[name].data_ptr(): t for name, t in self.averaged.items()}
+        return {n: by_storage[t.data_ptr()] for n, t in self.weights.items()
+                if t.numel() and t.data_ptr() in by_storage}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,8 @@ class TrainState:
     config: str  # the run's config.yaml
     metrics: dict[str, float]
     threads: int  # torch.get_num_threads() when saved: sums on a CPU depend on it
+    best: dict[str, float] = field(default_factory=dict)  # metric of --save-best -> its value
+    accum_freq: int = 0  # which Progress.batch counts by; 0: once it was not told
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -72,10 +94,37 @@ def set_random_state(state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def save(path: Path, model: ModelState, training: TrainState) -> None:
+class _Watched:
+    """A file that refuses to go on once `given_up` is set."""
+
+    def __init__(self, file: BinaryIO, given_up: threading.Event) -> None:
+        self._file, self._given_up = file, given_up
+
+    def write(self, content: Any) -> int:
+        if self._given_up.is_set():
+            raise AbandonedError
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def save(
+    path: Path,
+    model: ModelState,
+    training: TrainState,
+    given_up: threading.Event | None = None,
+) -> None:
     """Write to a temporary file, flush it to the disk, rename: a kill leaves the old file whole.
 
+    Args:
+        path: of the file.
+        model: what is stored.
+        training: and this.
+        given_up: set by another thread that wants writing to end soon.
+
     Raises:
+        AbandonedError: it was set; the old file is as it was.
         CheckpointError: the file system refuses, for example because it is full.
     """
     content = {
@@ -88,7 +137,8 @@ def save(path: Path, model: ModelState, training: TrainState) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
-                torch.save(content, file)
+                watched: Any = file if given_up is None else _Watched(file, given_up)
+                torch.save(content, watched)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -96,6 +146,8 @@ def save(path: Path, model: ModelState, training: TrainState) -> None:
             temporary.unlink(missing_ok=True)
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
+        if given_up is not None and given_up.is_set():
+            raise AbandonedError from error
         raise CheckpointError(
             f"cannot write checkpoint {path} ({_first_line(error)}); look at the free space and "
             "the rights there, then go on with --resume latest"
@@ -168,7 +220,7 @@ def _step(path: Path) -> float:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint files of a folder (never temporary files or results), by name."""
-    return sorted([*folder.glob("epoch_*.pt"), *folder.glob("step_*.pt")])
+    return sorted([*folder.glob("epoch_*.pt"), *folder.glob("step_*.pt"), *folder.glob(BEST)])
 
 
 def _names(files: Sequence[Path]) -> str:
@@ -205,8 +257,11 @@ class Keeper:
             for leftover in folder.glob(".*.pt.*.tmp"):  # of a process that was killed while saving
                 leftover.unlink(missing_ok=True)
         self.most_recent, self.delete_previous = most_recent, delete_previous
-        found = [] if folder is None else [f for f in checkpoints(folder) if f.name != LATEST]
+        found = (
+            [] if folder is None else [f for f in checkpoints(folder) if f.name not in _REPLACED]
+        )
         self._previous = sorted(found, key=lambda f: f.stat().st_mtime)[-1:]
+        self.given_up = threading.Event()
 
     def epoch_files(self, epochs_done: int) -> list[Path]:
         """Files to write after so many epochs; the caller need not build a state for none."""
@@ -220,6 +275,10 @@ class Keeper:
             files.append(self.folder / LATEST)
         return files
 
+    def best_files(self) -> list[Path]:
+        """Files to write after the best evaluation so far."""
+        return [] if self.folder is None else [self.folder / BEST]
+
     def step_files(self, step: int) -> list[Path]:
         """Files to write within an epoch, after so many steps."""
         return [] if self.folder is None else [self.folder / f"step_{step}.pt"]
@@ -227,9 +286,9 @@ class Keeper:
     def store(self, files: Sequence[Path], model: ModelState, training: TrainState) -> None:
         """Write the files, and only then remove what they replace."""
         for path in files:
-            save(path, model, training)
+            save(path, model, training, self.given_up)
             log.info("saved %s", path)
-        written = [f for f in files if f.name != LATEST]
+        written = [f for f in files if f.name not in _REPLACED]
         if self.delete_previous and written:
             for path in self._previous:
                 if path not in files:

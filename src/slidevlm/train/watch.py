@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slidevlm import dist
 from slidevlm.errors import CheckpointError
 from slidevlm.run import Bar, Run
-from slidevlm.train.checkpoint import LATEST, Keeper, ModelState, Progress, TrainState
+from slidevlm.train.best import Best
+from slidevlm.train.checkpoint import BEST, LATEST, Keeper, ModelState, Progress, TrainState
 from slidevlm.train.interrupt import Interrupts
 from slidevlm.train.loop import StepLine
+from slidevlm.train.saving import Writer
 
 log = logging.getLogger("slidevlm.train")
 
@@ -66,6 +68,8 @@ class RunWatcher:
         metrics: of the last evaluation before that; none for a new run.
         interrupts: signals that ask for an end.
         memory: further numbers of a log line, in MB.
+        after_step: called with the number of every step that moved the weights.
+        best: of --save-best; the same on every rank.
     """
 
     def __init__(
@@ -79,9 +83,13 @@ class RunWatcher:
         metrics: Mapping[str, float],
         interrupts: Interrupts,
         memory: Callable[[], dict[str, float]] = dict,
+        after_step: Callable[[int], None] = lambda step: None,
+        best: Best | None = None,
     ) -> None:
         self.run, self.keeper, self.state = run, keeper, state
-        self.memory = memory
+        self.memory, self.after_step, self.best = memory, after_step, best
+        self._writer = Writer(keeper.store if dist.is_main() else None)
+        self._storing_best = self._lost_best = False
         self.interrupts = interrupts
         self.stops = False
         self._retry_at: float | None = None
@@ -104,7 +112,9 @@ class RunWatcher:
         self._data_seconds += line.data_seconds
         self._step_seconds += line.step_seconds
         step = line.progress.step
-        if line.terms.skipped:
+        if not line.terms.skipped:
+            self.after_step(step)
+        else:
             reason = "its loss or gradient was not finite" if line.samples else "no usable specimen"
             log.warning("step %d skipped: %s", step, reason)
         if step % self.rhythm.log_every_n_steps == 0 or step == self._total:
@@ -156,8 +166,13 @@ class RunWatcher:
             f"{self._samples / seconds:.1f} samples/s"
         )
 
+    def settle(self) -> None:
+        """Before anything changes weights or moments: wait until a save has copied them."""
+        self._writer.settle()
+
     def save_within_epoch(self, progress: Progress) -> None:
         """Save when due, when asked to end, and again some time after a save that failed."""
+        self._look()
         again = self._retry_at is not None and time.perf_counter() >= self._retry_at
         asked = self.interrupts.name is not None
         self.stops, again = dist.any_([asked, again])
@@ -167,44 +182,77 @@ class RunWatcher:
     def epoch(self, progress: Progress) -> None:
         """Evaluate, then save: a kill in between repeats the epoch, and no evaluation is lost."""
         captions = self.rhythm.generates(progress.epoch)
+        best = False
         if captions or self.rhythm.evaluates(progress.epoch):
+            self.settle()  # an average may take the weights' place
             self.metrics = self.evaluate(progress.epoch, captions, progress.step)
-        (self.stops,) = dist.any_([self.interrupts.name is not None])
-        failed = self._retry_at is not None
+            best = self.best is not None and self._improves(self.best)
+        self._look()
+        self.stops, failed = dist.any_(
+            [self.interrupts.name is not None, self._retry_at is not None]
+        )
         files = self.keeper.epoch_files(progress.epoch)
         if (self.rhythm.saves_at(progress.step) or self.stops or failed) and all(
             f.name == LATEST for f in files
         ):
             files = [*self.keeper.step_files(progress.step), *files]
+        if best:
+            files = [*files, *self.keeper.best_files()]
         self._save(progress, files, last=self.stops or progress.epoch == self.rhythm.epochs)
         self._reset(progress.step)
 
+    def _improves(self, best: Best) -> bool:
+        """Whether the new metrics are better than those of the best checkpoint that is stored."""
+        self.wait()
+        (lost,) = dist.any_([self._lost_best])
+        self._lost_best = False
+        if lost:
+            best.undo()
+        return best.improves(self.metrics)
+
+    def _look(self) -> None:
+        """Take note of a save that has ended."""
+        if self._writer.ended:
+            self.wait()
+
+    def wait(self) -> str | None:
+        """Wait for the save in progress, if there is one; what went wrong, or None."""
+        if not self._writer.busy:
+            return None
+        problem = self._writer.wait()
+        self._retry_at = None if problem is None else time.perf_counter() + _RETRY_SECONDS
+        if problem is not None and self._storing_best:
+            self._lost_best = True
+        return problem
+
     def _save(self, progress: Progress, files: list[Path], *, last: bool) -> None:
-        """Write a checkpoint. What cannot be written is told and tried again later.
+        """Begin to write a checkpoint, once the one before is written.
+
+        What cannot be written is told and tried again later; the last one is waited for.
 
         Raises:
-            CheckpointError: it could not be written, and there is no later; on every rank.
+            CheckpointError: the last one could not be written; on every rank.
         """
         if not files:
             return
-        states = self.state(progress, self.metrics)
+        model, training = self.state(progress, self.metrics)
+        if self.best is not None:
+            training = replace(training, best=self.best.state())
         for attempt in range(_LAST_TRIES if last else 1):
             time.sleep(_LAST_SECONDS if attempt else 0)
-            problem = None
-            if dist.is_main():
-                try:
-                    self.keeper.store(files, *states)
-                except CheckpointError as error:
-                    problem = str(error)
-                    log.error("%s; training goes on, and saving is tried again", problem)
-            problem = dist.broadcast_object(problem)
-            if problem is None:
-                self._retry_at = None
+            self.wait()
+            self._storing_best = any(f.name == BEST for f in files)
+            self._writer.start(files, model, training)
+            if not last:
                 return
-        self._retry_at = time.perf_counter() + _RETRY_SECONDS
-        if last:
-            raise CheckpointError(problem or "")
+            problem = dist.broadcast_object(self.wait())
+            if problem is None:
+                return
+        raise CheckpointError(problem or "")
 
-    def close(self) -> None:
-        """Give the terminal back."""
+    def close(self, *, at_once: bool = False) -> None:
+        """Give the terminal back, and wait for the save in progress, or give it up `at_once`."""
         self._bar.close()
+        if at_once:
+            self.keeper.given_up.set()
+        self._writer.wait()
