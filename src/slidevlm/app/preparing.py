@@ -27,6 +27,8 @@ def prepare(config: Config, trained: Trained) -> None:
     training = not config.evaluation.test
     if training:
         _lock(config, model)
+    elif wanted.lock_image or wanted.lock_text:
+        log.info("--lock-image and --lock-text have no effect here: nothing is trained")
     if wanted.use_bnb_linear is not None:
         kind = BNB_LINEAR[wanted.use_bnb_linear]
         changed = quantise_linears(model, kind, training=training)
