@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 DEMO ?= demo
 TEST_PROCESSES ?= 2
 
-.PHONY: help setup demo test faults lint types docs clean
+.PHONY: help setup demo test faults lint types docs site clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,14 +32,17 @@ faults: $(STAMP) ## strike a training on two processes down 50 times (make test:
 	SLIDEVLM_FAULTS=50 $(BIN)/python -m pytest -q -s tests/faults
 
 lint: $(STAMP) ## ruff: rules and format
-	$(BIN)/ruff check src tests benchmarks scripts
-	$(BIN)/ruff format --check src tests benchmarks scripts
+	$(BIN)/ruff check src tests benchmarks scripts examples
+	$(BIN)/ruff format --check src tests benchmarks scripts examples
 
 types: $(STAMP) ## mypy
 	$(BIN)/mypy
 
 docs: $(STAMP) ## write docs/arguments.md anew
 	$(BIN)/python -m slidevlm.flags > docs/arguments.md
+
+site: $(STAMP) ## the documentation as a site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 clean: ## remove what the commands above made; never your runs in logs/
 	rm -rf $(VENV) demo build src/*.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -3,13 +3,55 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from slidevlm.cli import main
 from slidevlm.flags import parse_config
+
+
+def assert_page_works(path: Path, specimens: set[str], tmp_path: Path) -> None:
+    """In a real browser, where there is one: plots, search, hover, no complaint, no overflow."""
+    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if program is None or find_spec("playwright") is None:
+        return
+    from playwright.sync_api import sync_playwright
+
+    pictures = Path(os.environ.get("SLIDEVLM_SCREENSHOTS", tmp_path / "screenshots"))
+    wanted = sorted(specimens)[0]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        for width in (1280, 400):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            problems: list[str] = []
+            page.on("console", lambda m, told=problems: told.append(m.text))
+            page.on("pageerror", lambda e, told=problems: told.append(str(e)))
+            page.goto(path.as_uri())
+            page.wait_for_selector("html[data-ready]")
+            for button in page.locator("#tabs button").all():
+                button.click()
+                name = (button.get_attribute("id") or "").removeprefix("button-")
+                for plot in page.locator(f"#tab-{name} .plot").all():
+                    plot.scroll_into_view_if_needed()
+                    plot.locator(".main-svg").first.wait_for()
+                wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+                assert wide <= 0, f"{name} is wider than {width}"
+                page.screenshot(path=pictures / f"demo-{name}-{width}.png", full_page=True)
+            page.click("#button-specimens")
+            page.fill("#search", wanted)
+            page.wait_for_selector(".count:text-is('1\u20131 of 1')")
+            assert page.locator(".entry .entry-id").inner_text().startswith(wanted)
+            page.click("#button-map")
+            page.locator("#map-plot .points path").first.hover(force=True)
+            page.wait_for_selector("#tip:not([hidden])")
+            assert len(page.locator("#tip p").first.inner_text()) > 20, "hover shows the report"
+            assert problems == []
+        browser.close()
 
 
 @pytest.mark.slow
@@ -21,7 +63,14 @@ def test_from_nothing_to_results(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for line in re.findall(rf"^  ({re.escape(str(folder))}\S+) ", shown, re.MULTILINE):
         assert Path(line).exists(), "every place that it names is there"
     run = folder / "runs/demo"
-    for name in ("test.md", "captions_test.json", "metrics.jsonl", "config.yaml", "checkpoints"):
+    for name in (
+        "report.html",
+        "test.md",
+        "captions_test.json",
+        "metrics.jsonl",
+        "config.yaml",
+        "checkpoints",
+    ):
         assert f"{run}/{name}" in shown
     result = json.loads((run / "test.json").read_text())["metrics"]
     for task in ("diagnosis", "grade", "margin"):
@@ -33,6 +82,8 @@ def test_from_nothing_to_results(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {w["id"] for w in json.loads((run / "captions_test.json").read_text())} == tests
     again, _ = parse_config(["--config", str(run / "config.yaml")])
     assert (again.optim.epochs, again.evaluation.val_gen_top_k) == (1, 1)
+
+    assert_page_works(run / "report.html", tests, tmp_path)
 
     before = (run / "test.json").read_bytes()
     assert main(words) == 2, "a second demo does not write over the first"

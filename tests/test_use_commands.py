@@ -111,6 +111,18 @@ def test_embed_adds_what_the_output_lacks(model, features, tmp_path, capsys) -> 
     np.testing.assert_array_equal(load_embeddings(output).image_embedding, found.image_embedding)
 
 
+def test_an_error_before_the_first_result_leaves_nothing_in_the_way(
+    model, features, tmp_path, capsys
+) -> None:
+    output, wide = tmp_path / "e.npz", tmp_path / "wide.npy"
+    np.save(wide, testing.bag(tile_width=8))
+    assert use("embed", model, wide, output) == 2
+    assert "width" in capsys.readouterr().err
+    assert not list(tmp_path.glob("e.npz*"))
+    (tmp_path / "e.npz.partial.jsonl").write_text('{"of": "another model"}\n')
+    assert use("embed", model, features, output) == 0
+
+
 # Counts what is computed, and takes so long that a kill falls between two bags or within one.
 SLOW = """
 import os, sys, time

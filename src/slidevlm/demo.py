@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from slidevlm.app import train
 from slidevlm.app.outputs import metrics_json
+from slidevlm.app.page import write_page
 from slidevlm.config import Config, with_values
 from slidevlm.data.synthetic import FEATURES, TEXT, DemoCohort, synthesize
 from slidevlm.errors import ConfigError
 from slidevlm.precision import quickest
 from slidevlm.run import Bar
+
+_PAGE = "curves, tables, map and specimens: open it in a browser"
+_NO_PAGE = "it needs plotly: pip install 'slidevlm[report]', then slidevlm report RUN"
 
 
 def synthesize_with_bar(folder: Path, specimens: int, seed: int) -> DemoCohort:
@@ -86,11 +91,15 @@ def demo(
         },
     )
     metrics = train(config)
+    page = None
+    if find_spec("plotly") is not None:
+        page = write_page([run])
     if as_json:
         print(metrics_json(run, metrics))
         return
     print(
         f"\ndone in {time.perf_counter() - began:.0f} s. Where to look:\n"
+        f"  {page or 'no page of the run'}   {_PAGE if page else _NO_PAGE}\n"
         f"  {run}/test.md              results on the test split, with reports to read\n"
         f"  {run}/captions_test.json   every generated report beside the true one\n"
         f"  {run}/metrics.jsonl        learning curves\n"

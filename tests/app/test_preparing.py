@@ -18,6 +18,7 @@ from slidevlm.config import Config, with_values
 from slidevlm.data.synthetic import DemoCohort, synthesize
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models import build_model, from_dict, zoo
+from slidevlm.precision import resolve
 from slidevlm.train import checkpoint as ckpt
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -185,4 +186,4 @@ def test_a_language_model_has_no_image_tower(values: dict[str, Any], message: st
     config = from_dict(content, "here")
     trained = Trained(build_model(config, 20), config, None, siglip=False, unit=None)
     with pytest.raises(ConfigError, match=message):
-        prepare(with_values(Config(), values), trained)
+        prepare(with_values(Config(), values), trained, resolve("fp32", torch.device("cpu")))

@@ -85,7 +85,7 @@ def test_positions_count_and_need_their_unit() -> None:
     assert np.abs(parted - one).max() > 1e-5
     for tiles, message in (
         (slidevlm.Tiles(features, spread), "need their unit"),
-        (slidevlm.Tiles(features, spread, "px"), "positions in um, this data has px"),
+        (slidevlm.Tiles(features, spread, "px"), "positions in um, this data has positions in px"),
         (slidevlm.Tiles(features), "positions in um"),
         (features, "positions in um"),
         (slidevlm.Tiles(features, spread[:5], "um"), r"\[20, 2\], not \[5, 2\]"),

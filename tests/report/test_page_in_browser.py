@@ -15,7 +15,7 @@ import pytest
 from slidevlm.app.page import write_page
 
 TABS = (
-    "overview", "training", "retrieval", "tasks", "map", "specimens", "attention", "data",
+    "overview", "training", "retrieval", "tasks", "map", "specimens", "data",
     "settings",
 )  # fmt: skip
 WITH_PLOTS = ("training", "retrieval", "tasks", "map")

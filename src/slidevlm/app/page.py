@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from slidevlm.app.outputs import newest_predictions
 from slidevlm.errors import ConfigError
@@ -57,17 +56,12 @@ def run_files(place: Path) -> RunFiles:
     return RunFiles(name, folder, predictions, check)
 
 
-def write_page(
-    places: Sequence[Path],
-    output: Path | None = None,
-    attention: Sequence[Mapping[str, Any]] = (),
-) -> Path:
+def write_page(places: Sequence[Path], output: Path | None = None) -> Path:
     """Write the page of one run, or of two side by side; returns where.
 
     Args:
         places: folders of runs or evaluations, one or two.
         output: the file; `report.html` in the first folder where None.
-        attention: see `report.content.content`.
 
     Raises:
         SlideVLMError: for everything a user can mend.
@@ -77,5 +71,5 @@ def write_page(
     path = places[0] / PAGE if output is None else output
     if path.is_dir():
         raise ConfigError(f"--output {path} is a folder; give a file such as {path / PAGE}")
-    write_text(path, render(content(runs, attention), plotly))
+    write_text(path, render(content(runs), plotly))
     return path

@@ -123,9 +123,10 @@ def same_data(trained: Trained, width: int, unit: str | None) -> None:
             "wide; use the features of the same tile encoder"
         )
     if trained.unit != unit:
+        wants = f"positions in {trained.unit}" if trained.unit else "data without positions"
+        has = f"positions in {unit}" if unit else "no positions"
         raise DataError(
-            f"the model was trained on positions in {trained.unit}, this data has {unit}; "
-            "convert the positions"
+            f"the model was trained on {wants}, this data has {has}; convert or add the positions"
         )
 
 

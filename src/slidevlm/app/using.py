@@ -222,17 +222,18 @@ class Partial:
 
     def _read(self) -> None:
         lines = self.path.read_bytes().split(b"\n")
-        if lines[0] != json.dumps(self._about).encode():
+        found: list[Record] = []
+        for line in lines[1:]:
+            try:
+                found.append(json.loads(line))
+            except ValueError:  # empty, or cut short by a kill, perhaps within a character
+                continue
+        if found and lines[0] != json.dumps(self._about).encode():
             raise ConfigError(
                 f"{self.path} was written by another model, from other data or with other "
                 "settings; remove it or choose another --output"
             )
-        for line in lines[1:]:
-            try:
-                record = json.loads(line)
-            except ValueError:  # empty, or cut short by a kill, perhaps within a character
-                continue
-            self.records[record["id"]] = record
+        self.records = {record["id"]: record for record in found}
 
     def __enter__(self) -> Partial:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,9 +250,13 @@ class Partial:
             self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._file is not None
         self._file.close()
+        if (
+            kind is not None and not self.records
+        ):  # an error came first: nothing to go on from, nothing in the way
+            self.path.unlink(missing_ok=True)
 
 
 def check_output(output: Path, forms: Sequence[str]) -> None:

@@ -36,14 +36,11 @@ class RunFiles:
     check: Path | None = None  # check.json of `data check`
 
 
-def content(
-    runs: Sequence[RunFiles], attention: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, Any]:
+def content(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """The page of one run, or of two side by side.
 
     Args:
         runs: one or two.
-        attention: of specimens of the first run, as `report.attention` makes it.
 
     Raises:
         DataError: a file that cannot be read.
@@ -51,7 +48,6 @@ def content(
     found = {
         "version": __version__,
         "runs": [_run(files) for files in runs],
-        "attention": list(attention),
         "comparison": _comparison(runs[0]) if len(runs) > 1 else None,
     }
     return _finite(found)

@@ -769,19 +769,10 @@ function specimenDetail(i) {
       h("mark", { class: "added" }, "marked"), " in the generated one: words that the true one lacks, wherever they stand. A different word is not always a different meaning.") : null];
   if (known.length) parts.push(h("h3", {}, "Classes"), table(["task", "true", "predicted", known.some((t) => t.probability.length) ? "most likely" : ""], known.map((t) => [taskTitle(t.name), t.label[i] >= 0 ? t.classes[t.label[i]] : "–",
     t.predicted[i] >= 0 ? h("span", { class: t.label[i] >= 0 && t.predicted[i] !== t.label[i] ? "wrong" : "right" }, t.label[i] >= 0 ? (t.predicted[i] === t.label[i] ? "✓ " : "✕ ") : "", t.classes[t.predicted[i]]) : "–", bars(t)])));
-  const seenHere = D.attention.findIndex((one) => one.id === s.id[i]);
-  if (seenHere >= 0) parts.push(h("p", {}, h("button", { type: "button", onclick: () => { openTab("attention"); showAttention(seenHere); } }, "Where the model attends in this specimen")));
   if (s.near && i < s.near.length) parts.push(h("div", { class: "columns columns2" },
     h("div", {}, h("h3", {}, "Nearest specimens"), h("p", { class: "caption" }, "By the cosine of slide embeddings, within the split."), h("div", { class: "neighbours" }, s.near[i].map(([j, c]) => link(j, h("span", { class: "dim" }, ` ${c.toFixed(3)}${s.patient[j] === s.patient[i] ? " · same patient" : ""}`))))),
     h("div", {}, h("h3", {}, "Nearest reports"), h("p", { class: "caption" }, "The true reports of the split that the slide's embedding lies nearest to."), h("div", { class: "neighbours" }, s.found[i].map(([j, c]) => link(j, h("span", { class: "dim" }, ` ${c.toFixed(3)}`), j === i ? h("span", { class: "right" }, " its own") : null))))));
   return parts;
-}
-
-// -- attention -------------------------------------------------------------------------------
-
-let showAttention = () => {};
-function attentionTab() {
-  return [panel(note("No attention was recorded for this page."), note("Make it again with ", code(`slidevlm report ${A.folder} --attention 4`)))];
 }
 
 // -- data ------------------------------------------------------------------------------------
@@ -854,8 +845,7 @@ function settingsTab() {
 // -- tabs ------------------------------------------------------------------------------------
 
 const TABS = [["overview", "Overview", overview], ["training", "Training", training], ["retrieval", "Retrieval", retrieval],
-  ["tasks", "Tasks", tasks], ["map", "Map", mapTab], ["specimens", "Specimens", specimensTab], ["attention", "Attention", attentionTab],
-  ["data", "Data", dataTab], ["settings", "Settings", settingsTab]];
+  ["tasks", "Tasks", tasks], ["map", "Map", mapTab], ["specimens", "Specimens", specimensTab], ["data", "Data", dataTab], ["settings", "Settings", settingsTab]];
 const built = new Map(), buttons = new Map();
 const main = document.getElementById("main"), nav = document.getElementById("tabs");
 function openTab(id) {
