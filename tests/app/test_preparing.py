@@ -95,6 +95,16 @@ def test_a_locked_run_moves_what_is_unlocked_and_resumes_exactly(settings: dict[
         run(settings, name="unlocked", resume=str(source))
 
 
+def test_locks_say_that_they_do_nothing_without_training(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(settings, epochs=1)
+    first = str(Path(settings["logs"]) / "run")
+    more = {"train_split": None, "test": True, "pretrained": first, "lock_text": True}
+    run(settings, name="tested", **more)
+    assert "--lock-image and --lock-text have no effect here" in capsys.readouterr().err
+
+
 def test_what_the_model_cannot_is_refused_and_leaves_no_folder(settings: dict[str, Any]) -> None:
     everything = {"lock_image": True, "lock_text": True, "lock_text_freeze_layer_norm": True}
     cases = [

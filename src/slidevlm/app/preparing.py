@@ -30,6 +30,8 @@ def prepare(config: Config, trained: Trained, precision: Precision) -> None:
     training = not config.evaluation.test
     if training:
         _lock(config, model)
+    elif wanted.lock_image or wanted.lock_text:
+        log.info("--lock-image and --lock-text have no effect here: nothing is trained")
     if config.distributed.use_bn_sync:
         dist.synchronise_batch_norm(model)
     if wanted.use_bnb_linear is not None:
