@@ -4,7 +4,8 @@
     python benchmarks/scaling.py             # 2 processes of 1 thread against 1 of 2 threads
 
 The measurement trains coca_small on random bags in float32, the same global batch either way. The
-two ways take turns, several rounds in a row, so that both see the same machine; medians are compared.
+two ways take turns, several rounds in a row, so that both see the same machine; the medians are
+compared.
 """
 
 from __future__ import annotations
