@@ -261,8 +261,8 @@ class _AttentionArguments:
 
 ATTENTION_HELP = """\
 Write where a model attends in a slide: weights of the tiles as CSV, drawn at their positions as
-PNG, as QuPath annotations (GeoJSON), and what dropping the most attended tiles does against dropping
-random ones. Attention says where a model reads, not why it decides."""
+PNG, as QuPath annotations (GeoJSON), and what dropping the most attended tiles does against
+dropping random ones. Attention says where a model reads, not why it decides."""
 ATTENTION_EPILOG = """\
 examples:
   slidevlm attention logs/first slide.h5 --output seen --slide-file slide.svs
