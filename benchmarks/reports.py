@@ -72,10 +72,15 @@ def main() -> None:
     for score in values[run.name]:
         cells = []
         for name in texts:
-            low, high = bootstrap.interval(drawn[name][score])
-            cells.append(f"{values[name][score]:.3f} ({low:.3f} to {high:.3f})")
-        ours = drawn[run.name][score]
-        shares = [f"{np.mean(ours > drawn[name][score]):.3f}" for name in list(texts)[1:]]
+            cell = f"{values[name][score]:.3f}"
+            if score in drawn[name]:
+                low, high = bootstrap.interval(drawn[name][score])
+                cell += f" ({low:.3f} to {high:.3f})"
+            cells.append(cell)
+        shares = ["-"] * (len(texts) - 1)
+        if score in drawn[run.name]:
+            ours = drawn[run.name][score]
+            shares = [f"{np.mean(ours > drawn[name][score]):.3f}" for name in list(texts)[1:]]
         note = " (less is better)" if score in _LESS_IS_BETTER else ""
         note = " (no order)" if score in _NO_SCORE else note
         print(f"| {score}{note} | {' | '.join(cells)} | {', '.join(shares)} |")

@@ -172,8 +172,8 @@ def test_two_find_each_other(two: list[dict[str, Any]]) -> None:
     assert [g["world"] for g in two] == [2, 2]
     assert [g["main"] for g in two] == [True, False]
     assert [g["world_after"] for g in two] == [1, 1]
-    for got in two:
-        assert any("needs CUDA; using gloo" in line for line in got["heard"])
+    told = [sum("needs CUDA; using gloo" in line for line in got["heard"]) for got in two]
+    assert told == [1, 0], "once, by the first"
 
 
 def test_gather_is_in_the_order_of_ranks_without_graph(two: list[dict[str, Any]]) -> None:
@@ -221,3 +221,10 @@ def test_gradients_are_summed_over_ranks_in_buckets(two: list[dict[str, Any]]) -
         assert got["gradients"][4].dtype == torch.float64
         # Elements and one count a parameter: 4 + 6 | 4 | 12 | 2 | 3 + 1.
         assert got["calls"] == [12, 5, 13, 3, 6]
+
+
+def test_synchronised_batch_norm_needs_one_and_cuda() -> None:
+    with pytest.raises(ConfigError, match="has no BatchNorm"):
+        dist.synchronise_batch_norm(nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="for CUDA alone"):
+        dist.synchronise_batch_norm(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))

@@ -21,14 +21,15 @@ LAYERS = (
     ("cli_use",),
     (
         *("demo", "doctor", "data_commands", "model_commands", "evaluation_commands"),
-        *("report_commands", "use_commands", "page_commands", "completion"),
+        *("report_commands", "score_commands", "use_commands", "page_commands"),
+        "completion",
     ),
     ("app",),
     ("train", "report"),
     ("eval",),
     ("data", "models", "losses"),
     ("config", "flags", "run"),
-    ("errors", "registry", "batch", "dist", "precision", "hub"),
+    ("errors", "registry", "batch", "dist", "launch", "precision", "hub"),
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 # Within these two, neighbours may know each other (flags reads config, registry raises errors).

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -188,6 +190,15 @@ def test_scores_of_two_files(files, tmp_path, capsys) -> None:
     rouge = content["scores"]["rouge_l"]
     assert rouge["lo"] < rouge["value"] < rouge["hi"]
     assert "| rouge_l |" in capsys.readouterr().out.replace("`", "")
+
+
+def test_score_starts_without_torch(files) -> None:
+    code = "import sys; from slidevlm.cli import main; code = main(sys.argv[1:]); "
+    code += "sys.exit(code or ('torch' in sys.modules))"
+    words = ["score", *files, "--bootstraps", 20]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"meteor_exact_stem" in done.stdout
 
 
 def test_reg2025_with_an_embedder(files, tmp_path) -> None:

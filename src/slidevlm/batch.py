@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # what scores predictions and reports starts without torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass
@@ -32,6 +34,8 @@ class Bags:
     @property
     def offsets(self) -> Tensor:
         """[B + 1] int64 on the CPU."""
+        import torch
+
         return torch.tensor([0, *np.cumsum(self.lengths).tolist()], dtype=torch.int64)
 
     def __len__(self) -> int:

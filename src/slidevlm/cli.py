@@ -173,7 +173,7 @@ examples:
 def _score(argv: Sequence[str]) -> None:
     a = parse_into(_ScoreArguments, argv, "slidevlm score", SCORE_HELP, SCORE_EPILOG)
     from slidevlm.eval.bootstrap import Bootstrap
-    from slidevlm.report_commands import Comparing, score
+    from slidevlm.score_commands import Comparing, score
 
     score(
         Comparing(

@@ -290,7 +290,9 @@ class Optim:
     precision: str = arg(
         "amp",
         "amp: float16 autocast with scaling on CUDA, bfloat16 autocast on a CPU; amp_bf16: "
-        "bfloat16 autocast; fp32 (the other forms are not available yet)",
+        "bfloat16 autocast; bf16, fp16: also the weights of linear layers in that type; pure_bf16, "
+        "pure_fp16: everything but the losses in that type (the optimizer keeps float32 copies of "
+        "16-bit weights); fp32. float16 forms are for CUDA alone",
         choices=(
             "amp",
             "amp_bf16",
@@ -301,7 +303,6 @@ class Optim:
             "pure_fp16",
             "fp32",
         ),
-        pending_values=("bf16", "fp16", "pure_bf16", "pure_fp16"),
     )
     device: str = arg("cuda", "cuda, cuda:1, cpu; where there is no CUDA the default is the CPU")
 
@@ -397,13 +398,19 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Distributed:
-    """distributed: several processes (start them with torchrun)."""
+    """distributed: several processes (start them with torchrun or srun)."""
 
-    dist_url: str = arg("env://", "where the processes meet", pending=True)
+    dist_url: str = arg(
+        "env://",
+        "where the processes meet: env:// (what torchrun sets; under srun the job's first node), "
+        "tcp://HOST:PORT, or file:///PATH of a new file on a shared disk",
+    )
     dist_backend: str = arg(
         "nccl", "nccl, or gloo; where there is no CUDA gloo is taken, with a warning"
     )
-    use_bn_sync: bool = arg(False, "synchronised BatchNorm", pending=True)
+    use_bn_sync: bool = arg(
+        False, "BatchNorm layers take their statistics over all processes; on CUDA alone"
+    )
     horovod: bool = arg(False, "Horovod in torch.distributed's place", pending=True)
     ddp_static_graph: bool = arg(False, "static graph in DDP", pending=True)
     no_set_device_rank: bool = arg(
@@ -560,6 +567,9 @@ GROUPS: dict[str, type] = {
     "distributed": Distributed,
     "evaluation": Evaluation,
 }
+
+# Forms of --precision in which weights have 16 bits.
+SIXTEEN_BITS = frozenset(("bf16", "fp16", "pure_bf16", "pure_fp16"))
 
 BEAM_ARGUMENTS = frozenset(("val_gen_num_beams", "val_gen_num_beam_groups"))
 
@@ -867,6 +877,11 @@ def _model(config: Config) -> Iterator[str]:
     if model.use_bnb_linear is not None and model.use_bnb_linear not in BNB_LINEAR:
         known = ", ".join(BNB_LINEAR)
         yield f"--use-bnb-linear {model.use_bnb_linear!r} is not one of {known}"
+    if model.use_bnb_linear is not None and config.optim.precision in SIXTEEN_BITS:
+        yield (
+            f"--use-bnb-linear keeps weights of its own; use --precision amp_bf16 or fp32 with it, "
+            f"not {config.optim.precision}"
+        )
     if model.use_bnb_linear is not None and ways:
         yield f"--use-bnb-linear and {ways[0]}: its products are not torch's; give one of them"
 
@@ -908,6 +923,8 @@ def _combinations(config: Config) -> Iterator[str]:
         if field_name in config.given and getattr(optim, field_name) is not None:
             yield f"--opt {optim.opt} has no --{field_name}; leave it out"
     yield from _model(config)
+    if config.distributed.use_bn_sync and data.skip_bad_specimens:
+        yield "--use-bn-sync needs a batch on every process; leave --skip-bad-specimens out"
     weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight
     if not any(weights):
         yield "both loss weights are 0; nothing would be trained"

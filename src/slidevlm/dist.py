@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +19,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as td
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from slidevlm import launch
 from slidevlm.errors import ConfigError, SlideVLMError
 
 log = logging.getLogger("slidevlm.dist")
@@ -27,25 +30,40 @@ T = TypeVar("T")
 _BUCKET_ELEMENTS = 8 * 1024 * 1024  # 32 MB of float32: few messages, little extra memory
 
 
-def start(backend: str, device: torch.device, timeout_minutes: float = 10.0) -> None:
-    """Join the other processes, where torchrun has started any.
+def start(
+    backend: str, device: torch.device, url: str = "env://", timeout_minutes: float = 10.0
+) -> None:
+    """Join the other processes, where torchrun, Slurm or the environment says there are any.
 
     Raises:
-        ConfigError: an unknown backend, or only a part of torchrun's variables.
+        ConfigError: an unknown backend or URL, or only a part of the variables.
     """
     if backend not in ("nccl", "gloo"):
         raise ConfigError(f"--dist-backend {backend!r} is not one of nccl, gloo")
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or td.is_initialized():
+    place = launch.place_of(os.environ, url)
+    if place is None or td.is_initialized():
         return
-    if lacking := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise ConfigError(
-            f"RANK and WORLD_SIZE are set, {' and '.join(lacking)} not; start with torchrun, or "
-            "unset RANK and WORLD_SIZE for one process"
-        )
     if backend == "nccl" and device.type != "cuda":
-        log.warning("--dist-backend nccl needs CUDA; using gloo")
+        if place.rank == 0:
+            log.warning("--dist-backend nccl needs CUDA; using gloo")
         backend = "gloo"
-    td.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    launch.check_meeting_file(place.url, 60 * timeout_minutes, time.time())
+    if place.started_by == "Slurm" and place.rank == 0:
+        log.info("Slurm: waiting at %s for %d processes", place.url, place.world_size)
+    try:
+        td.init_process_group(
+            backend,
+            init_method=place.url,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    except (td.DistError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"rank {place.rank} of {place.world_size} did not meet the others at {place.url} "
+            f"({' '.join(str(error).split())[:200]}); are all of them started (with srun or "
+            "torchrun), and is the address free and within reach?"
+        ) from error
 
 
 def stop() -> None:
@@ -66,7 +84,7 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """Number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def is_main() -> bool:
@@ -75,8 +93,11 @@ def is_main() -> bool:
 
 
 def is_main_of_environment() -> bool:
-    """The same after the group was left, by what torchrun says."""
-    return os.environ.get("RANK", "0") == "0"
+    """The same after the group was left, by what torchrun or Slurm says."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return os.environ[name] == "0"
+    return True
 
 
 def barrier() -> None:
@@ -256,3 +277,17 @@ def broadcast_parameters(module: torch.nn.Module) -> None:
         return
     for tensor in module.state_dict().values():
         td.broadcast(tensor, src=0)
+
+
+def synchronise_batch_norm(module: torch.nn.Module) -> torch.nn.Module:
+    """BatchNorm layers whose statistics are of the batches of all ranks, on CUDA.
+
+    Raises:
+        ConfigError: there is no BatchNorm, or the device is one for which torch has no such kernel.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    if not norms:
+        raise ConfigError("--use-bn-sync: the model has no BatchNorm; leave it out")
+    if any(p.device.type != "cuda" for p in module.parameters()):
+        raise ConfigError("--use-bn-sync: torch's SyncBatchNorm is for CUDA alone; leave it out")
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)

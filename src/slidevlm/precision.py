@@ -15,11 +15,13 @@ log = logging.getLogger("slidevlm.precision")
 
 @dataclass(frozen=True)
 class Precision:
-    """How a step computes: the autocast type (None: none) and whether gradients are scaled."""
+    """How a step computes."""
 
     device: torch.device
-    autocast_dtype: torch.dtype | None
+    autocast_dtype: torch.dtype | None  # None: no autocast
     scale_gradients: bool
+    weights_dtype: torch.dtype | None = None  # None: float32, as they are
+    everything: bool = False  # all weights have that type, not only those of linear layers
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context of a forward pass."""
@@ -32,17 +34,34 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.scale_gradients)
 
 
-# (argument, device type) -> (autocast type, gradients scaled). float16's narrow range needs
-# scaling; bfloat16 has float32's range and does not.
-_TABLE: dict[tuple[str, str], tuple[torch.dtype | None, bool]] = {
-    ("fp32", "cpu"): (None, False),
-    ("fp32", "cuda"): (None, False),
-    ("amp", "cpu"): (torch.bfloat16, False),
-    ("amp", "cuda"): (torch.float16, True),
-    ("amp_bf16", "cpu"): (torch.bfloat16, False),
-    ("amp_bf16", "cuda"): (torch.bfloat16, False),
-    ("amp_bfloat16", "cpu"): (torch.bfloat16, False),
-    ("amp_bfloat16", "cuda"): (torch.bfloat16, False),
+@dataclass(frozen=True)
+class _Form:
+    autocast: torch.dtype | None = None
+    scaled: bool = False
+    weights: torch.dtype | None = None
+    everything: bool = False
+
+
+_B, _H = torch.bfloat16, torch.float16
+
+# (argument, device type) -> form. float16's narrow range needs scaled gradients; bfloat16 has
+# float32's range and does not. No CPU computes in float16 at a speed worth having.
+_TABLE: dict[tuple[str, str], _Form] = {
+    ("fp32", "cpu"): _Form(),
+    ("fp32", "cuda"): _Form(),
+    ("amp", "cpu"): _Form(_B),
+    ("amp", "cuda"): _Form(_H, scaled=True),
+    ("amp_bf16", "cpu"): _Form(_B),
+    ("amp_bf16", "cuda"): _Form(_B),
+    ("amp_bfloat16", "cpu"): _Form(_B),
+    ("amp_bfloat16", "cuda"): _Form(_B),
+    # Autocast brings the input of a linear layer to its weights' type, and norms to float32.
+    ("bf16", "cpu"): _Form(_B, weights=_B),
+    ("bf16", "cuda"): _Form(_B, weights=_B),
+    ("fp16", "cuda"): _Form(_H, scaled=True, weights=_H),
+    ("pure_bf16", "cpu"): _Form(weights=_B, everything=True),
+    ("pure_bf16", "cuda"): _Form(weights=_B, everything=True),
+    ("pure_fp16", "cuda"): _Form(scaled=True, weights=_H, everything=True),
 }
 
 
@@ -55,19 +74,19 @@ def resolve(name: str, device: torch.device) -> Precision:
         ConfigError: where that form cannot run on that device.
     """
     try:
-        dtype, scaled = _TABLE[name, device.type]
+        form = _TABLE[name, device.type]
     except KeyError:
         known = sorted(n for n, d in _TABLE if d == device.type)
         raise ConfigError(
             f"--precision {name} does not run on {device.type}; choose one of {', '.join(known)}"
         ) from None
-    if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_bfloat16():
+    if _B in (form.autocast, form.weights) and device.type == "cpu" and not cpu_has_bfloat16():
         log.warning(
             "--precision %s on a CPU is bfloat16, for which this CPU has no instructions: it is "
             "many times slower than --precision fp32 here",
             name,
         )
-    return Precision(device, dtype, scaled)
+    return Precision(device, form.autocast, form.scaled, form.weights, form.everything)
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -159,10 +159,10 @@ def test_an_evaluation_within_a_run_leaves_its_files(settings: dict[str, Any], r
 @pytest.mark.slow
 @pytest.mark.parametrize("specimens", [80])
 def test_two_processes_equal_one_exactly(run: Path, specimens: int) -> None:
-    """Batches of 7 of a split whose size 7 does not divide."""
-    alone = metrics(evaluated(run, "alone", save_captions=True))
+    """Batches of 7 of a split whose size 7 does not divide; reports are drawn."""
+    alone = metrics(evaluated(run, "alone", save_captions=True, val_gen_top_k=5))
     assert len(load(run / "alone" / "predictions.npz").splits["test"]) % 7
-    words = ["--name", "two", "--dist-backend", "gloo", "--save-captions"]
+    words = ["--name", "two", "--dist-backend", "gloo", "--save-captions", "--val-gen-top-k", "5"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
                "--", "-m", "slidevlm", "evaluate", str(run), *words]  # fmt: skip

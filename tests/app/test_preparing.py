@@ -18,6 +18,7 @@ from slidevlm.config import Config, with_values
 from slidevlm.data.synthetic import DemoCohort, synthesize
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models import build_model, from_dict, zoo
+from slidevlm.precision import resolve
 from slidevlm.train import checkpoint as ckpt
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -92,6 +93,16 @@ def test_a_locked_run_moves_what_is_unlocked_and_resumes_exactly(settings: dict[
     assert all(torch.equal(again[n], v) for n, v in locked.items())
     with pytest.raises(CheckpointError, match=r"are trained now that were not.*same --lock-\*"):
         run(settings, name="unlocked", resume=str(source))
+
+
+def test_locks_say_that_they_do_nothing_without_training(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(settings, epochs=1)
+    first = str(Path(settings["logs"]) / "run")
+    more = {"train_split": None, "test": True, "pretrained": first, "lock_text": True}
+    run(settings, name="tested", **more)
+    assert "--lock-image and --lock-text have no effect here" in capsys.readouterr().err
 
 
 def test_what_the_model_cannot_is_refused_and_leaves_no_folder(settings: dict[str, Any]) -> None:
@@ -175,4 +186,4 @@ def test_a_language_model_has_no_image_tower(values: dict[str, Any], message: st
     config = from_dict(content, "here")
     trained = Trained(build_model(config, 20), config, None, siglip=False, unit=None)
     with pytest.raises(ConfigError, match=message):
-        prepare(with_values(Config(), values), trained)
+        prepare(with_values(Config(), values), trained, resolve("fp32", torch.device("cpu")))

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 
+from slidevlm import dist
 from slidevlm.app.trained import Trained
 from slidevlm.config import BNB_LINEAR, Config
 from slidevlm.errors import ConfigError
 from slidevlm.models import CoCa, Model
+from slidevlm.models.cast import cast_weights
 from slidevlm.models.compile import compile_regions, script_regions
 from slidevlm.models.freeze import lock_image, lock_text, nothing_to_train
 from slidevlm.models.mode import Recomputing
 from slidevlm.models.quantize import quantise_linears
 from slidevlm.models.trace import trace
+from slidevlm.precision import Precision
 
 log = logging.getLogger("slidevlm")
 
 
-def prepare(config: Config, trained: Trained) -> None:
+def prepare(config: Config, trained: Trained, precision: Precision) -> None:
     """Change the model as the arguments say; after its weights are there, before the optimizer.
 
     Raises:
@@ -27,10 +30,18 @@ def prepare(config: Config, trained: Trained) -> None:
     training = not config.evaluation.test
     if training:
         _lock(config, model)
+    elif wanted.lock_image or wanted.lock_text:
+        log.info("--lock-image and --lock-text have no effect here: nothing is trained")
+    if config.distributed.use_bn_sync:
+        dist.synchronise_batch_norm(model)
     if wanted.use_bnb_linear is not None:
         kind = BNB_LINEAR[wanted.use_bnb_linear]
         changed = quantise_linears(model, kind, training=training)
         log.info("--use-bnb-linear %s: %d linear layers changed", wanted.use_bnb_linear, changed)
+    if precision.weights_dtype is not None:
+        narrow, everything = precision.weights_dtype, precision.everything
+        count = cast_weights(model, narrow, everything=everything)
+        log.info("--precision %s: %d numbers in %s", config.optim.precision, count, narrow)
     if wanted.grad_checkpointing:
         for module in model.modules():
             if isinstance(module, Recomputing):

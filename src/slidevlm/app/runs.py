@@ -60,7 +60,7 @@ def run_all(config: Config) -> Outcome:
     validate(config)
     config = with_adam_defaults(config)
     device = choose_device(config)
-    dist.start(config.distributed.dist_backend, device)
+    dist.start(config.distributed.dist_backend, device, config.distributed.dist_url)
     try:
         configure_logging(debug=config.logging.debug, main=dist.is_main())
         precision = resolve_precision(config.optim.precision, device)
@@ -130,7 +130,7 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
         start = start_of(config, folder)
         data = open_data(config)
         trained = model_for(config, data, start, precision.device)
-        prepare(config, trained)
+        prepare(config, trained, precision)
     new = folder is not None and dist.is_main()
     wandb = WandbSettings(
         config.logging.wandb_project_name, config.logging.wandb_notes, all_values(config)

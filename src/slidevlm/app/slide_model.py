@@ -25,6 +25,7 @@ from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.eval.prompts import Prompts, prompts_of, read_prompts
 from slidevlm.eval.tasks.zero_shot import ClassTexts, embed_prompts
 from slidevlm.models import CoCa
+from slidevlm.models.cast import cast_weights
 from slidevlm.models.generate import Decoding, draft
 from slidevlm.precision import Precision, for_use
 from slidevlm.precision import resolve as resolve_precision
@@ -101,10 +102,12 @@ def load(
     """A trained model, ready for use.
 
     >>> import slidevlm, slidevlm.testing, tempfile
-    >>> run = slidevlm.testing.run(tempfile.mkdtemp())  # stands for the folder of a training
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> run = slidevlm.testing.run(folder.name)  # stands for the folder of a training
     >>> model = slidevlm.load(run, device="cpu")
     >>> model.embed(slidevlm.testing.bag()).shape
     (32,)
+    >>> folder.cleanup()
 
     Args:
         source: folder of a run, a checkpoint (.pt), a folder of weights or a .safetensors file as
@@ -163,6 +166,8 @@ class SlideModel:
                 f"image_features_cutoff must be at least 1, not {image_features_cutoff}"
             )
         trained.model.to(precision.device).eval()
+        if precision.weights_dtype is not None:
+            cast_weights(trained.model, precision.weights_dtype, everything=precision.everything)
         self.trained = trained
         self.precision = precision
         self.image_features_cutoff = image_features_cutoff
@@ -176,7 +181,8 @@ class SlideModel:
     @property
     def computes_in(self) -> str:
         """The type of its numbers: "float32", "bfloat16" or "float16"."""
-        dtype = self.precision.autocast_dtype or torch.float32
+        narrow = self.precision.autocast_dtype or self.precision.weights_dtype
+        dtype = narrow or torch.float32
         return str(dtype).removeprefix("torch.")
 
     @property

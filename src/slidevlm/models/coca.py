@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags, Output
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import AttentionPooler, LayerCache, initialise
+from slidevlm.models.linear import narrowed
 from slidevlm.models.mode import Resting
 from slidevlm.models.schema import ModelConfig
 from slidevlm.models.slide import SLIDE_ENCODERS
@@ -183,7 +184,7 @@ class CoCa(Resting):
         hidden = self.text(tokens, caches=cache.encoder)
         beams = len(tokens) // len(cache.image)
         if self.gist is not None:
-            gist = self.gist(cache.image).repeat_interleave(beams, 0)
+            gist = self.gist(narrowed(cache.image, self.gist.weight)).repeat_interleave(beams, 0)
             hidden = hidden + gist[:, None]
         seen = cache.decoder
         states = self.decoder.states(hidden, seen.slide, seen.text)[:, -1]
@@ -224,7 +225,7 @@ class CoCa(Resting):
         """
         assert self.decoder is not None
         if self.gist is not None:
-            hidden = hidden + self.gist(image)[:, None]
+            hidden = hidden + self.gist(narrowed(image, self.gist.weight))[:, None]
         states = self.decoder.states(hidden, view)
         if real is not None:
             states = states[real]

@@ -206,3 +206,10 @@ def _normalised(features: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """`x`, in float32 where its type is narrower."""
     return x if x.dtype.itemsize >= 4 else x.float()
+
+
+def narrowed(x: Tensor, weight: Tensor) -> Tensor:
+    """An input computed in float32, for a layer whose weight may have 16 bits."""
+    if weight.dtype == torch.float16 or weight.dtype == torch.bfloat16:
+        x = x.to(weight.dtype)
+    return x

@@ -177,6 +177,8 @@ def _keep_scalars(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
     for number, moments in state["state"].items():
         mine = optimizer.state[parameters[number]]
         for name, value in moments.items():
+            if name not in mine:  # a copy of a 16-bit weight: see masters.py
+                continue
             if torch.is_tensor(value) and value.ndim == 0 and value.dtype != mine[name].dtype:
                 mine[name] = value.to(mine[name].device)
 

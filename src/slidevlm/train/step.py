@@ -24,6 +24,7 @@ from slidevlm.losses import caption_loss_sum
 from slidevlm.models import Model
 from slidevlm.precision import Precision, wide
 from slidevlm.train.contrast import Contrastive, Pairs, Sigmoid, Softmax, way
+from slidevlm.train.masters import Masters
 from slidevlm.train.optim import set_rate
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -89,7 +90,9 @@ class Step:
         self.precision = precision
         self.scaler = precision.scaler()
         self.clip_norm = math.inf if clip_norm is None else clip_norm
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.masters = Masters(optimizer)
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [self.masters.of(p) for p in self._trained]
         self.with_logits = objective.caption_weight > 0 and model.decoder is not None
         self.ragged = ragged
         self._share = way(
@@ -102,7 +105,8 @@ class Step:
         """One optimizer step on this rank's micro-batches."""
         if self.ragged and not any(dist.gather_objects(len(batches))):
             return self._nothing()
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in (*self.parameters, *self._trained):
+            parameter.grad = None
         terms = self.gradients(batches)
         return self._move(terms, rate, batches)
 
@@ -118,6 +122,7 @@ class Step:
                 outputs = [self._replay(b, s, with_logits=False) for b, s in pairs]
             again = (self._replay(b, s, with_logits=self.with_logits) for b, s in pairs)
             terms = self._backward(batches, outputs, again)
+        self.masters.take_gradients()  # of a rank without specimens, too
         dist.sum_gradients(self.parameters)
         return terms
 
@@ -176,6 +181,7 @@ class Step:
                 surrogate = surrogate + self.objective.caption_weight * mine
                 caption = caption + mine.detach()
             self.scaler.scale(surrogate).backward()
+            self.masters.take_gradients()
             del output, surrogate
         # Of one type, also where this rank had no specimen.
         both = torch.stack([contrastive, caption.to(contrastive.dtype)])
@@ -234,6 +240,7 @@ class Step:
         if finite:
             set_rate(self.optimizer, rate)
             self.scaler.step(self.optimizer)
+            self.masters.give_weights()
             self.model.clamp_scale()
             self._skipped_in_a_row = 0
         else:

@@ -122,6 +122,7 @@ def test_every_parameter_is_in_one_group_and_learns(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in frozen.text.pooler.parameters())
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_checkpointing(tmp_path: Path) -> None:
     published("bert", tmp_path)
     model = clip(tmp_path).train()

@@ -3,10 +3,16 @@
 Each score is a function of sums over reports, or of which reports are there; so a bootstrap is a
 product of counts and statistics, and no text is looked at again. CIDEr's document frequencies are
 those of all references, also on a resample.
+
+`most_frequent_share` and `distinct_n` have no resamples. They are about how often texts recur, and
+in a resample a third of the draws are of a report that is there already: it looks less diverse than
+the reports that it is of, so that an interval of percentiles would lie beside the value.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,8 +27,6 @@ from slidevlm.eval.text_metrics.ptb import tokenize
 # n texts -> [n, E]; what a text names -> its entities.
 Embed = Callable[[Sequence[str]], np.ndarray]
 Entities = Callable[[str], frozenset[str]]
-
-_BLOCK = 20_000_000  # numbers of a block of resamples of single n-grams
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,7 @@ class Scoring:
             fields=tuple(fields),
             means=means,
             lengths=np.array([[len(a), len(b)] for a, b in zip(ours, theirs, strict=True)]),
-            texts=np.unique(np.asarray(generated, dtype=object), return_inverse=True)[1],
-            grams={n: _Grams.of(ours, n) for n in (1, 2)},
+            diversity=_diversity(generated, ours),
         )
 
     def _named(
@@ -78,39 +81,6 @@ class Scoring:
         if self.entities is not None:
             return [self.entities(text) for text in texts]
         return [frozenset(f"{f}: {v}" for f, vs in each.items() for v in vs) for each in values]
-
-
-@dataclass(frozen=True)
-class _Grams:
-    """Which reports have which distinct n-gram, as pairs ordered by n-gram."""
-
-    reports: np.ndarray  # [P] number of the report
-    starts: np.ndarray  # [G] where each n-gram's pairs begin
-    totals: np.ndarray  # [N] n-grams of each report
-
-    @classmethod
-    def of(cls, texts: Sequence[Sequence[str]], n: int) -> _Grams:
-        number: dict[tuple[str, ...], int] = {}
-        pairs = [
-            (number.setdefault(gram, len(number)), i)
-            for i, text in enumerate(texts)
-            for gram in ngrams(text, n)
-        ]
-        table = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
-        starts = np.flatnonzero(np.diff(table[:, 0], prepend=-1))
-        totals = np.array([max(0, len(t) - n + 1) for t in texts], dtype=np.float64)
-        return cls(table[:, 1], starts, totals)
-
-    def distinct(self, counts: np.ndarray) -> np.ndarray:
-        """[N, R] counts -> [R] distinct n-grams over all n-grams; NaN without any."""
-        total = self.totals @ counts
-        found = np.zeros(counts.shape[1])
-        step = max(1, _BLOCK // max(1, len(self.reports)))
-        for start in range(0, counts.shape[1] if len(self.starts) else 0, step):
-            there = counts[self.reports, start : start + step] > 0
-            found[start : start + step] = np.logical_or.reduceat(there, self.starts, axis=0).sum(0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray(found / total)
 
 
 @dataclass(frozen=True)
@@ -124,14 +94,13 @@ class Counted:
     fields: tuple[str, ...]
     means: dict[str, np.ndarray]  # name -> [N], of which the mean is the score
     lengths: np.ndarray  # [N, 2] tokens, generated and true
-    texts: np.ndarray  # [N] number of the generated text: equal texts, equal numbers
-    grams: dict[int, _Grams]
+    diversity: dict[str, float]  # scores of all generated reports together
 
     def __len__(self) -> int:
         return len(self.bleu)
 
     def values(self, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """[N, R], how often each pair counts -> [R] values of every score."""
+        """[N, R], how often each pair counts -> [R] values of every score that has resamples."""
         weights = np.ascontiguousarray(counts.T, dtype=np.float64)  # [R, N]
         total = weights.sum(1)
         found = dict(bleu.finish(weights @ self.bleu))
@@ -142,18 +111,24 @@ class Counted:
         found |= means
         lengths = weights @ self.lengths
         found["length_ratio"] = lengths[:, 0] / np.maximum(lengths[:, 1], 1)
-        order = np.argsort(self.texts, kind="stable")
-        starts = np.flatnonzero(np.diff(self.texts[order], prepend=-1))
-        found["most_frequent_share"] = (
-            np.add.reduceat(weights[:, order], starts, axis=1).max(1) / total
-        )
-        found |= {f"distinct_{n}": g.distinct(counts) for n, g in self.grams.items()}
         flat = weights @ self.clinical.reshape(len(self), -1)
         return found | clinical.finish(flat.reshape(-1, len(self.fields), 3), self.fields)
 
     def scores(self) -> dict[str, float]:
         """Of all pairs, each once."""
-        return {k: float(v[0]) for k, v in self.values(np.ones((len(self), 1))).items()}
+        found = {k: float(v[0]) for k, v in self.values(np.ones((len(self), 1))).items()}
+        return found | self.diversity
+
+
+def _diversity(generated: Sequence[str], tokens: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Share of the most frequent report; distinct over all n-grams, NaN without any."""
+    share = max(Counter(generated).values()) / len(generated) if generated else math.nan
+    found = {"most_frequent_share": share}
+    for n in (1, 2):
+        total = sum(max(0, len(text) - n + 1) for text in tokens)
+        distinct = len({gram for text in tokens for gram in ngrams(text, n)})
+        found[f"distinct_{n}"] = distinct / total if total else math.nan
+    return found
 
 
 def _means(

@@ -55,6 +55,22 @@ def _input_norm(kind: str, tile_width: int) -> nn.Module:
     return nn.LayerNorm(tile_width) if kind == "layer" else nn.Identity()
 
 
+class GatedAttention(nn.Module):
+    """Normalised tiles [T, D] -> projected tiles [T, width] and their scores [T, branches]."""
+
+    def __init__(self, config: ABMILConfig, tile_width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(tile_width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.content = nn.Linear(config.width, config.hidden)
+        self.gate = nn.Linear(config.width, config.hidden)
+        self.score = nn.Linear(config.hidden, config.branches, bias=False)
+
+    def forward(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        tiles = self.dropout(F.relu(self.project(normed)))
+        return tiles, self.score(self.content(tiles).tanh() * self.gate(tiles).sigmoid())
+
+
 @SLIDE_ENCODERS.register("abmil")
 class ABMIL(SlideEncoder):
     """Tiles h = relu(W x), weighted within each bag by softmax(w . (tanh(V h) * sigmoid(U h))).
@@ -68,27 +84,20 @@ class ABMIL(SlideEncoder):
         super().__init__()
         self.width, self.heads = config.width, 1
         self.input_norm = _input_norm(config.input_norm, tile_width)
-        self.project = nn.Linear(tile_width, config.width)
-        self.dropout = nn.Dropout(config.dropout)
-        self.content = nn.Linear(config.width, config.hidden)
-        self.gate = nn.Linear(config.width, config.hidden)
-        self.score = nn.Linear(config.hidden, config.branches, bias=False)
+        self.attention = GatedAttention(config, tile_width)
 
     def forward(self, bags: Bags) -> Tensor:
         """Bags -> [B, branches, width]."""
-        normed = self.input_norm(bags.features.to(self.project.weight.dtype))
-        tiles, scores = self.run(self._score, normed)  # [T, width], [T, branches]
+        normed = self.input_norm(bags.features.to(self.attention.project.weight.dtype))
+        tiles, scores = self.run(self.attention, normed)  # [T, width], [T, branches]
         parts = zip(*(bags_of(t, bags.lengths) for t in (wide(scores), tiles)), strict=True)
         tokens = [weights.softmax(0).T.to(tile.dtype) @ tile for weights, tile in parts]
         return torch.stack(tokens)
 
     def groups(self) -> list[Group]:
         """Tiles, attention."""
+        gated = self.attention
         return [
-            ("tiles", [self.input_norm, self.project]),
-            ("attention", [self.content, self.gate, self.score]),
+            ("tiles", [self.input_norm, gated.project]),
+            ("attention", [gated.content, gated.gate, gated.score]),
         ]
-
-    def _score(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = self.dropout(F.relu(self.project(normed)))
-        return tiles, self.score(self.content(tiles).tanh() * self.gate(tiles).sigmoid())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.models.attention import OwnStart
-from slidevlm.models.linear import is_plain, normalised_linear
+from slidevlm.models.linear import is_plain, narrowed, normalised_linear
 from slidevlm.models.mode import Group, Recomputing
 from slidevlm.models.ragged import bags_of
 from slidevlm.registry import Registry
@@ -132,7 +132,7 @@ class FourierPositions(OwnStart):
         """[T, 2] -> [T, width]. Angles are computed in float32: bfloat16 has no room for them."""
         angles = 2 * math.pi * positions.float()[:, :, None] / self.wavelengths  # [T, 2, J]
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
-        return self.project(waves)
+        return self.project(narrowed(waves, self.project.weight))
 
 
 class Standardise(nn.Module):

@@ -132,8 +132,13 @@ class HuggingFaceTower(TextTower):
     @checkpointing.setter
     def checkpointing(self, wanted: bool) -> None:
         self._recomputing = wanted
-        if wanted:
-            kind = {"use_reentrant": False}
+        kind = {"use_reentrant": False}
+        if hasattr(self.model, "activation_checkpointing_enable"):  # its new name, before v6
+            if wanted:
+                self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+            else:
+                self.model.activation_checkpointing_disable()
+        elif wanted:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
         else:
             self.model.gradient_checkpointing_disable()

@@ -58,4 +58,5 @@ class TextPrior(OwnStart):
 
         What a slide's embedding says of the words of its report, before any decoder has learnt.
         """
-        return embedding @ self.project(self.table).T
+        vectors = self.project(self.table)
+        return embedding.to(vectors.dtype) @ vectors.T

@@ -1,0 +1,77 @@
+"""Float32 copies of 16-bit weights, which an optimizer moves in their place.
+
+A step changes a weight by about the learning rate. bfloat16 has 8 significant bits: added to a
+weight of 0.1, a change below 0.0002 is lost, and squared gradients of float16 vanish below 0.0002.
+So wherever a model's weights have 16 bits, gradients add up, moments are kept and weights are
+moved in float32; the model gets the moved weight, rounded (Micikevicius et al., 2018).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+_KEY = "master"  # of a weight's state in a saved optimizer
+
+
+class Masters:
+    """Puts float32 copies in the place of an optimizer's 16-bit parameters; others stay.
+
+    The copies travel with the optimizer's state, so that a run goes on exactly.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._copies: dict[nn.Parameter, nn.Parameter] = {}
+        for group in optimizer.param_groups:
+            group["params"] = [self._copy(p) for p in group["params"]]
+        optimizer.register_state_dict_post_hook(self._add)
+        optimizer.register_load_state_dict_pre_hook(self._take_away)
+
+    def _copy(self, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.dtype.itemsize >= 4:
+            return parameter
+        self._copies[parameter] = nn.Parameter(parameter.detach().float())
+        return self._copies[parameter]
+
+    def of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimizer moves for a parameter of the model."""
+        return self._copies.get(parameter, parameter)
+
+    def take_gradients(self) -> None:
+        """Add the 16-bit gradients to those of the copies, and forget them."""
+        for parameter, copy in self._copies.items():
+            if parameter.grad is None:
+                continue
+            gradient = parameter.grad.float()
+            copy.grad = gradient if copy.grad is None else copy.grad.add_(gradient)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def give_weights(self) -> None:
+        """The copies, rounded, to the model."""
+        for parameter, copy in self._copies.items():
+            parameter.copy_(copy)
+
+    def _add(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+        copies = {id(copy) for copy in self._copies.values()}
+        for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            for tensor, number in zip(group["params"], packed["params"], strict=True):
+                if id(tensor) in copies:  # in a new dictionary: this one is the optimizer's own
+                    state = saved["state"].get(number, {})
+                    saved["state"][number] = {**state, _KEY: tensor.detach()}
+
+    @torch.no_grad()
+    def _take_away(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        """Copies of a run with other --precision go into the weights themselves."""
+        state = dict(saved["state"])
+        for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            for tensor, number in zip(group["params"], packed["params"], strict=True):
+                if _KEY in state.get(number, {}):
+                    rest = dict(state.pop(number))
+                    tensor.copy_(rest.pop(_KEY))
+                    if rest:
+                        state[number] = rest
+        self.give_weights()
+        return {**saved, "state": state}
