@@ -142,7 +142,7 @@ def test_abmil_weights_are_those_that_make_its_tokens() -> None:
     model, bags = model_of("abmil", "cls"), bag()
     found = slide_attention(model, bags)
     with torch.no_grad():
-        tiles = model.slide.project(model.slide.input_norm(bags.features)).relu()
+        tiles = model.slide.attention.project(model.slide.input_norm(bags.features)).relu()
         torch.testing.assert_close(found @ tiles, model.slide(bags)[0, 0], rtol=1e-4, atol=1e-5)
 
 

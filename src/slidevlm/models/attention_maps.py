@@ -268,8 +268,8 @@ def _transformer(encoder: Transformer, bags: Bags) -> tuple[list[_Step], Tensor]
 
 
 def _abmil(encoder: ABMIL, bags: Bags) -> tuple[list[_Step], Tensor]:
-    normed = encoder.input_norm(bags.features.to(encoder.project.weight.dtype))
-    _, scores = encoder._score(normed)
+    normed = encoder.input_norm(bags.features.to(encoder.attention.project.weight.dtype))
+    _, scores = encoder.attention(normed)
     return [_Given(scores.float().softmax(0).T)], encoder(bags)
 
 
