@@ -2,8 +2,8 @@
 
 A trace repeats the operations of one example, so a loop over bags or a bag's length as a number
 would hold for that example alone. Bags are therefore traced and run one at a time; they are never
-padded anyway. Loops within a bag are TorchScript within the trace (`ragged.scripted`). Every trace is
-compared with the model at other lengths before it is used, and where it differs the part that
+padded anyway. Loops within a bag are TorchScript within the trace (`ragged.scripted`). Every trace
+is compared with the model at other lengths before it is used, and where it differs the part that
 caused it is refused.
 """
 
