@@ -34,7 +34,8 @@ _NEEDED = ("torch", "numpy", "h5py", "yaml", "tokenizers", "rich", "isal", "skle
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "tensorboard": (("tensorboard",), "--report-to tensorboard"),
     "wandb": (("wandb",), "--report-to wandb"),
-    "report": (("plotly",), "pages with plots: data check --output"),
+    "report": (("plotly",), "pages with plots: report, data check --output"),
+    "slide": (("openslide",), "the picture of a slide under the attention of a model"),
     "hf": (
         ("transformers", "sacremoses", "safetensors", "huggingface_hub"),
         "language models of Hugging Face, hf-hub: names, models export",

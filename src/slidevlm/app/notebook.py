@@ -19,12 +19,13 @@ def train(config: ConfigLike, **arguments: Any) -> Outcome:
     """Train (or, with `test=True`, only evaluate) as `slidevlm train` does.
 
     >>> import slidevlm, slidevlm.testing, tempfile
-    >>> folder = tempfile.mkdtemp()
-    >>> settings = slidevlm.testing.settings(folder)  # hdf5_filename, train_split, model, ...
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> settings = slidevlm.testing.settings(folder.name)  # hdf5_filename, train_split, model, ...
     >>> outcome = slidevlm.train(settings, epochs=1, name="first")
     >>> outcome.folder.name, "test/loss/contrastive" in outcome.metrics
     ('first', True)
     >>> model = slidevlm.load(outcome.folder)
+    >>> folder.cleanup()
 
     Args:
         config: the arguments of `slidevlm train` by name (`batch_size` for `--batch-size`): a
@@ -47,10 +48,12 @@ def evaluate(
     """Evaluate a run's newest checkpoint, or a checkpoint of it, as `slidevlm evaluate RUN` does.
 
     >>> import slidevlm, slidevlm.testing, tempfile
-    >>> run = slidevlm.train(slidevlm.testing.settings(tempfile.mkdtemp())).folder
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> run = slidevlm.train(slidevlm.testing.settings(folder.name)).folder
     >>> outcome = slidevlm.evaluate(run, eval_metric_bootstraps=20)
     >>> outcome.folder.parent == run
     True
+    >>> folder.cleanup()
 
     Args:
         run: folder of a run, or one of its checkpoints.

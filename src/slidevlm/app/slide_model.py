@@ -101,10 +101,12 @@ def load(
     """A trained model, ready for use.
 
     >>> import slidevlm, slidevlm.testing, tempfile
-    >>> run = slidevlm.testing.run(tempfile.mkdtemp())  # stands for the folder of a training
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> run = slidevlm.testing.run(folder.name)  # stands for the folder of a training
     >>> model = slidevlm.load(run, device="cpu")
     >>> model.embed(slidevlm.testing.bag()).shape
     (32,)
+    >>> folder.cleanup()
 
     Args:
         source: folder of a run, a checkpoint (.pt), a folder of weights or a .safetensors file as
