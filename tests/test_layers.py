@@ -29,7 +29,7 @@ LAYERS = (
     ("eval",),
     ("data", "models", "losses"),
     ("config", "flags", "run"),
-    ("errors", "registry", "batch", "dist", "launch", "precision", "hub"),
+    ("errors", "registry", "batch", "dist", "launch", "precision", "hub", "remote"),
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 # Within these two, neighbours may know each other (flags reads config, registry raises errors).
@@ -42,6 +42,7 @@ OWNERS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("argparse", "optparse", "getopt", "click", "typer"), ("flags",)),
     "torch.distributed": ("dist",),
     "h5py": ("data.formats.",),
+    **dict.fromkeys(("fsspec", "s3fs"), ("remote",)),
     **dict.fromkeys(("wandb", "tensorboard", "torch.utils.tensorboard"), ("run",)),
 }
 # Those that come with an extra: imported where they are used, so that slidevlm works without.
@@ -52,6 +53,7 @@ EXTRAS = (
     "bitsandbytes",
     "horovod",
     "s3fs",
+    "fsspec",
     "plotly",
     "transformers",
     "sacremoses",
@@ -311,7 +313,7 @@ BROKEN = {
     ),
     **{
         f"extra {extra}, eager": ("models/a.py", f"import {extra}.x", f"{extra} comes with")
-        for extra in ("bitsandbytes", "s3fs", "plotly", "transformers", "horovod")
+        for extra in ("bitsandbytes", "plotly", "transformers", "horovod")
     },
     "extra, in try": (
         "models/a.py",

@@ -371,9 +371,19 @@ class Checkpoint:
     resume: str | None = arg(
         None, "checkpoint to go on from, or latest: the newest whole one of the run --name"
     )
-    remote_sync: str | None = arg(None, "URL to copy the run folder to", pending=True)
-    remote_sync_frequency: int = arg(300, "seconds between two copies", pending=True)
-    remote_sync_protocol: str = arg("s3", "how to copy", choices=("s3", "fsspec"), pending=True)
+    remote_sync: str | None = arg(
+        None,
+        "URL of a folder, such as s3://bucket/runs, into which the run folder is copied, under its "
+        "name, at the start, from time to time and at the end; --resume latest goes on from there "
+        "where the run folder has no checkpoint",
+    )
+    remote_sync_frequency: int = arg(300, "seconds between two copies", minimum=1)
+    remote_sync_protocol: str = arg(
+        "s3",
+        "s3: any service that speaks it, at AWS_ENDPOINT_URL (extra s3); fsspec: any URL that "
+        "fsspec knows, such as file:// or sftp://",
+        choices=("s3", "fsspec"),
+    )
     delete_previous_checkpoint: bool = arg(
         False, "delete the previous checkpoint once the new one is safely stored"
     )
@@ -841,6 +851,33 @@ def _resuming(config: Config) -> Iterator[str]:
             yield "--resume latest needs --name, the run to go on with"
 
 
+def _remote(config: Config) -> Iterator[str]:
+    saved = config.checkpoint
+    if saved.remote_sync is None:
+        for field_name in ("remote_sync_frequency", "remote_sync_protocol"):
+            if field_name in config.given and getattr(saved, field_name) != getattr(
+                Checkpoint(), field_name
+            ):
+                yield f"--{field_name.replace('_', '-')} belongs to --remote-sync"
+        return
+    scheme, there, rest = saved.remote_sync.partition("://")
+    if not there or not rest:
+        yield "--remote-sync must be a URL, such as s3://bucket/runs"
+    elif saved.remote_sync_protocol == "s3" and scheme != "s3":
+        yield (
+            f"--remote-sync-protocol s3 wants s3://bucket/folder, not {scheme}://; give "
+            "--remote-sync-protocol fsspec for other URLs"
+        )
+    if ("@" in rest and ":" in rest.rpartition("@")[0]) or "?" in rest:
+        # The URL stands in config.yaml, in the log and on the command line.
+        yield (
+            "--remote-sync must not hold a password or key; give them as AWS_* or in fsspec's own "
+            "configuration"
+        )
+    if config.logs is None:
+        yield "--remote-sync copies the run folder, but --logs is None"
+
+
 def _best(config: Config) -> Iterator[str]:
     wanted = config.checkpoint.save_best
     if wanted is None or config.evaluation.test:  # an evaluation of a run has the run's arguments
@@ -939,6 +976,7 @@ def _combinations(config: Config) -> Iterator[str]:
                 yield f"--{field_name.replace('_', '-')} works only with --report-to wandb"
     yield from _resuming(config)
     yield from _best(config)
+    yield from _remote(config)
     name = config.logging.name
     if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
         yield f"--name {name!r} must be the name of one folder"

@@ -20,6 +20,7 @@ from slidevlm.app.folders import claimed_folder, config_name, evaluation_prefix,
 from slidevlm.app.judging import Judge
 from slidevlm.app.outputs import Outcome
 from slidevlm.app.preparing import prepare
+from slidevlm.app.syncing import fetch, syncing
 from slidevlm.app.trained import Trained, model_for
 from slidevlm.app.weights import Start, start_of
 from slidevlm.config import (
@@ -41,6 +42,8 @@ from slidevlm.train.interrupt import Interrupts
 from slidevlm.train.launcher import LauncherWatch
 
 log = logging.getLogger("slidevlm")
+
+_SYNCING = ("remote_sync", "remote_sync_frequency", "remote_sync_protocol")
 
 
 def train(config: Config) -> dict[str, float]:
@@ -100,9 +103,9 @@ def with_run_settings(run: Path, overrides: Config) -> Config:
         )
     values, given = read_yaml(saved), given_values(overrides)
     # What belongs to training alone would be refused, or evaluate the training split unasked.
-    unwanted = {"device", "train_split", "num_samples"}
+    unwanted = {"device", "train_split", "num_samples", *_SYNCING}
     if given.get("probe"):  # it learns from the training split, which is not evaluated
-        unwanted = {"device"}
+        unwanted = {"device", *_SYNCING}
     decoding = {"val_gen_top_k", *BEAM_ARGUMENTS}
     if decoding & given.keys():  # another way to write reports is not mixed with the run's own
         unwanted |= decoding
@@ -125,6 +128,7 @@ def _train(config: Config, precision: Precision) -> Outcome:
 
 
 def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outcome:
+    fetch(config, folder)
     prefix = evaluation_prefix(config, folder)  # before the run writes a config.yaml
     with working("opening model and data", shown=dist.is_main()):
         start = start_of(config, folder)
@@ -137,6 +141,7 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
     )
     told_until = _told_until(config, start)
     with (
+        syncing(config, folder) as copies,  # left last, when everything is written
         log_to(local_log(config, folder)),
         Run(folder if new else None, config.sinks, told_until, wandb) as run,
     ):
@@ -147,6 +152,7 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
         for split in data.splits:
             if split.missing:
                 run.write(f"missing_{split.name}.txt", "\n".join(split.missing) + "\n")
+        dist.from_main(copies.begin)
         parameters = sum(p.numel() for p in trained.model.parameters())
         log.info(
             "model %s: %.1f million parameters, tile width %d, vocabulary %d, on %s",
