@@ -27,6 +27,9 @@ from slidevlm.errors import ConfigError, SlideVLMError
 log = logging.getLogger("slidevlm.dist")
 T = TypeVar("T")
 
+# The name that torch 2.13 prefers, and the one that versions before it have.
+_reduce_scatter: Any = getattr(td, "reduce_scatter_single", None) or td.reduce_scatter_tensor
+
 _BUCKET_ELEMENTS = 8 * 1024 * 1024  # 32 MB of float32: few messages, little extra memory
 
 
@@ -137,7 +140,7 @@ class Rows:
         if len(mine) < most:
             mine = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
         everyone = mine.new_empty(most * len(self.sizes), *mine.shape[1:])
-        td.all_gather_into_tensor(everyone, mine.contiguous())
+        td.all_gather(list(everyone.split(most)), mine.contiguous())
         if min(self.sizes) == most:
             return everyone
         parts = everyone.split(most)
@@ -158,7 +161,7 @@ class Rows:
                 place[: len(part)] = part
             tensor = padded.flatten(0, 1)
         mine = tensor.new_empty(most, *tensor.shape[1:])
-        td.reduce_scatter_tensor(mine, tensor.contiguous())
+        _reduce_scatter(mine, tensor.contiguous())
         return mine[: self.sizes[rank()]]
 
 

@@ -178,3 +178,19 @@ def test_flash_on_the_device_equals_float64_on_the_host() -> None:
     expected = padded_cross(query, key, value, LENGTHS)
     got = ragged_cross_attention(*on_device, LENGTHS)
     torch.testing.assert_close(got.double().cpu(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("by_distance", [False, True])
+@pytest.mark.parametrize("at_once", [1, 50, 1 << 20])
+def test_attention_for_traces_is_the_same(by_distance: bool, at_once: int, monkeypatch) -> None:
+    """With scores of a row, of some rows and of a window at a time."""
+    monkeypatch.setattr(ragged, "SCORES_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    counts = (3, 1, 12, 5)
+    q, k, v = torch.randn(3, 2, sum(counts), 8, generator=generator)
+    positions = 1e4 * torch.rand(sum(counts), 2, generator=generator)
+    slopes = torch.tensor([1e-3, 1e-4])
+    near = (positions, slopes) if by_distance else ()
+    found = ragged.traced_self_attention(q, k, v, torch.tensor(counts), *near)
+    plain = distance_attention if by_distance else ragged_self_attention
+    torch.testing.assert_close(found, plain(q, k, v, counts, *near))

@@ -71,12 +71,25 @@ def _place(number: int, bags: Sequence[BagLike]) -> str:
 
 
 def _sample(trained: Trained, bag: BagLike, place: str, cutoff: int) -> Sample:
+    store, case, place = opened(bag, place)
+    return sample_of(trained, store, case, place, cutoff)
+
+
+def opened(bag: BagLike, place: str = "the bag") -> tuple[CaseStore, Case, str]:
+    """The store of one bag, its one specimen, and what errors call it."""
     if isinstance(bag, (str, os.PathLike)):
         place, store = str(bag), open_path(Path(bag).expanduser(), None, None)
-        case = _only(store, place)
-    else:
-        store = _Memory(_bag(bag, place), place)
-        case = store.cases[0]
+        return store, _only(store, place), place
+    memory = _Memory(_bag(bag, place), place)
+    return memory, memory.cases[0], place
+
+
+def sample_of(trained: Trained, store: CaseStore, case: Case, place: str, cutoff: int) -> Sample:
+    """A specimen's tiles, fit for the model.
+
+    Raises:
+        DataError: they cannot be read, or are not what the model reads.
+    """
     dataset = BagDataset(
         store,
         [case],

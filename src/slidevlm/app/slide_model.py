@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import torch
 
-from slidevlm.app.bags import BagLike, Tiles, batches_of
+from slidevlm.app.attending import Attention, attend
+from slidevlm.app.bags import BagLike, Tiles, batches_of, opened, sample_of
 from slidevlm.app.devices import device_of
 from slidevlm.app.judging import embed_text
 from slidevlm.app.outputs import model_hash
@@ -373,6 +374,29 @@ class SlideModel:
             for reports in self.write(bags, names, chosen, prompt)
         ]
 
+    def attention(self, bag: BagLike, *, sentences: bool = False) -> Attention:
+        """Where the model attends in a bag: weights of its tiles, which add up to 1.
+
+        Attention says where a model reads, not why it decides; see docs/report-page.md.
+
+        >>> import slidevlm.testing
+        >>> model = slidevlm.testing.model()
+        >>> found = model.attention(slidevlm.testing.bag(7))
+        >>> found.tiles.shape, round(float(found.tiles.sum()), 4)
+        ((7,), 1.0)
+
+        Args:
+            bag: one.
+            sentences: also write a report, and give the weights of each of its sentences.
+
+        Raises:
+            ConfigError: the slide encoder has no attention over single tiles, such as mean.
+            DataError: the bag cannot be read, or is not what the model reads.
+        """
+        store, case, place = opened(bag)
+        sample = sample_of(self.trained, store, case, place, self.image_features_cutoff)
+        return attend(self.trained, self.precision, sample, sentences=sentences)
+
     # -- batches, for programs that read bags themselves -------------------------------------
 
     def batches(
@@ -460,4 +484,4 @@ class SlideModel:
         )
 
 
-__all__ = ["BagLike", "Classification", "Report", "SlideModel", "Tiles", "load"]
+__all__ = ["Attention", "BagLike", "Classification", "Report", "SlideModel", "Tiles", "load"]

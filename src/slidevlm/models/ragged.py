@@ -12,9 +12,11 @@ faster than a padded batch with a mask.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, Optional, cast
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +109,8 @@ def distance_attention(
         [H, T, d].
     """
     if torch.jit.is_tracing():
-        raise RuntimeError("scores by distance are made for as many rows at a time as fit")
+        counts = torch.ones_like(key[0, :, 0], dtype=torch.int64).sum()[None]  # not a number
+        return traced_self_attention(query, key, value, counts, positions, slopes)
     outputs = []
     start = 0
     for length in lengths:
@@ -125,12 +128,80 @@ def distance_attention(
     return torch.cat(outputs, 1)
 
 
+def traced_self_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    positions: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """Self-attention of a bag or its windows for a trace, whose loops must be TorchScript.
+
+    Args:
+        query: [H, T, d].
+        key: [H, T, d].
+        value: [H, T, d].
+        counts: [W] int64, rows of each window end to end; their sum is T.
+        positions: [T, 2], where scores fall with distance.
+        slopes: [H], likewise.
+
+    Returns:
+        [H, T, d].
+    """
+    attended: Tensor = scripted(_by_counts)(
+        query, key, value, counts, positions, slopes, SCORES_AT_ONCE
+    )
+    return attended
+
+
+@cache
+def scripted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function in TorchScript, in which loops and branches stay what they are in a trace."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit as a whole
+        graph: Callable[..., Any] = torch.jit.script(function)
+    return graph
+
+
+# Not `X | None`: TorchScript reads annotations as they stand.
+def _by_counts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    positions: Optional[Tensor],  # noqa: UP045
+    slopes: Optional[Tensor],  # noqa: UP045
+    at_once: int,
+) -> Tensor:
+    outputs: list[Tensor] = []
+    start = 0
+    for window in range(counts.numel()):
+        end = start + int(counts[window])
+        k, v = key[:, start:end], value[:, start:end]
+        rows = max(1, at_once // (key.shape[0] * (end - start)))
+        for first in range(start, end, rows):
+            last = min(first + rows, end)
+            bias: Optional[Tensor] = None  # noqa: UP045
+            if positions is not None and slopes is not None:
+                offsets = positions[first:last].float()[:, None] - positions[start:end].float()
+                bias = -slopes.float()[:, None, None] * offsets.norm(2, dim=-1)
+                bias = bias[None].to(query.dtype)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    query[None, :, first:last], k[None], v[None], attn_mask=bias
+                )[0]
+            )
+        start = end
+    return torch.cat(outputs, 1)
+
+
 def _near(
     query: Tensor, key: Tensor, value: Tensor, mine: Tensor, theirs: Tensor, slopes: Tensor
 ) -> Tensor:
     # Differences, not cdist's matrix product, whose rounding is as large as a tile.
     offsets = mine.float()[:, None] - theirs.float()[None]  # [rows, N, 2]
-    bias = -slopes.float()[:, None, None] * offsets.norm(dim=-1)
+    bias = -slopes.float()[:, None, None] * offsets.norm(2, dim=-1)
     attended = F.scaled_dot_product_attention(
         query[None], key[None], value[None], attn_mask=bias[None].to(query.dtype)
     )

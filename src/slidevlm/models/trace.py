@@ -2,8 +2,9 @@
 
 A trace repeats the operations of one example, so a loop over bags or a bag's length as a number
 would hold for that example alone. Bags are therefore traced and run one at a time; they are never
-padded anyway. Every trace is compared with the model at other lengths before it is used, and where
-it differs the part that caused it is refused.
+padded anyway. Loops within a bag are TorchScript within the trace (`ragged.scripted`). Every trace
+is compared with the model at other lengths before it is used, and where it differs the part that
+caused it is refused.
 """
 
 from __future__ import annotations

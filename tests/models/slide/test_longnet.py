@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slidevlm.models.slide import longnet
 from slidevlm.models.slide.longnet import along_curve, dilated_attention
 
 PAIRS = ((4, 1), (8, 2), (32, 4))
@@ -57,3 +58,13 @@ def test_the_curve_visits_quadrants_one_after_the_other() -> None:
     assert quadrant.tolist() == [q for q in range(4) for _ in range(16)]
     steps = (first[1:] - first[:-1]).norm(dim=1)
     assert steps.mean() < 2 * 256  # in order of rows: about the same, but with jumps of a row
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 1 << 20])
+@pytest.mark.parametrize("length", [1, 5, 8, 30])
+def test_attention_for_traces_is_the_same(length: int, at_once: int, monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 4, length, 6, generator=generator)
+    expected = dilated_attention(q, k, v, PAIRS)
+    monkeypatch.setattr(longnet, "SCORES_AT_ONCE", at_once)
+    torch.testing.assert_close(longnet.traced_dilated_attention(q, k, v, PAIRS), expected)

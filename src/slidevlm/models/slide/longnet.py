@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import AttentionPooler, TileLayer
-from slidevlm.models.ragged import attention_with_normaliser
+from slidevlm.models.ragged import (
+    SCORES_AT_ONCE,
+    attention_with_normaliser,
+    bags_of,
+    scripted,
+)
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     FourierPositions,
@@ -93,6 +98,8 @@ class LongNet(SlideEncoder):
         return [("tiles", [self.tiles, self.positions]), *layers, ("output", [self.pool])]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        if torch.jit.is_tracing():
+            return traced_dilated_attention(q, k, v, self.pairs)
         bags = zip(*(t.split(list(lengths), 1) for t in (q, k, v)), strict=True)
         return torch.cat([dilated_attention(q, k, v, self.pairs) for q, k, v in bags], 1)
 
@@ -101,7 +108,7 @@ def along_curve(positions: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """[T] order of tiles along a Z-order (Morton) curve, bag by bag."""
     orders = []
     start = 0
-    for bag in positions.split(list(lengths)):
+    for bag in bags_of(positions, lengths):
         # Whole units from the bag's corner; a specimen's slides may reach 2^30 of them.
         whole = (bag - bag.min(0).values).long().clamp(max=(1 << 30) - 1)
         orders.append(
@@ -156,6 +163,46 @@ def dilated_attention(
         weights.append(normaliser)
     shares = torch.stack(weights).softmax(0)  # [pairs, H, N]
     return (torch.stack(found) * shares[..., None]).sum(0)
+
+
+def traced_dilated_attention(
+    query: Tensor, key: Tensor, value: Tensor, pairs: tuple[tuple[int, int], ...]
+) -> Tensor:
+    """`dilated_attention` for a trace, whose loops over rows must be TorchScript."""
+    attended: Tensor = scripted(_dilated)(query, key, value, list(pairs), SCORES_AT_ONCE)
+    return attended
+
+
+def _dilated(
+    query: Tensor, key: Tensor, value: Tensor, pairs: list[tuple[int, int]], at_once: int
+) -> Tensor:
+    found: list[Tensor] = []
+    weights: list[Tensor] = []
+    for segment, dilation in pairs:
+        attended = torch.zeros_like(query)
+        normaliser = torch.full_like(query[:, :, 0], float("-inf"))
+        for offset in range(min(dilation, query.shape[0], query.shape[1])):
+            q = query[offset::dilation, offset::dilation]
+            k = key[offset::dilation, offset::dilation]
+            v = value[offset::dilation, offset::dilation]
+            length = segment // dilation
+            rows = max(1, at_once // (k.shape[0] * length))
+            parts: list[Tensor] = []
+            norms: list[Tensor] = []
+            for first in range(0, q.shape[1], length):
+                last = min(first + length, q.shape[1])
+                for row in range(first, last, rows):
+                    some = q[:, row : min(row + rows, last)]
+                    scores = some @ k[:, first:last].transpose(-1, -2) * q.shape[-1] ** -0.5
+                    norm = scores.logsumexp(-1)
+                    parts.append((scores - norm[:, :, None]).exp() @ v[:, first:last])
+                    norms.append(norm)
+            attended[offset::dilation, offset::dilation] = torch.cat(parts, 1).to(query.dtype)
+            normaliser[offset::dilation, offset::dilation] = torch.cat(norms, 1).to(query.dtype)
+        found.append(attended)
+        weights.append(normaliser)
+    shares = torch.stack(weights).softmax(0)
+    return (torch.stack(found) * shares[:, :, :, None]).sum(0)
 
 
 def _in_segments(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import Attend, AttentionPooler, TileLayer
-from slidevlm.models.ragged import distance_attention, ragged_self_attention
+from slidevlm.models.ragged import distance_attention, ragged_self_attention, traced_self_attention
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     Group,
@@ -128,6 +128,8 @@ class Transformer(SlideEncoder):
         positions = needed_positions(bags, "transformer")
         if not self.window:
             return [self._attend(positions, bags.lengths)]
+        if torch.jit.is_tracing():
+            return [self._traced_within(positions, shift) for shift in (0.0, self.window / 2)]
         return [
             self._within(positions, *windows(positions, bags.lengths, self.window, shift))
             for shift in (0.0, self.window / 2)
@@ -146,6 +148,23 @@ class Transformer(SlideEncoder):
         attend = self._attend(positions[order], lengths)
         back = order.argsort()
         return lambda q, k, v: attend(q[:, order], k[:, order], v[:, order])[:, back]
+
+    def _traced_within(self, positions: Tensor, shift: float) -> Attend:
+        """Attention of one bag within windows whose number stays a tensor."""
+        cells = ((positions + shift) / self.window).floor().long()
+        _, window, counts = cells.unique(dim=0, return_inverse=True, return_counts=True)
+        order = window.argsort(stable=True)
+        back, places = order.argsort(), positions[order]
+        waves = None if self.rotary is None else self.rotary.waves(places)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = q[:, order], k[:, order], v[:, order]
+            if self.rotary is not None and waves is not None:
+                q, k = self.rotary.turn(q, waves), self.rotary.turn(k, waves)
+            by_distance = (places, self.slopes) if self.alibi else ()
+            return traced_self_attention(q, k, v, counts, *by_distance)[:, back]
+
+        return attend
 
 
 SLIDE_ENCODERS.register("vit")(Transformer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags
 from slidevlm.models.linear import wide
 from slidevlm.models.mode import CountsRows
+from slidevlm.models.ragged import bags_of, scripted
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     Group,
@@ -63,9 +65,8 @@ class NystromAttention(CountsRows):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, width] -> [n, width]."""
-        length = len(x)
-        padded = F.pad(x, (0, 0, -length % self.landmarks, 0))
-        shape = (len(padded), 3, self.heads, -1)
+        padded = counting(_whole_landmarks)(x, self.landmarks)
+        shape = (-1, 3, self.heads, x.shape[1] // self.heads)
         query, key, value = self.project(padded).view(shape).permute(1, 2, 0, 3)  # [H, n, d]
         query = query * query.shape[-1] ** -0.5
         few_queries, few_keys = (self._landmarks(t) for t in (query, key))
@@ -75,7 +76,7 @@ class NystromAttention(CountsRows):
         with torch.autocast(x.device.type, enabled=False):  # the iteration needs its 24 bits
             inverse = pseudo_inverse(wide(middle), self.iterations).to(left.dtype)
         attended = (left @ inverse) @ (right @ value) + self.along(value[None])[0]
-        return self.dropout(self.out(attended.transpose(0, 1).flatten(1)))[-length:]
+        return counting(_last)(self.dropout(self.out(attended.transpose(0, 1).flatten(1))), x)
 
     def _landmarks(self, rows: Tensor) -> Tensor:
         """[H, n, d] -> [H, landmarks, d], means of as many neighbouring rows."""
@@ -105,10 +106,10 @@ class PPEG(CountsRows):
 
     def forward(self, x: Tensor) -> Tensor:
         """The token of the whole and then S * S tiles, [1 + S * S, width] -> the same."""
-        side = math.isqrt(len(x) - 1)
-        image = x[1:].T.unflatten(1, (side, side))[None]  # [1, width, S, S]
+        given = counting(_image)(x)  # [1, width, S, S]
+        image = given
         for convolution in self.convolutions:
-            image = image + convolution(x[1:].T.unflatten(1, (side, side))[None])
+            image = image + convolution(given)
         return torch.cat([x[:1], image[0].flatten(1).T])
 
 
@@ -147,9 +148,9 @@ class TransMIL(SlideEncoder):
 
     def forward(self, bags: Bags) -> Tensor:
         """Bags -> [B, 1, width]."""
-        features = bags.features.split(list(bags.lengths))
+        features = tuple(bags_of(bags.features, bags.lengths))
         if self.sorts:
-            places = needed_positions(bags, "transmil").split(list(bags.lengths))
+            places = bags_of(needed_positions(bags, "transmil"), bags.lengths)
             features = tuple(f[_by_rows(p)] for f, p in zip(features, places, strict=True))
         tokens = [self.run(self._token, bag) for bag in features]
         return self.norm(torch.stack(tokens))
@@ -167,9 +168,46 @@ class TransMIL(SlideEncoder):
     def _token(self, features: Tensor) -> Tensor:
         """One bag [N, D] -> [1, width]."""
         tiles = F.relu(self.project(features.to(self.project.weight.dtype)))
-        side = math.isqrt(len(tiles) - 1) + 1  # the least whose square is not below N
-        x = torch.cat([self.whole, tiles, tiles[: side * side - len(tiles)]])
+        x = counting(_filled)(self.whole, tiles)
         return self.second(self.places(self.first(x)))[:1]
+
+
+def counting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that counts rows, so that a trace counts them anew for each bag."""
+    return scripted(function) if torch.jit.is_tracing() else function
+
+
+def _side(count: int) -> int:
+    """The least whole number whose square is not below `count`."""
+    side = int(math.sqrt(count))  # a few units off at most
+    while side * side < count:
+        side += 1
+    while side > 1 and (side - 1) * (side - 1) >= count:
+        side -= 1
+    return side
+
+
+def _filled(whole: Tensor, tiles: Tensor) -> Tensor:
+    """The token of the whole, the tiles, and the first of them again up to a square."""
+    side = _side(tiles.shape[0])
+    return torch.cat([whole, tiles, tiles[: side * side - tiles.shape[0]]])
+
+
+def _image(x: Tensor) -> Tensor:
+    """[1 + S * S, width] -> [1, width, S, S] without the first row."""
+    side = _side(x.shape[0] - 1)
+    return x[1:].t().reshape(1, x.shape[1], side, side)
+
+
+def _whole_landmarks(x: Tensor, landmarks: int) -> Tensor:
+    """Zeros before the rows, up to a multiple of the landmarks."""
+    more = (landmarks - x.shape[0] % landmarks) % landmarks
+    return F.pad(x, [0, 0, more, 0])
+
+
+def _last(rows: Tensor, like: Tensor) -> Tensor:
+    """As many of the last rows as the other has."""
+    return rows[rows.shape[0] - like.shape[0] :]
 
 
 def _by_rows(positions: Tensor) -> Tensor:
