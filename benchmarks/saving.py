@@ -5,10 +5,11 @@
 A model of linear layers with AdamW trains on a fixed batch. Steps are timed alone, with a
 checkpoint begun after every `--every`-th, and with one written in the loop. The three take turns,
 block by block, for the machine's noise to fall on all; medians are over the blocks. What a
-checkpoint costs is the time of the steps of a block above those of a block without any, divided by
-the number of checkpoints. The bar: beside the loop under 5 % of a step, where there is a core for
-it and steps are longer than the copy. How long the loop itself stands still is told apart: the rest is the writing, which
-takes cores and memory's bandwidth from the steps where there are none to spare.
+checkpoint costs is the time of the steps of a block above those of a block without any, divided
+by the number of checkpoints. The bar: beside the loop under 5 % of a step, where there is a core
+for it and steps are longer than the copy. How long the loop itself stands still is told apart:
+the rest is the writing, which takes cores and memory's bandwidth from the steps where there are
+none to spare.
 """
 
 from __future__ import annotations
