@@ -1,8 +1,9 @@
 """slidevlm: vision-language models of whole slides and their pathology reports.
 
->>> import slidevlm
->>> slidevlm.__version__
-'0.1.0'
+Examples:
+    >>> import slidevlm
+    >>> slidevlm.__version__
+    '0.1.0'
 """
 
 from __future__ import annotations

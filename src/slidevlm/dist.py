@@ -137,6 +137,8 @@ class Rows:
         if len(self.sizes) == 1:
             return mine
         most = max(self.sizes)
+        if most == 0:
+            return mine
         if len(mine) < most:
             mine = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
         everyone = mine.new_empty(most * len(self.sizes), *mine.shape[1:])

@@ -1,8 +1,9 @@
 """Tiny models and data for tests and examples: of users, and of slidevlm's own docstrings.
 
->>> from slidevlm import testing
->>> testing.bag(tiles=5).shape
-(5, 16)
+Examples:
+    >>> from slidevlm import testing
+    >>> testing.bag(tiles=5).shape
+    (5, 16)
 """
 
 from __future__ import annotations

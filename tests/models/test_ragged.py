@@ -9,8 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slidevlm.models import ragged
+from slidevlm.models.attention import CrossAttention, KeyValues, TileAttention
 from slidevlm.models.ragged import (
     attention_with_normaliser,
     distance_attention,
@@ -194,3 +196,107 @@ def test_attention_for_traces_is_the_same(by_distance: bool, at_once: int, monke
     found = ragged.traced_self_attention(q, k, v, torch.tensor(counts), *near)
     plain = distance_attention if by_distance else ragged_self_attention
     torch.testing.assert_close(found, plain(q, k, v, counts, *near))
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that any operation inside makes, forward and backward."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return made
+
+
+def kept_and_largest(attend: Callable[..., Tensor], leaves: tuple[Tensor, ...]) -> tuple[int, int]:
+    """Entries kept for the backward pass, and of the largest tensor of both passes."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    with Largest() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = attend(*leaves)
+        out.sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves)
+    return sum(kept.values()), largest.entries
+
+
+WIDTH, HEADS, WINDOW = 16, 2, 50
+
+
+def cross_of(tiles: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """Five latents a bag read two bags."""
+    to_kv, attention = KeyValues(WIDTH, WIDTH, HEADS), CrossAttention(WIDTH, HEADS, 0.0)
+    lengths = (tiles // 4, tiles - tiles // 4)
+
+    def attend(x: Tensor, context: Tensor) -> Tensor:
+        return attention.ragged(x, *to_kv(context), lengths)
+
+    return attend, (_float(2, 5, WIDTH), _float(tiles, WIDTH))
+
+
+def self_of(tiles: int, window: int | None) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """All tiles of a bag, or those of a window, attend to each other."""
+    attention = TileAttention(WIDTH, HEADS, 0.0)
+    lengths = (window,) * (tiles // window) if window else (tiles,)
+
+    def attend(x: Tensor) -> Tensor:
+        return attention(x, lambda q, k, v: ragged_self_attention(q, k, v, lengths))
+
+    return attend, (_float(tiles, WIDTH),)
+
+
+def near_of(tiles: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    attention = TileAttention(WIDTH, HEADS, 0.0)
+    positions, slopes = 1e4 * torch.rand(tiles, 2), torch.tensor([1e-3, 1e-4])
+
+    def attend(x: Tensor) -> Tensor:
+        near = lambda q, k, v: distance_attention(q, k, v, (tiles,), positions, slopes)  # noqa: E731
+        return attention(x, near)
+
+    return attend, (_float(tiles, WIDTH),)
+
+
+def _float(*shape: int) -> Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(cross_of, id="cross"),
+        pytest.param(lambda n: self_of(n, None), id="self"),
+        pytest.param(lambda n: self_of(n, WINDOW), id="windows"),
+        pytest.param(near_of, id="distance"),
+    ],
+)
+def test_memory_is_linear_in_tiles(
+    kind: Callable[[int], tuple[Callable[..., Tensor], tuple[Tensor, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is kept grows by as much from 2 N to 4 N as twice from N to 2 N, and no operation
+    makes a matrix of tiles by tiles."""
+    monkeypatch.setattr(ragged, "SCORES_AT_ONCE", 1 << 14)
+    torch.manual_seed(0)
+    n = 500
+    kept, largest = zip(*(kept_and_largest(*kind(m * n)) for m in (1, 2, 4)), strict=True)
+    assert kept[1] > kept[0]
+    assert kept[2] - kept[1] == pytest.approx(2 * (kept[1] - kept[0]), rel=0.02)
+    assert largest[2] <= max(4 * largest[0], 1 << 14) < (4 * n) ** 2 / 8
+
+
+def test_a_matrix_of_scores_would_be_seen() -> None:
+    """The count above finds attention written out."""
+
+    def attend(x: Tensor) -> Tensor:
+        return (x @ x.T).softmax(-1) @ x
+
+    (few, large), (more, larger) = (kept_and_largest(attend, (_float(n, 8),)) for n in (300, 600))
+    assert large == 300**2 and larger == 600**2 and more > 3 * few

@@ -27,8 +27,9 @@ UNITS = ("um", "px")
 class Tiles:
     """The tiles of one slide or specimen, in memory.
 
-    >>> import numpy as np
-    >>> tiles = Tiles(np.zeros((3, 16), np.float32), positions=np.zeros((3, 2)), unit="um")
+    Examples:
+        >>> import numpy as np
+        >>> tiles = Tiles(np.zeros((3, 16), np.float32), positions=np.zeros((3, 2)), unit="um")
 
     Args:
         features: [N, D] of N tiles, floating point.

@@ -18,14 +18,15 @@ ConfigLike = Config | Mapping[str, Any] | str | os.PathLike[str]
 def train(config: ConfigLike, **arguments: Any) -> Outcome:
     """Train (or, with `test=True`, only evaluate) as `slidevlm train` does.
 
-    >>> import slidevlm, slidevlm.testing, tempfile
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> settings = slidevlm.testing.settings(folder.name)  # hdf5_filename, train_split, model, ...
-    >>> outcome = slidevlm.train(settings, epochs=1, name="first")
-    >>> outcome.folder.name, "test/loss/contrastive" in outcome.metrics
-    ('first', True)
-    >>> model = slidevlm.load(outcome.folder)
-    >>> folder.cleanup()
+    Examples:
+        >>> import slidevlm, slidevlm.testing, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> settings = slidevlm.testing.settings(folder.name)  # data, splits, model, ...
+        >>> outcome = slidevlm.train(settings, epochs=1, name="first")
+        >>> outcome.folder.name, "test/loss/contrastive" in outcome.metrics
+        ('first', True)
+        >>> model = slidevlm.load(outcome.folder)
+        >>> folder.cleanup()
 
     Args:
         config: the arguments of `slidevlm train` by name (`batch_size` for `--batch-size`): a
@@ -47,13 +48,14 @@ def evaluate(
 ) -> Outcome:
     """Evaluate a run's newest checkpoint, or a checkpoint of it, as `slidevlm evaluate RUN` does.
 
-    >>> import slidevlm, slidevlm.testing, tempfile
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> run = slidevlm.train(slidevlm.testing.settings(folder.name)).folder
-    >>> outcome = slidevlm.evaluate(run, eval_metric_bootstraps=20)
-    >>> outcome.folder.parent == run
-    True
-    >>> folder.cleanup()
+    Examples:
+        >>> import slidevlm, slidevlm.testing, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> run = slidevlm.train(slidevlm.testing.settings(folder.name)).folder
+        >>> outcome = slidevlm.evaluate(run, eval_metric_bootstraps=20)
+        >>> outcome.folder.parent == run
+        True
+        >>> folder.cleanup()
 
     Args:
         run: folder of a run, or one of its checkpoints.

@@ -101,13 +101,14 @@ def load(
 ) -> SlideModel:
     """A trained model, ready for use.
 
-    >>> import slidevlm, slidevlm.testing, tempfile
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> run = slidevlm.testing.run(folder.name)  # stands for the folder of a training
-    >>> model = slidevlm.load(run, device="cpu")
-    >>> model.embed(slidevlm.testing.bag()).shape
-    (32,)
-    >>> folder.cleanup()
+    Examples:
+        >>> import slidevlm, slidevlm.testing, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> run = slidevlm.testing.run(folder.name)  # stands for the folder of a training
+        >>> model = slidevlm.load(run, device="cpu")
+        >>> model.embed(slidevlm.testing.bag()).shape
+        (32,)
+        >>> folder.cleanup()
 
     Args:
         source: folder of a run, a checkpoint (.pt), a folder of weights or a .safetensors file as
@@ -146,10 +147,11 @@ class SlideModel:
 
     Any number of threads may use one object: nothing of it changes after it was made.
 
-    >>> import slidevlm.testing
-    >>> model = slidevlm.testing.model()
-    >>> model.tile_width, model.embed_dim, model.unit
-    (16, 32, None)
+    Examples:
+        >>> import slidevlm.testing
+        >>> model = slidevlm.testing.model()
+        >>> model.tile_width, model.embed_dim, model.unit
+        (16, 32, None)
 
     Args:
         trained: model, configuration and tokenizer. The model is moved to the precision's device
@@ -210,10 +212,11 @@ class SlideModel:
     def embed(self, bag: BagLike | Sequence[BagLike], *, batch_size: int = 8) -> np.ndarray:
         """Embed a slide, or each of several.
 
-        >>> import slidevlm.testing
-        >>> model, bag = slidevlm.testing.model(), slidevlm.testing.bag()
-        >>> model.embed(bag).shape, model.embed([bag, bag]).shape
-        ((32,), (2, 32))
+        Examples:
+            >>> import slidevlm.testing
+            >>> model, bag = slidevlm.testing.model(), slidevlm.testing.bag()
+            >>> model.embed(bag).shape, model.embed([bag, bag]).shape
+            ((32,), (2, 32))
 
         Args:
             bag: a bag, or a list of bags.
@@ -234,10 +237,11 @@ class SlideModel:
     def embed_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """Embed a text, or each of several; longer ones than the model's context are cut.
 
-        >>> import slidevlm.testing
-        >>> model = slidevlm.testing.model()
-        >>> model.embed_text("a tumour").shape, model.embed_text(["a", "b", "c"]).shape
-        ((32,), (3, 32))
+        Examples:
+            >>> import slidevlm.testing
+            >>> model = slidevlm.testing.model()
+            >>> model.embed_text("a tumour").shape, model.embed_text(["a", "b", "c"]).shape
+            ((32,), (3, 32))
 
         Returns:
             [E] float32 of length 1; of T texts [T, E].
@@ -280,11 +284,12 @@ class SlideModel:
     ) -> Classification | list[Classification]:
         """Zero-shot classification: how near a slide is to the texts of each class.
 
-        >>> import slidevlm.testing
-        >>> model, bag = slidevlm.testing.model(), slidevlm.testing.bag()
-        >>> found = model.classify(bag, {"lung": ["lung", "pulmonary"], "kidney": "kidney"})
-        >>> found.classes, round(float(found.probabilities.sum()), 6)
-        (('kidney', 'lung'), 1.0)
+        Examples:
+            >>> import slidevlm.testing
+            >>> model, bag = slidevlm.testing.model(), slidevlm.testing.bag()
+            >>> found = model.classify(bag, {"lung": ["lung", "pulmonary"], "kidney": "kidney"})
+            >>> found.classes, round(float(found.probabilities.sum()), 6)
+            (('kidney', 'lung'), 1.0)
 
         Args:
             bag: a bag, or a list of bags.
@@ -333,11 +338,12 @@ class SlideModel:
     ) -> str | list[str]:
         """Write the report of a slide, or of each of several.
 
-        >>> import slidevlm.testing
-        >>> model = slidevlm.testing.model()
-        >>> text = model.caption(slidevlm.testing.bag(), prompt="lung", max_tokens=4)
-        >>> text.startswith("lung")
-        True
+        Examples:
+            >>> import slidevlm.testing
+            >>> model = slidevlm.testing.model()
+            >>> text = model.caption(slidevlm.testing.bag(), prompt="lung", max_tokens=4)
+            >>> text.startswith("lung")
+            True
 
         Args:
             bag: a bag, or a list of bags.
@@ -379,11 +385,12 @@ class SlideModel:
 
         Attention says where a model reads, not why it decides; see docs/report-page.md.
 
-        >>> import slidevlm.testing
-        >>> model = slidevlm.testing.model()
-        >>> found = model.attention(slidevlm.testing.bag(7))
-        >>> found.tiles.shape, round(float(found.tiles.sum()), 4)
-        ((7,), 1.0)
+        Examples:
+            >>> import slidevlm.testing
+            >>> model = slidevlm.testing.model()
+            >>> found = model.attention(slidevlm.testing.bag(7))
+            >>> found.tiles.shape, round(float(found.tiles.sum()), 4)
+            ((7,), 1.0)
 
         Args:
             bag: one.

@@ -54,9 +54,10 @@ def build_model(config: ModelConfig, vocab_size: int, *, siglip: bool = False) -
 def create_model(name: str, *, tile_width: int, vocab_size: int, siglip: bool = False) -> Model:
     """A model by the name or path of its configuration, with fresh weights.
 
-    >>> model = create_model("coca_tiny", tile_width=16, vocab_size=100)
-    >>> type(model).__name__
-    'CoCa'
+    Examples:
+        >>> model = create_model("coca_tiny", tile_width=16, vocab_size=100)
+        >>> type(model).__name__
+        'CoCa'
     """
     config = dataclasses.replace(zoo.load(name), tile_width=tile_width)
     return build_model(config, vocab_size, siglip=siglip)

@@ -161,6 +161,32 @@ def test_checkpointing_changes_no_gradient_and_saves_memory(case: str) -> None:
     assert kept[1] < kept[0] or case == "mean"  # which has no block
 
 
+def kept_bytes(case: str, tiles: int) -> int:
+    """Bytes kept for the backward pass of a bag on a grid of 20 columns."""
+    encoder = encoder_for(case, **({"landmarks": 4} if case.startswith("transmil") else {}))
+    bags = bags_for((tiles,))
+    places = torch.arange(tiles)
+    bags.positions = 256.0 * torch.stack([places % 20, places // 20], 1)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        tokens = encoder.train()(bags)
+    assert tokens.requires_grad
+    return sum(kept.values())
+
+
+@every_case
+def test_what_is_kept_grows_with_the_tiles_and_not_with_their_square(case: str) -> None:
+    few, more, many = (kept_bytes(case, tiles) for tiles in (900, 1800, 3600))
+    assert few <= more  # mean keeps no more than its moments
+    assert many - more == pytest.approx(2 * (more - few), rel=0.15)
+
+
 @every_case
 def test_half_precision_features_are_read(case: str) -> None:
     encoder = encoder_for(case).float()

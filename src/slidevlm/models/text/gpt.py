@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models.attention import LayerCache, OwnStart
+from slidevlm.models.linear import gelu_linear, norm_linear
 from slidevlm.models.mode import Group
 from slidevlm.models.text.base import (
     TEXT_ENCODERS,
@@ -245,8 +246,23 @@ class GptLayer(OwnStart):
             assert slide is not None, "this layer reads a slide"
             read = self.cross_attention(self.cross_norm(x), slide[0], slide[1], causal=False)
             x = x + self.dropout(read)
-        inner = F.gelu(self.inner(self.feed_norm(x)), approximate=self.gelu)
-        return x + self.dropout(self.outer(self.activation_dropout(inner)))
+        if torch.jit.is_scripting():
+            added = self._plain(self.inner(self.feed_norm(x)))
+        else:
+            added = self._keeping_less(x)
+        return x + self.dropout(added)
+
+    def _plain(self, inner: Tensor) -> Tensor:
+        return self.outer(self.activation_dropout(F.gelu(inner, approximate=self.gelu)))
+
+    @torch.jit.unused
+    def _keeping_less(self, x: Tensor) -> Tensor:
+        """The feed-forward layer, its norm and exact GELU computed again in the backward pass."""
+        inner = norm_linear(x, self.feed_norm, self.inner)
+        dropped = self.training and self.activation_dropout.p > 0
+        if self.gelu != "none" or dropped:
+            return self._plain(inner)
+        return gelu_linear(inner, self.outer)
 
     def new_cache(self, batch: int, capacity: int, like: Tensor) -> LayerCache:
         """An empty cache of `like`'s type and device."""
