@@ -357,7 +357,11 @@ class Logging:
     log_every_n_steps: int = arg(100, "optimizer steps between two log lines", minimum=1)
     log_memory: bool = arg(False, "peak memory of the process and of the device with each log line")
     debug: bool = arg(False, "debug level, anomaly detection, tracebacks")
-    copy_codebase: bool = arg(False, "run from a copy of the package", pending=True)
+    copy_codebase: bool = arg(
+        False,
+        "copy the package into the run folder and run the copy: what is edited meanwhile has no "
+        "effect",
+    )
 
 
 @dataclass(frozen=True)
@@ -906,9 +910,6 @@ def _model(config: Config) -> Iterator[str]:
     ways = [f"--{w}" for w in ("torchscript", "torchcompile", "trace") if getattr(model, w)]
     if len(ways) > 1:
         yield f"{', '.join(ways)}: give one of them"
-    if model.grad_checkpointing and (model.torchscript or model.torchcompile):
-        # Compiled parts draw other dropout when they are computed again.
-        yield f"{ways[0]} keeps its activations; give it or --grad-checkpointing"
     if model.trace and not config.evaluation.test:
         yield "--trace is for evaluation alone; give --test, or --torchcompile for training"
     if model.use_bnb_linear is not None and model.use_bnb_linear not in BNB_LINEAR:
@@ -965,6 +966,8 @@ def _combinations(config: Config) -> Iterator[str]:
     weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight
     if not any(weights):
         yield "both loss weights are 0; nothing would be trained"
+    if config.logging.copy_codebase and config.logs is None:
+        yield "--copy-codebase copies into the run folder, but --logs is None"
     bad = config.reports - {*SINKS, "all"}
     if bad:
         yield (
