@@ -422,7 +422,11 @@ class Distributed:
         False, "BatchNorm layers take their statistics over all processes; on CUDA alone"
     )
     horovod: bool = arg(False, "Horovod in torch.distributed's place", pending=True)
-    ddp_static_graph: bool = arg(False, "static graph in DDP", pending=True)
+    ddp_static_graph: bool = arg(
+        False,
+        "every step gives the same parameters a gradient: gradients are added up over processes "
+        "during the backward pass, not after it; an error where that is not so",
+    )
     no_set_device_rank: bool = arg(
         False, "use the first visible CUDA device instead of the one of the local rank"
     )
@@ -962,6 +966,8 @@ def _combinations(config: Config) -> Iterator[str]:
     yield from _model(config)
     if config.distributed.use_bn_sync and data.skip_bad_specimens:
         yield "--use-bn-sync needs a batch on every process; leave --skip-bad-specimens out"
+    if config.distributed.ddp_static_graph and data.skip_bad_specimens:
+        yield "--ddp-static-graph needs a batch on every process; leave --skip-bad-specimens out"
     weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight
     if not any(weights):
         yield "both loss weights are 0; nothing would be trained"

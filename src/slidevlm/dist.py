@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as td
@@ -229,6 +229,19 @@ def sum_(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         td.all_reduce(tensor)
     return tensor
+
+
+class Pending(Protocol):
+    """Something that was begun."""
+
+    def wait(self) -> object:
+        """Until it is done."""
+        ...
+
+
+def begin_sum(tensor: Tensor) -> Pending:
+    """Begin to sum over ranks, in place; the tensor is not to be touched before `wait`."""
+    return cast(Pending, td.all_reduce(tensor, async_op=True))
 
 
 def any_(flags: Sequence[bool]) -> list[bool]:
