@@ -198,6 +198,14 @@ class _ReportArguments:
     run: str = arg("", "folder of a run, or of one of its evaluations", positional=True)
     other: str | None = arg("", "another one, shown beside it", positional=True)
     output: str | None = arg(None, "file to write", default_text="report.html in RUN")
+    attention: tuple[str, ...] = arg(
+        (),
+        "also where the model attends, with the check of it: in so many specimens of the test "
+        "split, or in those named; reads the features that the run's config.yaml names",
+    )
+    device: str | None = arg(
+        None, "of --attention: cuda, cuda:1 or cpu", default_text="cuda where there is one"
+    )
     json: bool = arg(False, cli_use.JSON)
 
 
@@ -209,6 +217,7 @@ REPORT_EPILOG = """\
 examples:
   slidevlm report logs/first
   slidevlm report logs/first logs/second --output both.html
+  slidevlm report logs/first --attention 8
 """
 
 
@@ -216,9 +225,14 @@ def _report(argv: Sequence[str]) -> None:
     a = parse_into(_ReportArguments, argv, "slidevlm report", REPORT_HELP, REPORT_EPILOG)
     if not a.run:
         raise ConfigError("give the folder of a run: slidevlm report RUN")
+    if a.device is not None and not a.attention:
+        raise ConfigError("--device is for --attention; without it the page computes nothing")
+    if any(name.isdecimal() and int(name) == 0 for name in a.attention):
+        raise ConfigError("--attention must be at least 1 specimen, not 0")
     from slidevlm.page_commands import Reporting, report
 
-    report(Reporting(Path(a.run), _path(a.other or None), _path(a.output), a.json))
+    places = (Path(a.run), _path(a.other or None), _path(a.output))
+    report(Reporting(*places, tuple(a.attention), a.device, a.json))
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "survival": (("sksurv",), "--survival-table"),
     "bnb": (("bitsandbytes",), "--use-bnb-linear"),
     "s3": (("s3fs",), "--remote-sync to S3"),
+    "remote": (("fsspec",), "--remote-sync by --remote-sync-protocol fsspec"),
     "horovod": (("horovod",), "--horovod"),
 }
 _SHARED = Path("/dev/shm")

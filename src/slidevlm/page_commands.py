@@ -16,6 +16,7 @@ from slidevlm.app.attending import Attention, Dropped, attend, faithfulness
 from slidevlm.app.bags import sample_of
 from slidevlm.app.cohorts import open_path
 from slidevlm.app.page import write_page
+from slidevlm.app.page_attention import Wanted
 from slidevlm.app.slide_model import load
 from slidevlm.data.cases import Case, CaseStore
 from slidevlm.data.splits import some
@@ -35,6 +36,8 @@ class Reporting:
     run: Path
     other: Path | None
     output: Path | None
+    attention: tuple[str, ...]  # specimens, or one number; none: without
+    device: str | None
     as_json: bool
 
 
@@ -46,7 +49,8 @@ def report(asked: Reporting) -> Path:
     """
     configure_logging(debug=False, main=True)
     places = [asked.run] if asked.other is None else [asked.run, asked.other]
-    path = write_page(places, asked.output)
+    wanted = Wanted(asked.attention, asked.device) if asked.attention else None
+    path = write_page(places, asked.output, wanted)
     if asked.as_json:
         print(json.dumps({"page": str(path), "bytes": path.stat().st_size}))
         return path

@@ -5,6 +5,7 @@ Screenshots go to the folder that $SLIDEVLM_SCREENSHOTS names, else to the test'
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 
 import pytest
 
+import slidevlm
+import slidevlm.testing
 from slidevlm.app.page import write_page
+from slidevlm.app.page_attention import Wanted
 
 TABS = (
-    "overview", "training", "retrieval", "tasks", "map", "specimens", "data",
+    "overview", "training", "retrieval", "tasks", "map", "specimens", "attention", "data",
     "settings",
 )  # fmt: skip
 WITH_PLOTS = ("training", "retrieval", "tasks", "map")
@@ -74,6 +78,45 @@ def test_every_tab(browser: Any, run_folder: Path, tmp_path: Path, width: int, s
         assert (drawn > 0) == (tab in WITH_PLOTS), tab
         path = screenshots(tmp_path) / f"{tab}-{width}-{scheme}.png"
         looked.page.screenshot(path=str(path), full_page=True)
+    assert looked.problems == []
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps with its data."""
+    settings = slidevlm.testing.settings(tmp_path_factory.mktemp("trained"))
+    found = slidevlm.train({**settings, "model": "coca_small"}).folder
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_attention(browser: Any, trained: Path, tmp_path: Path, width: int, scheme: str) -> None:
+    path = write_page([trained], tmp_path / "page.html", Wanted(("2",), "cpu"))
+    looked = Looked(browser, path, width, scheme)
+    page = looked.page
+    looked.tab("attention")
+    assert page.locator("#tab-attention .plot .main-svg").count() > 1
+    assert "no explanation" in page.locator("#tab-attention").inner_text()
+    assert "times an even share" in page.locator("#attention-map").inner_text()
+    values = "document.getElementById('attention-map').data[0].z.flat().filter((v) => v !== null)"
+    before = page.evaluate(values)
+    assert len(before) == 64, "each tile that was read"
+    assert sum(before) / 64 == pytest.approx(1, abs=0.02), "in even shares"
+    assert looked.overflow() <= 0
+    name = f"attention-seen-{width}-{scheme}.png"
+    page.screenshot(path=str(screenshots(tmp_path) / name), full_page=True)
+    page.click(".sentence >> nth=1")
+    assert page.locator(".sentence[aria-pressed=true]").count() == 1
+    page.wait_for_function(f"JSON.stringify({values}) !== {json.dumps(json.dumps(before))}")
+    box = page.locator("#attention-map .nsewdrag").bounding_box()
+    page.locator("#tab-attention select").first.select_option("1")
+    assert page.locator(".sentence[aria-pressed=true]").inner_text() == "The slide's embedding"
+    assert box["width"] > 100
+    page.click("text=Its reports")
+    chosen = page.locator("#tab-attention select option").nth(1).text_content()
+    assert page.locator(".detail h2").inner_text() == chosen
     assert looked.problems == []
 
 

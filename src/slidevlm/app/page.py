@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slidevlm.app.outputs import newest_predictions
+from slidevlm.app.page_attention import Wanted, attention_of
 from slidevlm.errors import ConfigError
 from slidevlm.report.content import RunFiles, content
 from slidevlm.report.run_page import render
@@ -56,12 +57,15 @@ def run_files(place: Path) -> RunFiles:
     return RunFiles(name, folder, predictions, check)
 
 
-def write_page(places: Sequence[Path], output: Path | None = None) -> Path:
+def write_page(
+    places: Sequence[Path], output: Path | None = None, attention: Wanted | None = None
+) -> Path:
     """Write the page of one run, or of two side by side; returns where.
 
     Args:
         places: folders of runs or evaluations, one or two.
         output: the file; `report.html` in the first folder where None.
+        attention: the specimens whose attention is shown; it needs the runs' data.
 
     Raises:
         SlideVLMError: for everything a user can mend.
@@ -71,5 +75,6 @@ def write_page(places: Sequence[Path], output: Path | None = None) -> Path:
     path = places[0] / PAGE if output is None else output
     if path.is_dir():
         raise ConfigError(f"--output {path} is a folder; give a file such as {path / PAGE}")
-    write_text(path, render(content(runs), plotly))
+    seen = [] if attention is None else [attention_of(files, attention) for files in runs]
+    write_text(path, render(content(runs, seen), plotly))
     return path

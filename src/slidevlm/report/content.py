@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +37,27 @@ class RunFiles:
     check: Path | None = None  # check.json of `data check`
 
 
-def content(runs: Sequence[RunFiles]) -> dict[str, Any]:
+def content(
+    runs: Sequence[RunFiles], attention: Sequence[Mapping[str, Any] | None] = ()
+) -> dict[str, Any]:
     """The page of one run, or of two side by side.
 
     Args:
         runs: one or two.
+        attention: of each run, as `app.page_attention` makes it; None or nothing: without.
 
     Raises:
         DataError: a file that cannot be read.
     """
     found = {
         "version": __version__,
-        "runs": [_run(files) for files in runs],
+        "runs": [_run(f, seen) for f, seen in zip_longest(runs, attention)],
         "comparison": _comparison(runs[0]) if len(runs) > 1 else None,
     }
     return _finite(found)
 
 
-def _run(files: RunFiles) -> dict[str, Any]:
+def _run(files: RunFiles, attention: Mapping[str, Any] | None) -> dict[str, Any]:
     evaluation = _evaluation(files)
     table = None if files.predictions is None else specimens(files.predictions)
     curves = _curves(files.folder / METRICS)
@@ -68,6 +72,7 @@ def _run(files: RunFiles) -> dict[str, Any]:
         "evaluation": evaluation,
         "specimens": table,
         "check": check,
+        "attention": attention,
         "dropped": _lines(files.folder / "bad_specimens.txt"),
         "missing": {
             path.stem.removeprefix("missing_"): _lines(path)
@@ -101,6 +106,8 @@ def _lacking(files: RunFiles, run: Mapping[str, Any]) -> list[dict[str, str]]:
             )
     if table is not None and table["generated"] is None:
         add("generated reports", "specimens", f"{evaluate} --save-captions")
+    if run["attention"] is None and (run["model"] or {}).get("slide"):
+        add("where the model attends", "attention", f"slidevlm report {folder} --attention 8")
     if run["check"] is None:
         add(
             "the data check",

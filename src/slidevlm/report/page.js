@@ -775,6 +775,79 @@ function specimenDetail(i) {
   return parts;
 }
 
+// -- attention -------------------------------------------------------------------------------
+
+const HEAT = ["#14103c", "#541f78", "#9c2e7f", "#de4968", "#fb8761", "#fcfdbf"].map((c, i) => [i / 5, c]);
+function cellsOf(slide, scale, k) {
+  const bytes = atob(slide.levels[k]), found = Array.from({ length: slide.rows }, () => new Array(slide.columns).fill(null));
+  let at = 0;
+  slide.steps.forEach((step, i) => {
+    at += step;
+    found[Math.floor(at / slide.columns)][at % slide.columns] = (bytes.charCodeAt(i) / 255) ** 2 * scale.most;
+  });
+  return found;
+}
+function tileMap(one, slide, k) {
+  const z = cellsOf(slide, one.scales[k], k), what = slide.factor > 1 ? `mean of ${slide.factor} × ${slide.factor} tiles` : "tile";
+  const axis = { showgrid: false, zeroline: false, showline: false, linewidth: 0, showticklabels: false, ticks: "", constrain: "domain" };
+  return { data: [{ type: "heatmap", z, zmin: 0, zmax: one.scales[k].top, colorscale: HEAT, hoverongaps: false,
+    hovertemplate: `${what}: %{z:.3~g} times an even share<extra></extra>`,
+    colorbar: { orientation: "h", thickness: 10, outlinewidth: 0, y: -0.02, yanchor: "top", len: 0.9, title: { text: "times an even share of the attention", side: "bottom", font: { size: 12 } } } }],
+  layout: { dragmode: "pan", margin: { l: 8, r: 8, t: 8, b: 70 }, plot_bgcolor: css("--ground"), xaxis: axis,
+    yaxis: { ...axis, autorange: "reversed", scaleanchor: "x" } }, bar: true };
+}
+function dropPlot(one) {
+  const x = one.check.map((r) => r.share), line = (name, key, color, dash) => ({ type: "scatter", mode: "lines+markers", x, y: one.check.map((r) => r[key]), name,
+    line: { color, width: 2, dash: dash || "solid" }, hovertemplate: `${name}, %{x:.0%} dropped: cosine %{y:.3f}<extra></extra>` });
+  const band = { type: "scatter", mode: "lines", x: [...x, ...[...x].reverse()], y: [...one.check.map((r) => r.random_most), ...one.check.map((r) => r.random_least).reverse()],
+    fill: "toself", line: { width: 0 }, fillcolor: "rgba(138,145,155,.3)", hoverinfo: "skip", showlegend: false };
+  return { data: [band, line("random", "random_mean", "#8a919b"), line("least attended", "least_attended", PALETTE[0], "dot"), line("most attended", "most_attended", PALETTE[1])],
+    layout: { showlegend: true, xaxis: { title: "share of the tiles dropped", tickformat: ".0%" }, yaxis: { title: "cosine with the embedding of all tiles" } }, bar: true };
+}
+function attentionTab() {
+  const having = RUNS.filter((run) => run.attention);
+  if (!having.length) return [panel(note("Where the model attends was not asked for. It needs the run's features; make the page again with:"), h("p", {}, code(`slidevlm report ${A.folder} --attention 8`)))];
+  const state = { run: RUNS.indexOf(having[0]), at: 0, slide: 0, k: 0 };
+  const controls = h("div", {}), side = h("div", { class: "sentences" }), said = h("p", { class: "caption" }), told = h("p", { class: "caption" });
+  const one = () => RUNS[state.run].attention.specimens[state.at];
+  const map = plot(() => tileMap(one(), one().slides[state.slide], state.k), innerWidth < 600 ? 430 : 560, "attention over the tiles");
+  const check = plot(() => dropPlot(one()), 360, "effect of dropping tiles");
+  map.id = "attention-map";
+  const none = note("These features have no positions: the tiles cannot be drawn.");
+  function choose(k) {
+    state.k = k;
+    side.querySelectorAll("button").forEach((b, i) => b.setAttribute("aria-pressed", String(i === k)));
+    const s = one(), slide = s.slides[state.slide];
+    map.hidden = !slide;
+    none.hidden = Boolean(slide);
+    said.replaceChildren();
+    if (!slide) return;
+    said.append(`1 is an even share: what each of the ${number(s.tiles)} tiles had if all were attended to alike. Colours end at the 99th percentile (${number(s.scales[k].top)}); the most is ${number(s.scales[k].most)}. `,
+      s.slides.length > 1 ? `This slide has ${percent(slide.share[k])} of the specimen's attention. ` : "",
+      slide.factor > 1 ? `Too many tiles to draw singly: each cell is the mean of ${slide.factor} × ${slide.factor} tiles.` : "Each cell is a tile.");
+    refresh(map);
+  }
+  function fill() {
+    const s = one(), run = RUNS[state.run], i = run === A && A.specimens ? A.specimens.id.indexOf(s.id) : -1;
+    const entry = (text, k) => h("button", { type: "button", class: "sentence", dir: "auto", "aria-pressed": "false", onclick: () => choose(k) }, text);
+    controls.replaceChildren(h("div", { class: "controls" },
+      having.length > 1 ? choice("Run", having.map((r) => [String(RUNS.indexOf(r)), `${"AB"[RUNS.indexOf(r)]} ${r.name}`]), String(state.run), (v) => { Object.assign(state, { run: Number(v), at: 0, slide: 0, k: 0 }); fill(); }) : null,
+      choice("Specimen", run.attention.specimens.map((x, j) => [String(j), x.id]), String(state.at), (v) => { Object.assign(state, { at: Number(v), slide: 0, k: 0 }); fill(); }),
+      s.slides.length > 1 ? choice("Slide", s.slides.map((x, j) => [String(j), `${j + 1}: ${percent(x.share[0])} of the attention`]), String(state.slide), (v) => { state.slide = Number(v); choose(state.k); }) : null,
+      i >= 0 ? h("button", { type: "button", onclick: () => openSpecimen(0, i) }, "Its reports") : null));
+    side.replaceChildren(h("h3", {}, "Attention of"), entry("The slide's embedding", 0),
+      ...(s.sentences.length ? [h("h3", {}, "Sentences of the generated report"), ...s.sentences.map((text, j) => entry(text, j + 1))] : [note("This model writes no reports.")]));
+    const other = run.evaluation && run.evaluation.about.model_hash && run.evaluation.about.model_hash !== run.attention.model_hash;
+    told.textContent = other ? "The weights that attend here are not those of the evaluation on this page. " : "";
+    choose(state.k);
+    refresh(check);
+  }
+  fill();
+  return [note("Attention says where the model reads, not why it decides: it is no explanation and no finding. The check below shows whether the attended tiles matter to the model at all."),
+    panel(controls, told, h("div", { class: "attended" }, side, h("div", { class: "map" }, none, map, said))),
+    figure("Does it matter?", check, `The slide's embedding after dropping tiles, as its cosine with the embedding of all tiles: the lower, the more they mattered. Random: mean of ${having[0].attention.seeds} draws, the band from least to most. Where dropping the most attended tiles changes no more than dropping random ones, attention says nothing about the embedding. Sentences are not checked.`)];
+}
+
 // -- data ------------------------------------------------------------------------------------
 
 function dataTab() {
@@ -845,7 +918,8 @@ function settingsTab() {
 // -- tabs ------------------------------------------------------------------------------------
 
 const TABS = [["overview", "Overview", overview], ["training", "Training", training], ["retrieval", "Retrieval", retrieval],
-  ["tasks", "Tasks", tasks], ["map", "Map", mapTab], ["specimens", "Specimens", specimensTab], ["data", "Data", dataTab], ["settings", "Settings", settingsTab]];
+  ["tasks", "Tasks", tasks], ["map", "Map", mapTab], ["specimens", "Specimens", specimensTab], ["attention", "Attention", attentionTab],
+  ["data", "Data", dataTab], ["settings", "Settings", settingsTab]];
 const built = new Map(), buttons = new Map();
 const main = document.getElementById("main"), nav = document.getElementById("tabs");
 function openTab(id) {
