@@ -63,7 +63,10 @@ def run_all(config: Config) -> Outcome:
     validate(config)
     config = with_adam_defaults(config)
     device = choose_device(config)
-    dist.start(config.distributed.dist_backend, device, config.distributed.dist_url)
+    if config.distributed.horovod:
+        dist.start_horovod()
+    else:
+        dist.start(config.distributed.dist_backend, device, config.distributed.dist_url)
     try:
         configure_logging(debug=config.logging.debug, main=dist.is_main())
         precision = resolve_precision(config.optim.precision, device)

@@ -8,7 +8,7 @@ Distributed, 2020).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Overlap:
         self._buckets: list[list[int]] | None = None
         self._bucket_of: dict[int, int] = {}
         self._lacking: list[int] = []  # of each bucket, how many gradients
-        self._sent: list[tuple[list[nn.Parameter], Tensor, dist.Pending]] = []
+        self._sent: list[tuple[list[nn.Parameter], Tensor, Callable[[], object]]] = []
         for place, parameter in enumerate(self._trained):
             parameter.register_post_accumulate_grad_hook(lambda _, place=place: self._take(place))
 
@@ -65,8 +65,8 @@ class Overlap:
             self._fix()
         while len(self._sent) < len(self._buckets or ()):
             self._send()
-        for parameters, flat, pending in self._sent:
-            pending.wait()
+        for parameters, flat, wait in self._sent:
+            wait()
             parts = flat.split([p.numel() for p in parameters])
             for parameter, part in zip(parameters, parts, strict=True):
                 if parameter.grad is not None:
