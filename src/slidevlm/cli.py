@@ -65,7 +65,7 @@ def _train(argv: Sequence[str]) -> None:
     config, others = parse_config(argv, positional=_TrainArguments)
     from slidevlm.evaluation_commands import train
 
-    train(config, as_json=_TrainArguments(**others).json)
+    train(config, argv, as_json=_TrainArguments(**others).json)
 
 
 @dataclass(frozen=True)

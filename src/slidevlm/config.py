@@ -357,7 +357,11 @@ class Logging:
     log_every_n_steps: int = arg(100, "optimizer steps between two log lines", minimum=1)
     log_memory: bool = arg(False, "peak memory of the process and of the device with each log line")
     debug: bool = arg(False, "debug level, anomaly detection, tracebacks")
-    copy_codebase: bool = arg(False, "run from a copy of the package", pending=True)
+    copy_codebase: bool = arg(
+        False,
+        "copy the package into the run folder and run the copy: what is edited meanwhile has no "
+        "effect",
+    )
 
 
 @dataclass(frozen=True)
@@ -984,6 +988,8 @@ def _combinations(config: Config) -> Iterator[str]:
     weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight
     if not any(weights):
         yield "both loss weights are 0; nothing would be trained"
+    if config.logging.copy_codebase and config.logs is None:
+        yield "--copy-codebase copies into the run folder, but --logs is None"
     bad = config.reports - {*SINKS, "all"}
     if bad:
         yield (

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from slidevlm import dist
+from slidevlm.app.codebase import is_copy, run_copy
 from slidevlm.app.outputs import Outcome, metrics_json, table
 from slidevlm.app.rescoring import (
     compare_with,
@@ -87,12 +89,17 @@ def _write_comparison(outcome: Outcome, other: Path, found: list[Difference]) ->
     write_text(outcome.folder / "comparison.md", page)
 
 
-def train(config: Config, *, as_json: bool = False) -> None:
+def train(config: Config, words: Sequence[str], *, as_json: bool = False) -> None:
     """Train; with `as_json` print the run's folder and the last metrics.
+
+    `words` of the command line are what `config` was read from: with --copy-codebase the copy
+    of the package reads them again.
 
     Raises:
         SlideVLMError: for everything a user can mend.
     """
+    if config.logging.copy_codebase and not is_copy(config):
+        run_copy(config, words)
     outcome = run_all(config)
     if as_json and dist.is_main_of_environment():
         print(metrics_json(outcome.folder, outcome.metrics))

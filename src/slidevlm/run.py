@@ -259,6 +259,7 @@ def environment(
             versions[package] = "not installed"
     return {
         "command": sys.argv,
+        "code": str(Path(__file__).resolve().parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
-from slidevlm.models import attention_maps, build_model, resolve, zoo
+from slidevlm.models import attention_maps, build_model, from_dict, resolve, zoo
 from slidevlm.models.attention import CrossAttention, KeyValues
 from slidevlm.models.attention_maps import report_attention, slide_attention, spread
 from slidevlm.models.coca import CoCa
@@ -179,6 +179,58 @@ def test_words_of_a_report(pooling: str) -> None:
             words = words @ weights64(pooler.attention, pooler.queries, context(slide)[0][0])
     for hook in hooks:
         hook.remove()
+    expected = parts.double() @ words @ rolled
+    found = report_attention(model, bags, tokens, parts)
+    torch.testing.assert_close(
+        found.double(), expected / expected.sum(1, keepdim=True), rtol=1e-4, atol=1e-6
+    )
+    assert (found[0] - found[1]).abs().max() > 1e-6, "words differ"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "biogpt"])
+@pytest.mark.parametrize("slide_tokens", [0, 6])
+def test_words_of_a_gpt(kind: str, slide_tokens: int) -> None:
+    part = {"type": kind, "source": "", "start": 0, "end": 2, "heads": 4, "inner": 32}
+    text = {**part, "width": 16, "context_length": 32, "tokenizer": "train"}
+    slide = {"type": "perceiver", "width": 16, "latents": 5, "blocks": 2, "heads": 4}
+    content = {
+        "family": "coca", "embed_dim": 16, "tile_width": WIDTH, "slide": slide, "text": text,
+        "decoder": {**part, "slide_tokens": slide_tokens},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model(resolve(from_dict(content, "test")), 50, siglip=False)
+    assert isinstance(model, CoCa) and model.decoder is not None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.eval()
+    bags, tokens = bag(), torch.tensor([1, 7, 9, 4, 2])
+    parts = torch.tensor([[1.0, 0, 0, 0], [0, 0.5, 0.5, 0]])
+    rolled = rollout64(model.slide, bags)
+    asked: list[Tensor] = []
+    given: list[Tensor] = []
+    hooks = []
+    for layer in model.decoder.layers:
+        read = layer.cross_attention
+        hooks.append(read.query.register_forward_hook(lambda _, __, out: asked.append(out[0])))
+        hooks.append(read.key.register_forward_hook(lambda _, __, out: given.append(out[0])))
+    with torch.no_grad():
+        model(bags, tokens[None], torch.ones(1, 5, dtype=torch.bool))
+    for hook in hooks:
+        hook.remove()
+    heads = [
+        (q.double() @ k.double().T / 2).softmax(-1)  # heads of width 4
+        for query, key in zip(asked, given, strict=True)
+        for q, k in zip(query.chunk(4, -1), key.chunk(4, -1), strict=True)
+    ]
+    assert len(heads) == 8, "two layers of four heads"
+    words = torch.stack(heads).mean(0)
+    with torch.no_grad():
+        if model.report_pooler is not None:
+            pooler = model.report_pooler
+            keys: Tensor = pooler.key_values(model.slide(bags))[0][0]
+            words = words @ weights64(pooler.attention, pooler.queries, keys)
+    assert (model.report_pooler is not None) == (slide_tokens > 0)
     expected = parts.double() @ words @ rolled
     found = report_attention(model, bags, tokens, parts)
     torch.testing.assert_close(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from slidevlm import dist
 from slidevlm.config import Config
 from slidevlm.errors import ConfigError, SlideVLMError
 from slidevlm.run import CHECKPOINTS, METRICS
+
+# The folder that this process made before it became a copy of the package (app/codebase.py).
+CLAIMED = "SLIDEVLM_CLAIMED_RUN"
 
 
 @contextmanager
@@ -54,6 +58,7 @@ def _claim_folder(config: Config) -> Path | None:
     problem = None
     if dist.is_main():
         resumes = config.checkpoint.resume is not None
+        resumes |= os.environ.get(CLAIMED) == str(folder.resolve())
         if folder.exists() and not resumes:
             problem = f"run {name!r} exists in {logs}; choose another --name or --resume latest"
         else:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from slidevlm import dist
+from slidevlm.app import codebase
 from slidevlm.app.cohorts import Data, open_data
 from slidevlm.app.datasets import bag_dataset
 from slidevlm.app.devices import choose_device, with_device
@@ -61,12 +62,13 @@ def train(config: Config) -> dict[str, float]:
 def run_all(config: Config) -> Outcome:
     """`train`, with everything that the last evaluation found."""
     validate(config)
+    codebase.check(config)
     config = with_adam_defaults(config)
     device = choose_device(config)
     if config.distributed.horovod:
         dist.start_horovod()
     else:
-        dist.start(config.distributed.dist_backend, device, config.distributed.dist_url)
+        dist.start(config.distributed.dist_backend, device, codebase.meeting(config))
     try:
         configure_logging(debug=config.logging.debug, main=dist.is_main())
         precision = resolve_precision(config.optim.precision, device)
@@ -106,9 +108,9 @@ def with_run_settings(run: Path, overrides: Config) -> Config:
         )
     values, given = read_yaml(saved), given_values(overrides)
     # What belongs to training alone would be refused, or evaluate the training split unasked.
-    unwanted = {"device", "train_split", "num_samples", *_SYNCING}
+    unwanted = {"device", "train_split", "num_samples", "copy_codebase", *_SYNCING}
     if given.get("probe"):  # it learns from the training split, which is not evaluated
-        unwanted = {"device", *_SYNCING}
+        unwanted = {"device", "copy_codebase", *_SYNCING}
     decoding = {"val_gen_top_k", *BEAM_ARGUMENTS}
     if decoding & given.keys():  # another way to write reports is not mixed with the run's own
         unwanted |= decoding

@@ -35,6 +35,7 @@ from slidevlm.models.slide.base import moments
 from slidevlm.models.slide.perceiver import Perceiver
 from slidevlm.models.slide.pooler import Pooler
 from slidevlm.models.slide.transformer import Transformer
+from slidevlm.models.text.gpt import GptAttention, GptLayer
 
 _SCORES = 1 << 24  # held at a time
 
@@ -130,17 +131,20 @@ def _decoder_weights(model: CoCa, slide: Tensor, tokens: Tensor) -> Tensor:
     mine = threading.get_ident()  # others may write reports with the same model meanwhile
 
     def note(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, CrossAttention)
         if threading.get_ident() != mine:
             return
-        query, key = module._queries(inputs[0]), inputs[1]
-        found.append(_softmax(query[0], key[0]))
+        if isinstance(module, CrossAttention):
+            query = module._queries(inputs[0])
+        else:  # what it is given is normalised already
+            assert isinstance(module, GptAttention)
+            query = module._split(module.query(inputs[0]))
+        found.append(_softmax(query[0], inputs[1][0]))
 
-    readers = [m for m in model.decoder.modules() if isinstance(m, CrossAttention)]
+    readers = _readers(model.decoder)
     if not readers:
         raise ConfigError(
-            f"the decoder {type(model.decoder).__name__} has no cross-attention that can be "
-            "shown; decoders of type scratch have"
+            f"no layer of the decoder {type(model.decoder).__name__} reads the slide: there is no "
+            "attention of words to show"
         )
     hooks = [reader.register_forward_pre_hook(note) for reader in readers]
     try:
@@ -151,6 +155,17 @@ def _decoder_weights(model: CoCa, slide: Tensor, tokens: Tensor) -> Tensor:
         for hook in hooks:
             hook.remove()
     return torch.stack(found).mean(0)
+
+
+def _readers(decoder: torch.nn.Module) -> list[torch.nn.Module]:
+    """The cross-attentions of a decoder."""
+    found: list[torch.nn.Module] = []
+    for module in decoder.modules():
+        if isinstance(module, CrossAttention):
+            found.append(module)
+        elif isinstance(module, GptLayer) and module.cross_attention is not None:
+            found.append(module.cross_attention)
+    return found
 
 
 def _pooled(pooler: AttentionPooler, tokens: Tensor) -> Tensor:
