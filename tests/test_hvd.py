@@ -139,6 +139,7 @@ def test_everything_is_exchanged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("beside", [False, True], ids=["after", "beside"])
 def test_a_training_has_the_weights_of_torchruns(tmp_path: Path, beside: bool) -> None:
     settings = {**testing.settings(tmp_path), "accum_freq": 2, "batch_size": 2, "epochs": 2}
+    settings["log_every_n_steps"] = 1
     losses = {}
     for name, launcher in (("torch", [*TORCHRUN, "-m", "--"]), ("horovod", [*HOROVODRUN, "-m"])):
         words = ["slidevlm", "train", FLAGS["name"], name]
