@@ -246,8 +246,6 @@ def test_what_has_no_effect_yet_is_refused(argument: Any) -> None:
         ({"torchscript": True, "torchcompile": True}, "--torchscript, --torchcompile: give one"),
         ({"trace": True, "torchcompile": True, "test": True}, "--torchcompile, --trace: give one"),
         ({"trace": True, "train_split": "x"}, "--trace is for evaluation alone"),
-        ({"torchscript": True, "grad_checkpointing": True}, "--torchscript keeps its activations"),
-        ({"torchcompile": True, "grad_checkpointing": True}, "--torchcompile keeps its activati"),
         ({"use_bnb_linear": "int4"}, "'int4' is not one of int8, int8-frozen, nf4, fp4, Linear8"),
         ({"use_bnb_linear": "nf4", "torchcompile": True}, "--use-bnb-linear and --torchcompile"),
         ({"val_split": ("a/x.txt", "b/x.txt")}, "must differ"),

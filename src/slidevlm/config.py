@@ -926,9 +926,6 @@ def _model(config: Config) -> Iterator[str]:
     ways = [f"--{w}" for w in ("torchscript", "torchcompile", "trace") if getattr(model, w)]
     if len(ways) > 1:
         yield f"{', '.join(ways)}: give one of them"
-    if model.grad_checkpointing and (model.torchscript or model.torchcompile):
-        # Compiled parts draw other dropout when they are computed again.
-        yield f"{ways[0]} keeps its activations; give it or --grad-checkpointing"
     if model.trace and not config.evaluation.test:
         yield "--trace is for evaluation alone; give --test, or --torchcompile for training"
     if model.use_bnb_linear is not None and model.use_bnb_linear not in BNB_LINEAR:

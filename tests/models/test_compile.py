@@ -17,6 +17,7 @@ from slidevlm.models.decoding import Decoding
 from slidevlm.models.freeze import lock_text
 from slidevlm.models.generate import generate
 from slidevlm.models.lora import LoRAConfig, add_lora
+from slidevlm.models.mode import Recomputing
 from slidevlm.models.slide import SLIDE_ENCODERS
 from slidevlm.precision import resolve
 from slidevlm.train.optim import adamw
@@ -93,6 +94,12 @@ def assert_same(mine: dict[str, Tensor | None], theirs: dict[str, Tensor | None]
             assert mine[name] is None, name
         else:
             torch.testing.assert_close(mine[name], value, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def checkpoint(model: CoCa) -> None:
+    for module in model.modules():
+        if isinstance(module, Recomputing):
+            module.checkpointing = True
 
 
 def outputs(model: CoCa, batch: Batch) -> list[Tensor]:
@@ -208,6 +215,41 @@ def test_lora_can_be_scripted() -> None:
     assert found["text.layers.0.attention.project.lora_a"].any()
 
 
+@pytest.mark.parametrize("slide", [s for s in SLIDE_ENCODERS if s not in ("vit", "transmil")])
+def test_scripts_compute_their_activations_again(slide: str) -> None:
+    plain, scripted = model_of(slide, 0.3), model_of(slide, 0.3)
+    checkpoint(scripted)
+    assert "text.layers.0" in script_regions(scripted)
+    for model in (plain, scripted):
+        model.train()
+    for seed, sizes in enumerate([(4,), (3, 5)]):
+        assert_same(gradients(scripted, sizes, seed), gradients(plain, sizes, seed))
+
+
+def kept_bytes(model: CoCa, batch: Batch) -> int:
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(batch.bags, batch.tokens, batch.token_mask)
+    assert output.logits is not None
+    return sum(kept.values())
+
+
+def test_scripts_that_compute_again_keep_less() -> None:
+    keeping, again = model_of(), model_of()
+    checkpoint(again)
+    kept = []
+    for model in (keeping, again):
+        script_regions(model)
+        kept.append(kept_bytes(model.train(), batches((8,), 0)[0]))
+    assert kept[1] < 0.85 * kept[0]
+
+
 def test_what_torchscript_does_not_know_is_named() -> None:
     with pytest.raises(ConfigError, match=r"slide\.first \(_Layer\) cannot be scripted"):
         script_regions(model_of("transmil"))
@@ -237,24 +279,47 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+def counted(model: CoCa, name: str) -> list[None]:
+    """A list that grows with each run of a compiled part."""
+    runs: list[None] = []
+    fast = model.get_submodule(name).forward
+    assert isinstance(fast, Fast)
+    plain = fast.fast
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        runs.append(None)
+        return plain(*args, **kwargs)
+
+    fast.fast = run
+    return runs
+
+
 def test_parts_that_count_rows_are_not_compiled() -> None:
     assert not any(n.startswith("slide.") for n, _ in regions(model_of("transmil")))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_compiled_trains_as_plain_and_settles() -> None:
+@pytest.mark.parametrize("again", [False, True], ids=["keeping", "checkpointing"])
+def test_compiled_trains_as_plain_and_settles(again: bool) -> None:
     """The same numbers, dropout included, and no graph more after the first few batches."""
     torch._dynamo.reset()
     plain, compiled = model_of(dropout=0.3), model_of(dropout=0.3)
+    if again:
+        checkpoint(compiled)
     assert len(compile_regions(compiled)) > 5
+    runs = counted(compiled, "slide.self_attention.0")
+    times = compiled.slide.blocks
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     before, counts = graphs(), []
     for model in (plain, compiled):
         model.train()
     for seed, sizes in enumerate(COMPOSITIONS):
+        del runs[:]
         assert_same(gradients(compiled, sizes, seed), gradients(plain, sizes, seed))
         counts.append(graphs())
+        accumulated = len(sizes) > 1  # each goes through once before, without a graph
+        assert len(runs) == times * len(sizes) * (1 + accumulated + again)
     assert counts[0] > before, "it is compiled"
     assert len(set(counts[-4:])) == 1, f"batches of other compositions made graphs: {counts}"
     for seed, size in enumerate((3, 8, 5, 6)):

@@ -76,6 +76,8 @@ def script_regions(model: nn.Module) -> list[str]:
                 f"--torchscript: {name} ({type(module).__name__}) cannot be scripted; leave it "
                 "out, or choose another model"
             )
+        if isinstance(module, Recomputing):
+            module.stops_early = False
     names = []
     for name, module in regions(model):
         names += _script(name, module)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 # Name of a part of a tower, and the modules and parameters it consists of.
 Group = tuple[str, Sequence[nn.Module | nn.Parameter]]
@@ -57,11 +57,15 @@ class Recomputing(nn.Module):
     """
 
     checkpointing: bool = False
+    # Computing again ends with the last tensor that is needed, by an error raised where that tensor
+    # is kept. A script cannot be left so; then whole blocks are computed again.
+    stops_early: bool = True
 
     def run(self, block: Callable[..., Any], *inputs: Any) -> Any:
         """`block(*inputs)`, computed again in the backward pass if `checkpointing`."""
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            with set_checkpoint_early_stop(self.stops_early):
+                return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
 
