@@ -178,6 +178,13 @@ def test_what_has_no_effect_yet_is_refused(argument: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (
+            {"ddp_static_graph": True, "skip_bad_specimens": True},
+            "--ddp-static-graph needs a batch on every process; leave --skip-bad-specimens out",
+        ),
+        ({"horovod": True, "use_bn_sync": True}, "--use-bn-sync is torch.distributed's; leave it"),
+        ({"horovod": True, "dist_url": "tcp://a:1"}, "--dist-url is torch.distributed's; leave"),
+        ({"horovod": True, "dist_backend": "gloo"}, "--dist-backend is torch.distributed's; leave"),
         ({"val_gen_top_k": -1}, "--val-gen-top-k must be at least 0"),
         ({"val_gen_num_beams": 0}, "--val-gen-num-beams must be at least 1"),
         ({"val_gen_num_beam_groups": 0}, "--val-gen-num-beam-groups must be at least 1"),

@@ -425,8 +425,14 @@ class Distributed:
     use_bn_sync: bool = arg(
         False, "BatchNorm layers take their statistics over all processes; on CUDA alone"
     )
-    horovod: bool = arg(False, "Horovod in torch.distributed's place", pending=True)
-    ddp_static_graph: bool = arg(False, "static graph in DDP", pending=True)
+    horovod: bool = arg(
+        False, "Horovod in torch.distributed's place (an extra); start with horovodrun"
+    )
+    ddp_static_graph: bool = arg(
+        False,
+        "every step gives the same parameters a gradient: gradients are added up over processes "
+        "during the backward pass, not after it; an error where that is not so",
+    )
     no_set_device_rank: bool = arg(
         False, "use the first visible CUDA device instead of the one of the local rank"
     )
@@ -847,6 +853,16 @@ def _beams(config: Config) -> Iterator[str]:
         )
 
 
+def _horovod(distributed: Distributed) -> Iterator[str]:
+    if not distributed.horovod:
+        return
+    if distributed.use_bn_sync:
+        yield "--use-bn-sync is torch.distributed's; leave it or --horovod out"
+    for name, value in (("dist_url", "env://"), ("dist_backend", "nccl")):
+        if getattr(distributed, name) != value:
+            yield f"--{name.replace('_', '-')} is torch.distributed's; leave it or --horovod out"
+
+
 def _resuming(config: Config) -> Iterator[str]:
     if config.checkpoint.resume == "latest":
         if config.logs is None:
@@ -963,6 +979,9 @@ def _combinations(config: Config) -> Iterator[str]:
     yield from _model(config)
     if config.distributed.use_bn_sync and data.skip_bad_specimens:
         yield "--use-bn-sync needs a batch on every process; leave --skip-bad-specimens out"
+    yield from _horovod(config.distributed)
+    if config.distributed.ddp_static_graph and data.skip_bad_specimens:
+        yield "--ddp-static-graph needs a batch on every process; leave --skip-bad-specimens out"
     weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight
     if not any(weights):
         yield "both loss weights are 0; nothing would be trained"

@@ -21,7 +21,7 @@ import torch.distributed as td
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slidevlm import launch
+from slidevlm import hvd, launch
 from slidevlm.errors import ConfigError, SlideVLMError
 
 log = logging.getLogger("slidevlm.dist")
@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 # The name that torch 2.13 prefers, and the one that versions before it have.
 _reduce_scatter: Any = getattr(td, "reduce_scatter_single", None) or td.reduce_scatter_tensor
+
+_horovod: hvd.Horovod | None = None  # in torch.distributed's place, with --horovod
 
 _BUCKET_ELEMENTS = 8 * 1024 * 1024  # 32 MB of float32: few messages, little extra memory
 
@@ -44,6 +46,8 @@ def start(
     if backend not in ("nccl", "gloo"):
         raise ConfigError(f"--dist-backend {backend!r} is not one of nccl, gloo")
     place = launch.place_of(os.environ, url)
+    if place is None and int(os.environ.get("HOROVOD_SIZE", "1")) > 1:
+        raise ConfigError("started by horovodrun, without --horovod: give it, or use torchrun")
     if place is None or td.is_initialized():
         return
     if backend == "nccl" and device.type != "cuda":
@@ -69,25 +73,57 @@ def start(
         ) from error
 
 
+def start_horovod() -> None:
+    """Join the other processes of horovodrun, in torch.distributed's place.
+
+    Raises:
+        ConfigError: Horovod is not there, or another launcher has started several processes.
+    """
+    global _horovod
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        raise ConfigError(
+            "--horovod, and torchrun's RANK or WORLD_SIZE are set; start with horovodrun alone, or "
+            "leave --horovod out"
+        )
+    _horovod = hvd.Horovod()
+    if _horovod.size == 1 and launch.place_of(os.environ) is not None:
+        stop()
+        raise ConfigError(
+            "--horovod: Slurm has started several processes, of which Horovod knows nothing; start "
+            "with horovodrun, or leave --horovod out"
+        )
+    if _horovod.size == 1:
+        log.info("--horovod does nothing: this is one process; start several with horovodrun")
+
+
 def stop() -> None:
     """Leave the group; harmless where there is none."""
+    global _horovod
+    if _horovod is not None:
+        _horovod.stop()
+        _horovod = None
     if td.is_initialized():
         td.destroy_process_group()
 
 
 def rank() -> int:
     """Number of this process, 0 when alone."""
+    if _horovod is not None:
+        return _horovod.rank
     return td.get_rank() if td.is_initialized() else 0
 
 
 def world_size() -> int:
     """Number of processes."""
+    if _horovod is not None:
+        return _horovod.size
     return td.get_world_size() if td.is_initialized() else 1
 
 
 def local_rank() -> int:
     """Number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    names = ("LOCAL_RANK", "HOROVOD_LOCAL_RANK", "SLURM_LOCALID")
+    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
 
 
 def is_main() -> bool:
@@ -97,7 +133,7 @@ def is_main() -> bool:
 
 def is_main_of_environment() -> bool:
     """The same after the group was left, by what torchrun or Slurm says."""
-    for name in ("RANK", "SLURM_PROCID"):
+    for name in ("RANK", "HOROVOD_RANK", "SLURM_PROCID"):
         if name in os.environ:
             return os.environ[name] == "0"
     return True
@@ -105,7 +141,9 @@ def is_main_of_environment() -> bool:
 
 def barrier() -> None:
     """Wait for all."""
-    if td.is_initialized():
+    if _horovod is not None:
+        _horovod.barrier()
+    elif td.is_initialized():
         td.barrier()
 
 
@@ -139,6 +177,8 @@ class Rows:
         most = max(self.sizes)
         if most == 0:
             return mine
+        if _horovod is not None:
+            return _horovod.gather(mine)
         if len(mine) < most:
             mine = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
         everyone = mine.new_empty(most * len(self.sizes), *mine.shape[1:])
@@ -156,6 +196,8 @@ class Rows:
         """[N, ...] on each rank -> the sum over ranks of this rank's rows, [n, ...]."""
         if len(self.sizes) == 1:
             return tensor
+        if _horovod is not None:  # it has no sum that leaves each rank its part
+            return sum_(tensor.contiguous().clone())[self.mine]
         most = max(self.sizes)
         if min(self.sizes) < most:
             padded = tensor.new_zeros(len(self.sizes), most, *tensor.shape[1:])
@@ -210,6 +252,8 @@ def gather_objects(value: T) -> list[T]:
     """Picklable values of all ranks, in the order of ranks, on every rank."""
     if world_size() == 1:
         return [value]
+    if _horovod is not None:
+        return _horovod.gather_objects(value)
     parts: list[Any] = [None] * world_size()
     td.all_gather_object(parts, value)
     return parts
@@ -219,6 +263,8 @@ def broadcast_object(value: T) -> T:
     """Rank 0's value on every rank."""
     if world_size() == 1:
         return value
+    if _horovod is not None:
+        return cast(T, _horovod.broadcast_object(value))
     box = [value]
     td.broadcast_object_list(box, src=0)
     return box[0]
@@ -226,15 +272,32 @@ def broadcast_object(value: T) -> T:
 
 def sum_(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place."""
-    if world_size() > 1:
+    if _horovod is not None:
+        _horovod.sum_(tensor)
+    elif world_size() > 1:
         td.all_reduce(tensor)
     return tensor
+
+
+def begin_sum(tensor: Tensor) -> Callable[[], object]:
+    """Begin to sum over ranks, in place.
+
+    Returns:
+        What waits for the end; until then the tensor is not to be touched.
+    """
+    if _horovod is not None:
+        return _horovod.begin_sum(tensor)
+    work: td.Work = td.all_reduce(tensor, async_op=True)
+    return work.wait
 
 
 def any_(flags: Sequence[bool]) -> list[bool]:
     """Of each flag, whether any rank has set it; the same on every rank."""
     if world_size() == 1:
         return list(flags)
+    if _horovod is not None:
+        most = _horovod.most(torch.tensor(flags, dtype=torch.int32))
+        return [bool(flag) for flag in most.tolist()]
     on_device = td.get_backend() == "nccl"
     tensor = torch.tensor(flags, dtype=torch.int32, device="cuda" if on_device else "cpu")
     td.all_reduce(tensor, op=td.ReduceOp.MAX)
@@ -268,7 +331,7 @@ def _sum_bucket(parameters: list[torch.nn.Parameter]) -> None:
     # How many ranks have each gradient travels with the gradients.
     have = gradients[0].new_tensor([p.grad is not None for p in parameters])
     flat = torch.cat([*(g.reshape(-1) for g in gradients), have])
-    td.all_reduce(flat)
+    sum_(flat)
     *parts, have = flat.split([*(g.numel() for g in gradients), len(have)])
     for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
         # Looked at only where this rank has none: reading it waits for the device.
@@ -281,7 +344,10 @@ def broadcast_parameters(module: torch.nn.Module) -> None:
     if world_size() == 1:
         return
     for tensor in module.state_dict().values():
-        td.broadcast(tensor, src=0)
+        if _horovod is not None:
+            _horovod.broadcast_(tensor)
+        else:
+            td.broadcast(tensor, src=0)
 
 
 def synchronise_batch_norm(module: torch.nn.Module) -> torch.nn.Module:

@@ -199,7 +199,18 @@ def _step(config: Config, trained: Trained, objective: Objective, precision: Pre
         eps=optim.eps or 0.0,
     )
     ragged = config.data.skip_bad_specimens
-    return Step(trained.model, optimizer, objective, precision, optim.grad_clip_norm, ragged=ragged)
+    overlap = config.distributed.ddp_static_graph
+    if overlap and dist.world_size() == 1:
+        log.info("--ddp-static-graph does nothing: one process has no gradients to exchange")
+    return Step(
+        trained.model,
+        optimizer,
+        objective,
+        precision,
+        optim.grad_clip_norm,
+        ragged=ragged,
+        overlap=overlap,
+    )
 
 
 def _keeper(config: Config, folder: Path | None) -> ckpt.Keeper:

@@ -65,7 +65,10 @@ def run_all(config: Config) -> Outcome:
     codebase.check(config)
     config = with_adam_defaults(config)
     device = choose_device(config)
-    dist.start(config.distributed.dist_backend, device, codebase.meeting(config))
+    if config.distributed.horovod:
+        dist.start_horovod()
+    else:
+        dist.start(config.distributed.dist_backend, device, codebase.meeting(config))
     try:
         configure_logging(debug=config.logging.debug, main=dist.is_main())
         precision = resolve_precision(config.optim.precision, device)

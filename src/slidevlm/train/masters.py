@@ -41,12 +41,17 @@ class Masters:
 
     def take_gradients(self) -> None:
         """Add the 16-bit gradients to those of the copies, and forget them."""
-        for parameter, copy in self._copies.items():
-            if parameter.grad is None:
-                continue
-            gradient = parameter.grad.float()
-            copy.grad = gradient if copy.grad is None else copy.grad.add_(gradient)
-            parameter.grad = None
+        for parameter in self._copies:
+            self.take_gradient(parameter)
+
+    def take_gradient(self, parameter: nn.Parameter) -> None:
+        """The same for one parameter of the model."""
+        copy = self._copies.get(parameter)
+        if copy is None or parameter.grad is None:
+            return
+        gradient = parameter.grad.float()
+        copy.grad = gradient if copy.grad is None else copy.grad.add_(gradient)
+        parameter.grad = None
 
     @torch.no_grad()
     def give_weights(self) -> None:

@@ -26,6 +26,7 @@ from slidevlm.precision import Precision, wide
 from slidevlm.train.contrast import Contrastive, Pairs, Sigmoid, Softmax, way
 from slidevlm.train.masters import Masters
 from slidevlm.train.optim import set_rate
+from slidevlm.train.overlap import Overlap
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -73,7 +74,8 @@ class Step:
 
     With `ragged`, ranks may have unequal numbers of specimens, or none: the gradient is that of
     all there are, and where there are none at all the weights stay. Otherwise all must have the
-    same number, and need not tell each other.
+    same number, and need not tell each other. With `overlap` gradients are added up over ranks
+    during the backward pass; it is not for `ragged` ones.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Step:
         clip_norm: float | None,
         *,
         ragged: bool = False,
+        overlap: bool = False,
     ) -> None:
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self.precision = precision
@@ -95,6 +98,10 @@ class Step:
         self.parameters = [self.masters.of(p) for p in self._trained]
         self.with_logits = objective.caption_weight > 0 and model.decoder is not None
         self.ragged = ragged
+        assert not (ragged and overlap), "a rank without specimens has no backward pass"
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        several = dist.world_size() > 1
+        self._overlap = Overlap(named, self.masters) if overlap and several else None
         self._share = way(
             local_loss=objective.local_loss, gather_with_grad=objective.gather_with_grad
         )
@@ -123,7 +130,8 @@ class Step:
             again = (self._replay(b, s, with_logits=self.with_logits) for b, s in pairs)
             terms = self._backward(batches, outputs, again)
         self.masters.take_gradients()  # of a rank without specimens, too
-        dist.sum_gradients(self.parameters)
+        if self._overlap is None:  # else it has done so
+            dist.sum_gradients(self.parameters)
         return terms
 
     def _nothing(self) -> Terms:
@@ -166,9 +174,8 @@ class Step:
         count = dist.sum_(count).clamp_min(1)
         caption = torch.zeros((), device=count.device)
         self.scaler.scale(caption)  # makes it ready, also where this rank has no specimen
-        for batch, image_gradient, text_gradient in zip(
-            batches, image_gradients, text_gradients, strict=True
-        ):
+        of_each = list(zip(batches, image_gradients, text_gradients, strict=True))
+        for number, (batch, image_gradient, text_gradient) in enumerate(of_each, 1):
             output = next(outputs)
             # Sending the known gradient of the global loss through this graph.
             surrogate = output.logit_scale.new_zeros(())
@@ -180,9 +187,13 @@ class Step:
                 mine = caption_loss_sum(output.logits, batch.tokens, batch.token_mask) / count
                 surrogate = surrogate + self.objective.caption_weight * mine
                 caption = caption + mine.detach()
+            if self._overlap is not None and number == len(of_each):
+                self._overlap.begin()
             self.scaler.scale(surrogate).backward()
             self.masters.take_gradients()
             del output, surrogate
+        if self._overlap is not None:
+            self._overlap.end()
         # Of one type, also where this rank had no specimen.
         both = torch.stack([contrastive, caption.to(contrastive.dtype)])
         contrastive, caption = dist.sum_(both).unbind()
