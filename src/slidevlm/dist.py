@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,6 +68,27 @@ def start(
             f"({' '.join(str(error).split())[:200]}); are all of them started (with srun or "
             "torchrun), and is the address free and within reach?"
         ) from error
+
+
+def private_store() -> Any | None:
+    """A connection of its own to the store where the processes met, with keys of this start alone.
+
+    None for a process of its own. A collective call.
+    """
+    if world_size() == 1:
+        return None
+    # torchrun may start processes anew at the same store.
+    start_of_all = broadcast_object(uuid.uuid4().hex)
+    store: Any = td.distributed_c10d._get_default_store()
+    return td.PrefixStore(f"slidevlm/{start_of_all}", store.clone())
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective has failed because another process is gone."""
+    if isinstance(error, td.DistError):
+        return True
+    signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+    return type(error) is RuntimeError and any(sign in str(error) for sign in signs)
 
 
 def stop() -> None:
