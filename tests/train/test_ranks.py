@@ -31,6 +31,7 @@ try:
         signal.signal(signal.SIGTERM, lambda *_: None)
         time.sleep(1)  # signs were given
         dist.barrier()
+        (folder / f"met{rank}").touch()
         if deed == "end":
             time.sleep(rank)
         elif deed == "both":
@@ -58,7 +59,12 @@ def environment() -> dict[str, str]:
     return {**rest, "OMP_NUM_THREADS": "1", LIMIT_VARIABLE: "4"}
 
 
-def wait_all(processes: list[subprocess.Popen[str]]) -> None:
+def wait_all(processes: list[subprocess.Popen[str]], folder: Path, world: int) -> None:
+    until = time.monotonic() + 150  # a loaded machine takes its time to import torch
+    while len(list(folder.glob("met*"))) < world and time.monotonic() < until:
+        if all(p.poll() is not None for p in processes):
+            return
+        time.sleep(0.02)
     until = time.monotonic() + 60  # the bar
     while any(p.poll() is None for p in processes) and time.monotonic() < until:
         time.sleep(0.02)
@@ -82,7 +88,7 @@ def by_hand(tmp_path: Path, world: int, *words: str) -> tuple[list[int | None], 
             )
             for rank in range(world)
         ]
-        wait_all(processes)
+        wait_all(processes, tmp_path, world)
     codes = [p.poll() for p in processes]
     for process in processes:
         process.kill()
@@ -100,7 +106,7 @@ def by_torchrun(tmp_path: Path, *words: str) -> tuple[int | None, str]:
         agent = subprocess.Popen(
             command, env=environment(), stderr=file, text=True, start_new_session=True
         )
-        wait_all([agent])
+        wait_all([agent], tmp_path, 2)
     code = agent.poll()
     if code is None:
         os.killpg(agent.pid, signal.SIGKILL)

@@ -84,7 +84,8 @@ class RankWatch:
         self._store: Any = None
         self._rank = self._next = self._world = 0
         self._signs = self._rounds = 0
-        self._leaving = False
+        self._leaving, self._message = False, ""  # of an error of this rank
+        self._ending, self._lingers = threading.Lock(), False
         self._seen, self._silent_seconds = "", 0.0
 
     def __enter__(self) -> RankWatch:
@@ -150,7 +151,7 @@ class RankWatch:
         """A store whose process is stopped answers nothing, and `_watch` waits for it."""
         rounds, silent = -1, 0.0
         # Counted in own turns: a process that was itself held up must not blame others.
-        while not self._over.wait(1.0) and self._threads[0].is_alive():
+        while not (self._over.wait(1.0) or self._lingers) and self._threads[0].is_alive():
             silent = 0.0 if self._rounds != rounds else silent + 1.0
             rounds = self._rounds
             if silent > self._limit:
@@ -197,10 +198,10 @@ class RankWatch:
     def _tell(self, error: BaseException) -> None:
         """Of this rank's error; does not return where another was faster."""
         message = str(error) or type(error).__name__
+        self._message = message
         mine = Failure(self._rank, message, os.getpid(), self._place)
         first = self._first(mine)
         if first != mine:
-            self._say(f"rank {self._rank} has failed too: {message.splitlines()[0]}")
             self._end(first)
         _write_error_file(error)
         self._wait_for("ended", self._world - 1, _ANSWER_SECONDS)
@@ -218,15 +219,20 @@ class RankWatch:
             time.sleep(0.02)
 
     def _end(self, failure: Failure) -> NoReturn:
+        if not self._ending.acquire(blocking=False):  # the other thread is at it
+            self._over.wait()
         sibling = failure.place == self._place and failure.pid != os.getpid()
         if failure.hangs and sibling and _lives(failure.pid):
             os.kill(failure.pid, signal.SIGKILL)  # a stopped process heeds nothing else
         if not failure.own:
             self._say(f"{failure.message}; rank {self._rank} ends, go on with --resume latest")
             os._exit(1)
+        if self._message:
+            self._say(f"rank {self._rank} has failed too: {self._message.splitlines()[0]}")
         self._say(f"rank {self._rank} ends, because rank {failure.rank} has failed")
         with contextlib.suppress(RuntimeError):  # rank 0 keeps the store and did not wait
             self._store.add("ended", 1)
+        self._lingers = True
         until = time.monotonic() + _LINGER_SECONDS
         while time.monotonic() < until and not (sibling and not _lives(failure.pid)):
             time.sleep(0.02)
