@@ -132,7 +132,7 @@ class RankWatch:
 
     def _watch(self) -> None:
         try:
-            while not self._over.is_set():
+            while not (self._over.is_set() or self._ending.locked()):
                 if self._store.check(["failed"]):
                     failure = Failure(**json.loads(self._store.get("failed")))
                     if failure.rank == self._rank and failure.own:
@@ -144,7 +144,7 @@ class RankWatch:
                 self._rounds += 1
                 self._over.wait(_TICK_SECONDS)
         except RuntimeError:
-            if not self._over.is_set():
+            if not self._over.is_set() and self._ending.acquire(blocking=False):
                 self._exit("where the processes met is gone: rank 0 or its torchrun has ended")
 
     def _guard(self) -> None:
