@@ -55,12 +55,18 @@ def start(
     if place.started_by == "Slurm" and place.rank == 0:
         log.info("Slurm: waiting at %s for %d processes", place.url, place.world_size)
     try:
+        timeout = timedelta(minutes=timeout_minutes)
+        store, _, _ = next(td.rendezvous(place.url, place.rank, place.world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        # Started anew by torchrun at the same store, processes must not read the addresses of
+        # those that went before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         td.init_process_group(
             backend,
-            init_method=place.url,
+            store=td.PrefixStore(f"attempt_{attempt}", store),
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timeout,
         )
     except (td.DistError, RuntimeError, ValueError) as error:
         raise ConfigError(
