@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,12 +59,18 @@ def start(
     if place.started_by == "Slurm" and place.rank == 0:
         log.info("Slurm: waiting at %s for %d processes", place.url, place.world_size)
     try:
+        timeout = timedelta(minutes=timeout_minutes)
+        store, _, _ = next(td.rendezvous(place.url, place.rank, place.world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        # Started anew by torchrun at the same store, processes must not read the addresses of
+        # those that went before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         td.init_process_group(
             backend,
-            init_method=place.url,
+            store=td.PrefixStore(f"attempt_{attempt}", store),
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timeout,
         )
     except (td.DistError, RuntimeError, ValueError) as error:
         raise ConfigError(
@@ -94,6 +101,28 @@ def start_horovod() -> None:
         )
     if _horovod.size == 1:
         log.info("--horovod does nothing: this is one process; start several with horovodrun")
+
+
+def private_store() -> Any | None:
+    """A connection of its own to the store where the processes met, with keys of this start alone.
+
+    None for a process of its own, and under Horovod, which ends all where one fails. A collective
+    call.
+    """
+    if world_size() == 1 or _horovod is not None:
+        return None
+    # torchrun may start processes anew at the same store.
+    start_of_all = broadcast_object(uuid.uuid4().hex)
+    store: Any = td.distributed_c10d._get_default_store()
+    return td.PrefixStore(f"slidevlm/{start_of_all}", store.clone())
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective has failed because another process is gone."""
+    if isinstance(error, td.DistError):
+        return True
+    signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+    return type(error) is RuntimeError and any(sign in str(error) for sign in signs)
 
 
 def stop() -> None:

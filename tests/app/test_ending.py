@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,7 +33,12 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> DemoCohort:
 
 
 def command(
-    cohort: DemoCohort, logs: Path, name: str, processes: int = 1, **more: Any
+    cohort: DemoCohort,
+    logs: Path,
+    name: str,
+    processes: int = 1,
+    launcher: tuple[str, ...] = (),
+    **more: Any,
 ) -> list[str]:
     settings = {
         "hdf5_filename": cohort.hdf5,
@@ -57,8 +63,9 @@ def command(
     words = [word for key, value in settings.items() for word in (FLAGS[key], str(value))]
     if processes == 1:
         return [sys.executable, "-m", "slidevlm", "train", *words]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *launcher, "-m", "--", "slidevlm", "train", *words]
+    launcher = launcher or ("--standalone", f"--nproc-per-node={processes}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *launcher]
+    return [*torchrun, "-m", "--", "slidevlm", "train", *words]
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
@@ -128,11 +135,20 @@ def test_a_signal_saves_and_ends_with_0(cohort, undisturbed, tmp_path, name):
     assert same(final(tmp_path / "run"), undisturbed)
 
 
-def test_two_processes_end_together_and_go_on(cohort, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed_two(
+    cohort: DemoCohort, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    """One torchrun, two processes."""
+    logs = tmp_path_factory.mktemp("logs")
+    process = start(command(cohort, logs, "whole", 2))
+    _, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    return final(logs / "whole")
+
+
+def test_two_processes_end_together_and_go_on(cohort, undisturbed_two, tmp_path):
     logs = tmp_path
-    whole = start(command(cohort, logs, "whole", 2))
-    _, told = whole.communicate(timeout=240)
-    assert whole.returncode == 0, told
     words = command(cohort, logs, "run", 2)
     process = start(words)
     wait_for_steps(process, logs / "run", 4)
@@ -142,7 +158,45 @@ def test_two_processes_end_together_and_go_on(cohort, tmp_path):
     (saved,) = (logs / "run" / "checkpoints").glob("*.pt")
     assert saved.name.startswith("step_")
     go_on(words)
-    assert same(final(logs / "run"), final(logs / "whole"))
+    assert same(final(logs / "run"), undisturbed_two)
+
+
+def test_two_nodes_are_one(cohort, undisturbed_two, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=nodes")
+    launcher = ("--nnodes=2", "--nproc-per-node=1", "--local-addr=127.0.0.1", *meet)
+    words = command(cohort, tmp_path, "run", 2, launcher)
+    nodes = [start(words) for _ in range(2)]
+    for node in nodes:
+        _, told = node.communicate(timeout=240)
+        assert node.returncode == 0, told
+    assert same(final(tmp_path / "run"), undisturbed_two)
+
+
+def rank_of(agent: subprocess.Popen[str], rank: int) -> int:
+    """The number of a process that torchrun has started."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    wanted = f"RANK={rank}".encode()
+    (pid,) = (
+        int(c) for c in children if wanted in Path(f"/proc/{c}/environ").read_bytes().split(b"\0")
+    )
+    return pid
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes of Linux")
+@pytest.mark.parametrize("killed", [0, 1])
+def test_torchrun_starts_anew_where_a_process_was_killed(cohort, undisturbed_two, tmp_path, killed):
+    launcher = ("--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    words = command(cohort, tmp_path, "run", 2, launcher, save_every_n_steps=2)
+    process = start([*words, "--resume", "latest"])
+    wait_for_steps(process, tmp_path / "run", 7)
+    os.kill(rank_of(process, killed), signal.SIGKILL)
+    _, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    assert "resum" in told and f"rank {killed} (process" in told
+    assert same(final(tmp_path / "run"), undisturbed_two)
 
 
 def test_two_processes_log_their_memory_and_node(cohort, tmp_path):

@@ -41,6 +41,7 @@ from slidevlm.precision import resolve as resolve_precision
 from slidevlm.run import Run, WandbSettings, configure_logging, environment, log_to, working
 from slidevlm.train.interrupt import Interrupts
 from slidevlm.train.launcher import LauncherWatch
+from slidevlm.train.ranks import RankWatch
 
 log = logging.getLogger("slidevlm")
 
@@ -71,8 +72,8 @@ def run_all(config: Config) -> Outcome:
         dist.start(config.distributed.dist_backend, device, codebase.meeting(config))
     try:
         configure_logging(debug=config.logging.debug, main=dist.is_main())
-        precision = resolve_precision(config.optim.precision, device)
-        with LauncherWatch(), _debugging(config.logging.debug):
+        with LauncherWatch(), RankWatch(), _debugging(config.logging.debug):
+            precision = resolve_precision(config.optim.precision, device)
             return _train(with_device(config, device), precision)
     finally:
         dist.stop()

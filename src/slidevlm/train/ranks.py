@@ -1,0 +1,288 @@
+"""The processes of a run end together: where one fails, hangs or is killed, the others end too.
+
+A collective alone does not see to that: over NCCL a process waits for a dead one until the
+timeout, and SIGTERM, which torchrun then sends, is only noted while a collective waits. So a
+thread of each process gives a sign every two seconds and looks after the next process's, over a
+connection of its own to where the processes have met: whatever its number, a process costs the
+store two or three small messages a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from slidevlm import dist
+from slidevlm.errors import ConfigError, TrainingError
+
+LIMIT_VARIABLE = "SLIDEVLM_HEARTBEAT_SECONDS"
+LIMIT_SECONDS = 30.0
+
+_TICK_SECONDS = 0.5  # a failure that was told is seen within
+_TICKS_A_SIGN = 4
+_ANSWER_SECONDS = 2.0  # a failing process waits so long for the others, to print last
+_LINGER_SECONDS = 3.0  # and they for its end, so that torchrun sees it fail first
+_LEAVE_SECONDS = 30.0  # rank 0 may keep the store, and the others still look at it
+_LOST_SECONDS = 3.0  # a broken connection is explained by then, if anything explains it
+_DONE = "done"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ends a run."""
+
+    rank: int  # whose
+    message: str
+    pid: int = 0
+    place: str = ""  # processes of the same place are children of one process
+    own: bool = True  # told by the rank itself, which prints it; else by another
+    hangs: bool = False  # it gives no sign, and cannot be relied on to end by itself
+
+
+def limit_of(environment: Mapping[str, str]) -> float:
+    """Seconds without a sign after which a process counts as lost; 0 in the environment: never.
+
+    Raises:
+        ConfigError: SLIDEVLM_HEARTBEAT_SECONDS is not such a number.
+    """
+    text = environment.get(LIMIT_VARIABLE, str(LIMIT_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise ConfigError(f"{LIMIT_VARIABLE}={text!r} must be a number of seconds, or 0 for never")
+    return seconds or float("inf")
+
+
+class RankWatch:
+    """Within, this process ends with code 1 when another one has failed, hangs or is gone.
+
+    An error that leaves the context is told to the others, which end at once; it goes on when they
+    have said that they do, so that what is printed of it comes last. Alone this does nothing.
+
+    Raises:
+        TrainingError: in place of the error of a collective whose other side is gone.
+    """
+
+    def __init__(self) -> None:
+        self._limit = limit_of(os.environ)
+        self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._store: Any = None
+        self._rank = self._next = self._world = 0
+        self._signs = self._rounds = 0
+        self._leaving, self._message = False, ""  # of an error of this rank
+        self._ending, self._lingers = threading.Lock(), False
+        self._seen, self._silent_seconds = "", 0.0
+
+    def __enter__(self) -> RankWatch:
+        self._store = dist.private_store()
+        if self._store is None:
+            return self
+        self._rank, self._world = dist.rank(), dist.world_size()
+        self._next = (self._rank + 1) % self._world
+        self._place = _place()
+        for work in (self._watch, self._guard):
+            thread = threading.Thread(target=work, name="rank watch", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._store is None:
+            return
+        lost = error is not None and dist.is_lost_connection(error)
+        try:
+            if error is None:
+                self._leave()
+            else:
+                if lost:  # because another process has failed: the thread ends this one
+                    self._over.wait(_LOST_SECONDS)
+                self._tell(error)
+        except RuntimeError:  # of the store; what was to be told is `error` itself
+            pass
+        self._over.set()
+        for thread in self._threads:  # one within the store must not meet the interpreter's end
+            thread.join(_LINGER_SECONDS)
+        if lost:
+            raise TrainingError(
+                f"rank {self._rank} has lost another process, which was killed or whose machine "
+                f"is gone; go on with --resume latest ({' '.join(str(error).split())[:200]})"
+            ) from error
+
+    # --- the thread -------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        try:
+            while not (self._over.is_set() or self._ending.locked()):
+                if self._store.check(["failed"]):
+                    failure = Failure(**json.loads(self._store.get("failed")))
+                    if failure.rank == self._rank and failure.own:
+                        return  # the main thread is about to print it
+                    self._end(failure)
+                if self._rounds % _TICKS_A_SIGN == 0:
+                    self._sign()
+                    self._look()
+                self._rounds += 1
+                self._over.wait(_TICK_SECONDS)
+        except RuntimeError:
+            if not self._over.is_set() and self._ending.acquire(blocking=False):
+                self._exit("where the processes met is gone: rank 0 or its torchrun has ended")
+
+    def _guard(self) -> None:
+        """A store whose process is stopped answers nothing, and `_watch` waits for it."""
+        rounds, silent = -1, 0.0
+        # Counted in own turns: a process that was itself held up must not blame others.
+        while not (self._over.wait(1.0) or self._lingers) and self._threads[0].is_alive():
+            silent = 0.0 if self._rounds != rounds else silent + 1.0
+            rounds = self._rounds
+            if silent > self._limit:
+                self._exit(f"where the processes met gives no answer for {silent:.0f} s")
+
+    def _sign(self) -> None:
+        self._signs += 1
+        sign = _DONE if self._leaving else f"{self._signs} {os.getpid()} {self._place}"
+        self._store.set(f"sign/{self._rank}", sign)
+
+    def _sign_of_next(self) -> str:
+        key = f"sign/{self._next}"
+        return bytes(self._store.get(key)).decode() if self._store.check([key]) else ""
+
+    def _look(self) -> None:
+        sign = self._sign_of_next()
+        if sign == _DONE:
+            return
+        if sign != self._seen:
+            self._seen, self._silent_seconds = sign, 0.0
+        else:
+            self._silent_seconds += _TICK_SECONDS * _TICKS_A_SIGN
+        _, pid, place = sign.split(" ", 2) if sign else ("", "0", "")
+        about = f"rank {self._next} (process {pid} of {place.partition('|')[0]})" if sign else (
+            f"rank {self._next}"
+        )  # fmt: skip
+        if place == self._place and not _lives(int(pid)):
+            if self._sign_of_next() != _DONE:  # it may have left properly in between
+                self._accuse(f"{about} was killed", int(pid), place, hangs=False)
+        elif self._silent_seconds >= self._limit:
+            silent = f"{about} has given no sign for {self._silent_seconds:.0f} s"
+            self._accuse(silent, int(pid), place, hangs=True)
+
+    def _accuse(self, message: str, pid: int, place: str, *, hangs: bool) -> None:
+        self._end(self._first(Failure(self._next, message, pid, place, False, hangs)))
+
+    # --- ends -------------------------------------------------------------------------------
+
+    def _first(self, failure: Failure) -> Failure:
+        """The failure that was told first, which ends the run."""
+        told = self._store.compare_set("failed", "", json.dumps(asdict(failure)))
+        return Failure(**json.loads(told))
+
+    def _tell(self, error: BaseException) -> None:
+        """Of this rank's error; does not return where another was faster."""
+        message = str(error) or type(error).__name__
+        self._message = message
+        mine = Failure(self._rank, message, os.getpid(), self._place)
+        first = self._first(mine)
+        if first != mine:
+            self._end(first)
+        _write_error_file(error)
+        self._wait_for("ended", self._world - 1, _ANSWER_SECONDS)
+
+    def _leave(self) -> None:
+        self._leaving = True
+        self._sign()
+        self._store.add("left", 1)
+        if self._rank == 0:
+            self._wait_for("left", self._world, _LEAVE_SECONDS)
+
+    def _wait_for(self, key: str, number: int, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while self._store.add(key, 0) < number and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def _end(self, failure: Failure) -> NoReturn:
+        if not self._ending.acquire(blocking=False):  # the other thread is at it
+            self._over.wait()
+        sibling = failure.place == self._place and failure.pid != os.getpid()
+        if failure.hangs and sibling and _lives(failure.pid):
+            os.kill(failure.pid, signal.SIGKILL)  # a stopped process heeds nothing else
+        if not failure.own:
+            self._say(f"{failure.message}; rank {self._rank} ends, go on with --resume latest")
+            os._exit(1)
+        if self._message:
+            self._say(f"rank {self._rank} has failed too: {self._message.splitlines()[0]}")
+        self._say(f"rank {self._rank} ends, because rank {failure.rank} has failed")
+        with contextlib.suppress(RuntimeError):  # rank 0 keeps the store and did not wait
+            self._store.add("ended", 1)
+        self._lingers = True
+        until = time.monotonic() + _LINGER_SECONDS
+        while time.monotonic() < until and not (sibling and not _lives(failure.pid)):
+            time.sleep(0.02)
+        os._exit(1)
+
+    def _exit(self, why: str) -> NoReturn:
+        self._say(f"{why}; rank {self._rank} ends, go on with --resume latest")
+        os._exit(1)
+
+    @staticmethod
+    def _say(text: str) -> None:
+        # Past sys.stderr, whose lock the main thread may hold for ever.
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"slidevlm: {text}\n".encode())
+
+
+def _place() -> str:
+    """Host, space of process numbers and parent."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux
+        space = ""
+    return f"{socket.gethostname()}|{space}|{os.getppid()}"
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is such a process, which has the same parent; one not yet reaped is none."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return False
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            return True
+        return True
+    return words[0] not in ("Z", "X") and int(words[1]) == os.getppid()
+
+
+def _write_error_file(error: BaseException) -> None:
+    """For the summary that torchrun prints."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    told = {
+        "message": f"{type(error).__name__}: {error}",
+        "extraInfo": {"py_callstack": stack, "timestamp": str(int(time.time()))},
+    }
+    with contextlib.suppress(OSError):  # the message itself is printed in any case
+        Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")
