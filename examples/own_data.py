@@ -2,9 +2,9 @@
 
     python examples/own_data.py FOLDER [--layout clam|trident]
 
-Writes into FOLDER what the tool would have left (features here are made up: 40 slides of two tissues),
-then runs the commands of docs/own-data.md one after the other. With your own features only the first
-function goes. Takes a minute on two cores.
+Writes into FOLDER what the tool would have left (features here are made up: 40 slides of two
+tissues), then runs the commands of docs/own-data.md one after the other. With your own features
+only the first function goes. Takes a minute on two cores.
 """
 
 from __future__ import annotations
