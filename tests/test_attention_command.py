@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import slidevlm.testing
-from slidevlm import page_commands
 from slidevlm.app.attending import faithfulness
 from slidevlm.app.bags import opened, sample_of
+from slidevlm.app.export import write_folder
 from slidevlm.cli import main
 from slidevlm.report.tile_maps import colours, least_distance, picture, png, scaled
 
@@ -33,9 +33,11 @@ def features(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def model(monkeypatch: pytest.MonkeyPatch) -> slidevlm.SlideModel:
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> slidevlm.SlideModel:
+    """The model that lies in the folder `run`, from where the command is started."""
     found = slidevlm.testing.model(unit="px")
-    monkeypatch.setattr(page_commands, "load", lambda *_, **__: found)
+    write_folder(found.trained, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
     return found
 
 
@@ -44,7 +46,9 @@ def test_files_of_a_slide(features: Path, tmp_path: Path, model, capsys) -> None
     words = ["attention", "run", str(features), "--output", str(out), "--sentence-wise", "--json"]
     assert main(words) == 0
     told = json.loads(capsys.readouterr().out)
-    assert all(Path(file).is_file() for file in told["files"])
+    (seen,) = told["specimens"]
+    assert seen["specimen"] == "slide_1" and told["model"] == model.hash
+    assert {Path(file).name for file in seen["files"]} == {p.name for p in out.iterdir()}
     with (out / "slide_1.csv").open() as file:
         rows = list(csv.DictReader(file))
     found = model.attention(str(features), sentences=True)
@@ -112,14 +116,70 @@ def test_dropping_what_is_attended(model, features: Path) -> None:
     assert [round(12 * one.share) for one in found] == [1, 1, 3, 6, 9]
 
 
-def test_one_of_several_specimens(tmp_path: Path, capsys) -> None:
+def test_a_trained_run_on_its_cohort(tmp_path: Path, capsys) -> None:
     settings = slidevlm.testing.settings(tmp_path)
-    words = ["attention", "run", str(settings["hdf5_filename"])]
-    assert main(words) == 2
-    assert "choose one with --specimen" in capsys.readouterr().err
+    run = str(slidevlm.train(settings).folder)
+    cohort, split = str(settings["hdf5_filename"]), str(settings["test_split"])
+    ids = Path(split).read_text().split()
+    words = ["attention", run, cohort, "--sentence-wise", "--image-features-cutoff", "30"]
+    capsys.readouterr()
+    out = tmp_path / "all"
+    assert main([*words, "--split", split, "--output", str(out), "--json", "--device", "cpu"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [seen["specimen"] for seen in told["specimens"]] == ids
+    for name in ids:
+        with (out / f"{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 30
+        for column in [c for c in rows[0] if c not in ("tile", "slide", "x", "y")]:
+            assert sum(float(row[column]) for row in rows) == pytest.approx(1, abs=1e-3)
+    first = (out / f"{ids[0]}.csv").read_text()
+    assert first != (out / f"{ids[1]}.csv").read_text()
+
+    alone = tmp_path / "alone"
+    assert main([*words, "--specimen", ids[0], "--output", str(alone)]) == 0
+    assert "least attended" in capsys.readouterr().out
+    assert (alone / f"{ids[0]}.csv").read_text() == first, "the same alone and among others"
+    assert {p.name.split(".")[0].split("_")[0] for p in alone.iterdir()} == {ids[0]}
+
     assert main([*words, "--specimen", "nobody"]) == 2
     assert "no specimen 'nobody'" in capsys.readouterr().err
     assert main(["attention"]) == 2
+
+
+def test_a_folder_with_a_bad_file(features: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a", "a b", "a_b"):
+        (folder / f"{name}.h5").write_bytes(features.read_bytes())
+    with h5py.File(folder / "z.h5", "w") as file:
+        file["features"] = np.full_like(slidevlm.testing.bag(12), np.nan)
+        file["coords"] = np.zeros((12, 2), int)
+    words = ["attention", "run", str(folder), "--output", str(tmp_path / "seen")]
+    assert main(words) == 2
+    assert "z" in capsys.readouterr().err
+    assert main([*words, "--skip-bad-specimens", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [seen["specimen"] for seen in told["specimens"]] == ["a b", "a", "a_b"]
+    assert list(told["bad"]) == ["z"] and "NaN or infinite" in told["bad"]["z"]
+    written = [file for seen in told["specimens"] for file in seen["files"]]
+    assert len(set(written)) == len(written) == 12, "names do not collide"
+    assert main([*words, "--skip-bad-specimens"]) == 0
+    assert "mean of 3 specimens" in capsys.readouterr().out
+
+
+def test_a_slide_file_is_of_one_specimen(tmp_path: Path, features: Path, capsys) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("openslide")
+    slide = np.full((512, 512, 3), 200, np.uint8)
+    tifffile.imwrite(tmp_path / "slide.tif", slide, tile=(256, 256), photometric="rgb")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.h5").write_bytes(features.read_bytes())
+    words = ["attention", "run", str(folder), "--slide-file", str(tmp_path / "slide.tif")]
+    assert main(words) == 2
+    assert "choose it with --specimen" in capsys.readouterr().err
 
 
 def test_pictures() -> None:

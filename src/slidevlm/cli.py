@@ -236,83 +236,6 @@ def _report(argv: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class _AttentionArguments:
-    """arguments: a model, a slide, and where the files go."""
-
-    model: str = arg(
-        "",
-        "folder of a run, checkpoint (.pt), folder of weights, or hf-hub:owner/name",
-        positional=True,
-    )
-    source: str = arg("", "features of one specimen, or a cohort with --specimen", positional=True)
-    output: str = arg("attention", "folder to write into")
-    specimen: str | None = arg(None, "which one of a source of several")
-    sentence_wise: bool = arg(False, "also write a report, and follow each of its sentences")
-    slide_file: str | None = arg(
-        None, "the slide itself, to draw over its thumbnail (extra slide: OpenSlide)", file=True
-    )
-    mpp: float | None = arg(
-        None,
-        "micrometres a level-0 pixel, where positions are in micrometres",
-        default_text="the slide file's",
-        above=0.0,
-    )
-    tile_size: float | None = arg(
-        None,
-        "side of a tile, in the unit of the positions",
-        default_text="the least distance between tiles",
-        above=0.0,
-    )
-    hdf5_feature_attribute: str | None = arg(
-        None, "features of an HDF5 source that has several", flag="--hdf5_feature_attribute"
-    )
-    slide_table: str | None = arg(None, "slides of each specimen, as in training", file=True)
-    image_features_cutoff: int = arg(100_000, "tiles read at most", minimum=1)
-    device: str | None = arg(None, "cuda, cuda:1 or cpu", default_text="cuda where there is one")
-    seed: int = arg(0, "of the tiles that are dropped at random", minimum=0)
-    json: bool = arg(False, cli_use.JSON)
-
-
-ATTENTION_HELP = """\
-Write where a model attends in a slide: weights of the tiles as CSV, drawn at their positions as
-PNG, as QuPath annotations (GeoJSON), and what dropping the most attended tiles does against
-dropping random ones. Attention says where a model reads, not why it decides."""
-ATTENTION_EPILOG = """\
-examples:
-  slidevlm attention logs/first slide.h5 --output seen --slide-file slide.svs
-  slidevlm attention logs/first cohort.h5 --specimen D00005-A --sentence-wise
-"""
-
-
-def _attention(argv: Sequence[str]) -> None:
-    a = parse_into(
-        _AttentionArguments, argv, "slidevlm attention", ATTENTION_HELP, ATTENTION_EPILOG
-    )
-    if not a.model or not a.source:
-        raise ConfigError("give a model and a slide: slidevlm attention RUN FEATURES")
-    from slidevlm.page_commands import Attending, attention
-
-    attention(
-        Attending(
-            a.model,
-            Path(a.source),
-            Path(a.output),
-            a.specimen,
-            a.sentence_wise,
-            _path(a.slide_file),
-            a.mpp,
-            a.tile_size,
-            a.hdf5_feature_attribute,
-            _path(a.slide_table),
-            a.image_features_cutoff,
-            a.device,
-            a.seed,
-            a.json,
-        )
-    )
-
-
-@dataclass(frozen=True)
 class _SynthesizeArguments:
     """arguments: the cohort."""
 
@@ -739,7 +662,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("embed",): cli_use.embed,
     ("score",): _score,
     ("report",): _report,
-    ("attention",): _attention,
+    ("attention",): cli_use.attention,
     ("demo",): _demo,
     ("doctor",): _doctor,
     ("completion",): _completion,

@@ -1,4 +1,4 @@
-"""The words of the commands that use a model: caption, classify, embed."""
+"""The words of the commands that use a model: caption, classify, embed, attention."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slidevlm.config import arg
+from slidevlm.errors import ConfigError
 from slidevlm.flags import parse_into
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ JSON = "print a JSON document in the place of text"
 
 
 @dataclass(frozen=True)
-class _UseArguments:
+class _SourceArguments:
     """arguments: a model, and what it is used on."""
 
     model: str = arg(
@@ -36,7 +37,6 @@ class _UseArguments:
         None, "slides of each specimen, as in training; without it each slide is one", file=True
     )
     image_features_cutoff: int = arg(100_000, "tiles read of one specimen at most", minimum=1)
-    workers: int = arg(2, "reading processes; 0 reads in one", minimum=0)
     device: str | None = arg(None, "cuda, cuda:1 or cpu", default_text="cuda where there is one")
     precision: str | None = arg(
         None,
@@ -47,11 +47,18 @@ class _UseArguments:
     json: bool = arg(False, JSON)
 
 
+@dataclass(frozen=True)
+class _UseArguments(_SourceArguments):
+    """arguments: the same, read by other processes meanwhile."""
+
+    workers: int = arg(2, "reading processes; 0 reads in one", minimum=0)
+
+
 def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
-def _using(a: _UseArguments, output: str, batch_size: int) -> Using:
+def _using(a: _SourceArguments, output: str, batch_size: int, workers: int) -> Using:
     from slidevlm.app.using import Using
 
     return Using(
@@ -63,7 +70,7 @@ def _using(a: _UseArguments, output: str, batch_size: int) -> Using:
         slide_table=_path(a.slide_table),
         image_features_cutoff=a.image_features_cutoff,
         batch_size=batch_size,
-        workers=a.workers,
+        workers=workers,
         device=a.device,
         precision=a.precision,
         skip_bad=a.skip_bad_specimens,
@@ -138,7 +145,7 @@ def caption(argv: Sequence[str]) -> None:
     from slidevlm.report_commands import Captioning
     from slidevlm.report_commands import caption as run
 
-    run(Captioning(_using(a, a.output, a.batch_size), a.prompt, decoding, a.json))
+    run(Captioning(_using(a, a.output, a.batch_size, a.workers), a.prompt, decoding, a.json))
 
 
 # -- embed -----------------------------------------------------------------------------------
@@ -176,7 +183,7 @@ def embed(argv: Sequence[str]) -> None:
     from slidevlm.use_commands import Embedding
     from slidevlm.use_commands import embed as run
 
-    run(Embedding(_using(a, a.output, a.batch_size), a.json))
+    run(Embedding(_using(a, a.output, a.batch_size, a.workers), a.json))
 
 
 # -- classify --------------------------------------------------------------------------------
@@ -223,5 +230,71 @@ def classify(argv: Sequence[str]) -> None:
     from slidevlm.use_commands import Classifying
     from slidevlm.use_commands import classify as run
 
-    using = _using(a, a.output, a.batch_size)
+    using = _using(a, a.output, a.batch_size, a.workers)
     run(Classifying(using, tuple(a.prompts), a.ensemble, a.json))
+
+
+# -- attention -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _AttentionArguments(_SourceArguments):
+    """arguments: a model, slides, and where the files go."""
+
+    output: str = arg("attention", "folder to write into")
+    specimen: str | None = arg(None, "only this one of the source")
+    sentence_wise: bool = arg(False, "also write a report, and follow each of its sentences")
+    slide_file: str | None = arg(
+        None,
+        "the slide itself, of a source of one, to draw over its thumbnail (extra slide: OpenSlide)",
+        file=True,
+    )
+    mpp: float | None = arg(
+        None,
+        "micrometres a level-0 pixel, where positions are in micrometres",
+        default_text="the slide file's",
+        above=0.0,
+    )
+    tile_size: float | None = arg(
+        None,
+        "side of a tile, in the unit of the positions",
+        default_text="the least distance between tiles",
+        above=0.0,
+    )
+    seed: int = arg(0, "of the tiles that are dropped at random", minimum=0)
+
+
+ATTENTION_HELP = """\
+Write where a model attends in slides: weights of the tiles as CSV, drawn at their positions as
+PNG, as QuPath annotations (GeoJSON), and what dropping the most attended tiles does against
+dropping random ones. Attention says where a model reads, not why it decides."""
+ATTENTION_EPILOG = """\
+examples:
+  slidevlm attention logs/first slide.h5 --output seen --slide-file slide.svs
+  slidevlm attention logs/first cohort.h5 --split cohort/test.txt --sentence-wise
+"""
+
+
+def attention(argv: Sequence[str]) -> None:
+    """`slidevlm attention`."""
+    a = parse_into(
+        _AttentionArguments, argv, "slidevlm attention", ATTENTION_HELP, ATTENTION_EPILOG
+    )
+    if not a.model or not a.source:
+        raise ConfigError("give a model and a slide: slidevlm attention RUN FEATURES")
+    from slidevlm.page_commands import Attending
+    from slidevlm.page_commands import attention as run
+
+    run(
+        Attending(
+            using=_using(a, a.output, 1, 0),
+            output=Path(a.output),
+            specimen=a.specimen,
+            sentence_wise=a.sentence_wise,
+            slide_file=_path(a.slide_file),
+            mpp=a.mpp,
+            tile_size=a.tile_size,
+            seed=a.seed,
+            as_json=a.json,
+        )
+    )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slidevlm.app.cohorts import is_bag, open_cohort, open_path
+from slidevlm.app.page import plotly_source
 from slidevlm.app.trained import new_tokenizer
 from slidevlm.app.weights import start_of
 from slidevlm.config import Config, validate_data
@@ -80,7 +81,7 @@ def check(config: Config, output: Path | None, *, as_json: bool = False) -> bool
     """
     validate_data(config)
     configure_logging(debug=config.logging.debug, main=True)
-    plotly = None if output is None else _plotly_source()
+    plotly = None if output is None else plotly_source()
     if output is not None:
         _make_folder(output)
     report = check_report(config)
@@ -211,16 +212,6 @@ def _against_batches(report: CheckReport, config: Config) -> None:
                 )
             except ConfigError as error:
                 report.add("error", "batches", str(error))
-
-
-def _plotly_source() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ConfigError(
-            "--output makes a page with plots and needs the extra: pip install 'slidevlm[report]'"
-        ) from error
-    return str(get_plotlyjs())
 
 
 def _make_folder(folder: Path) -> None:

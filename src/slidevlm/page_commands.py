@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,18 @@ import numpy as np
 
 from slidevlm.app.attending import Attention, Dropped, attend, faithfulness
 from slidevlm.app.bags import sample_of
-from slidevlm.app.cohorts import open_path
 from slidevlm.app.page import write_page
-from slidevlm.app.page_attention import Wanted
-from slidevlm.app.slide_model import load
-from slidevlm.data.cases import Case, CaseStore
+from slidevlm.app.page_attention import SEEDS, Wanted
+from slidevlm.app.slide_model import SlideModel
+from slidevlm.app.using import Cohort, Using
+from slidevlm.data.cases import Case
+from slidevlm.data.dataset import Failure
 from slidevlm.data.splits import some
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.report.tables import render
 from slidevlm.report.tile_maps import geojson, least_distance, picture, png
-from slidevlm.run import configure_logging, write_text
+from slidevlm.run import Bar, configure_logging, write_text
 
-_SEEDS = 5  # random choices of each share
 _THUMBNAIL = 1024  # pixels along its longer side
 
 
@@ -62,18 +63,13 @@ def report(asked: Reporting) -> Path:
 class Attending:
     """What `slidevlm attention` was asked for."""
 
-    model: str
-    source: Path
+    using: Using
     output: Path
     specimen: str | None
     sentence_wise: bool
     slide_file: Path | None
     mpp: float | None
     tile_size: float | None
-    hdf5_feature_attribute: str | None
-    slide_table: Path | None
-    image_features_cutoff: int
-    device: str | None
     seed: int
     as_json: bool
 
@@ -87,54 +83,128 @@ class _Slide:
     mpp: float | None
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What was written of one specimen."""
+
+    specimen: str
+    files: list[Path]
+    dropped: list[Dropped]
+    unplaced: bool  # positions in micrometres and nothing that makes pixels of them
+
+
 def attention(asked: Attending) -> list[Path]:
-    """Write the files of one specimen's attention; returns them.
+    """Write the files of the attention in each specimen; returns them.
 
     Raises:
         SlideVLMError: for everything a user can mend.
     """
     configure_logging(debug=False, main=True)
     slide = None if asked.slide_file is None else _thumbnail(asked.slide_file)
-    model = load(
-        asked.model, device=asked.device, image_features_cutoff=asked.image_features_cutoff
+    model, cohort = asked.using.load(), Cohort(asked.using)
+    cases = _chosen(cohort, asked)
+    names = _file_names(cases)
+    bar, done = Bar("following attention", len(cases), shown=True), list[_Seen]()
+    try:
+        for number, case in enumerate(cases):
+            seen = _follow(asked, model, cohort, case, slide, names[case.specimen])
+            done += [] if seen is None else [seen]
+            bar.update(number + 1)
+    finally:
+        bar.close()
+    if not done:
+        raise DataError(f"{asked.using.source}: no specimen could be read; the warnings say why")
+    files = [file for seen in done for file in seen.files]
+    if asked.as_json:
+        rows = [
+            {
+                "specimen": seen.specimen,
+                "files": [str(f) for f in seen.files],
+                "faithfulness": [asdict(one) for one in seen.dropped],
+            }
+            for seen in done
+        ]
+        bad = dict(cohort.bad.messages)
+        print(json.dumps({"specimens": rows, "bad": bad, "model": model.hash}, indent=1))
+        return files
+    print(_shown(_mean([seen.dropped for seen in done]), len(done)))
+    print(
+        f"wrote {len(files)} files of {len(done)} specimens into {asked.output}"
+        if len(done) > 1
+        else "\n".join(f"wrote {file}" for file in files)
     )
-    store = open_path(asked.source, asked.hdf5_feature_attribute, asked.slide_table)
-    case = _chosen(store, asked)
-    trained, precision = model.trained, model.precision
-    sample = sample_of(trained, store, case, str(asked.source), asked.image_features_cutoff)
+    if any(seen.unplaced for seen in done):
+        print("no QuPath annotations: positions are in micrometres; give --mpp or --slide-file")
+    return files
+
+
+def _follow(
+    asked: Attending,
+    model: SlideModel,
+    cohort: Cohort,
+    case: Case,
+    slide: _Slide | None,
+    name: str,
+) -> _Seen | None:
+    """One specimen; None where it is bad and bad ones are left out."""
+    using, trained, precision = asked.using, model.trained, model.precision
+    try:
+        sample = sample_of(
+            trained, cohort.store, case, str(using.source), using.image_features_cutoff
+        )
+    except DataError as error:
+        cohort.bad.add(Failure(str(error), case.specimen))
+        return None
     found = attend(trained, precision, sample, sentences=asked.sentence_wise)
     if slide is not None and len(set(found.slides.tolist())) > 1:
         raise DataError(
             f"specimen {found.specimen!r} is of several slides, and --slide-file is one; give the "
             "features of that slide alone"
         )
-    seeds = range(asked.seed, asked.seed + _SEEDS)
+    seeds = range(asked.seed, asked.seed + SEEDS)
     dropped = faithfulness(trained, precision, sample, found.tiles, seeds)
-    files = _write(asked, found, dropped, slide, model.hash)
-    if asked.as_json:
-        rows = [asdict(one) for one in dropped]
-        print(json.dumps({"files": [str(f) for f in files], "faithfulness": rows}))
-        return files
-    print(_shown(dropped))
-    print("\n".join(f"wrote {file}" for file in files))
-    if found.positions is not None and _pixels(asked, found, slide) is None:
-        print("no QuPath annotations: positions are in micrometres; give --mpp or --slide-file")
-    return files
+    files = _write(asked, found, dropped, slide, model.hash, name)
+    unplaced = found.positions is not None and _pixels(asked, found, slide) is None
+    return _Seen(found.specimen, files, dropped, unplaced)
 
 
-def _chosen(store: CaseStore, asked: Attending) -> Case:
-    cases = [case for case in store.cases if store.has_features(case)]
+def _chosen(cohort: Cohort, asked: Attending) -> list[Case]:
+    cases = cohort.cases
     if asked.specimen is not None:
         cases = [case for case in cases if case.specimen == asked.specimen]
         if not cases:
-            raise DataError(f"{asked.source} has no specimen {asked.specimen!r} with features")
-    if len(cases) != 1:
-        names = some((case.specimen for case in cases), 3) or "none"
+            raise DataError(
+                f"{asked.using.source} has no specimen {asked.specimen!r} with features"
+            )
+    if asked.slide_file is not None and len(cases) > 1:
+        names = some((case.specimen for case in cases), 3)
         raise DataError(
-            f"{asked.source} has {len(cases)} specimens with features ({names}); choose one with "
-            "--specimen"
+            f"{asked.using.source} has {len(cases)} specimens ({names}), and --slide-file is of "
+            "one; choose it with --specimen"
         )
-    return cases[0]
+    return cases
+
+
+def _file_names(cases: Sequence[Case]) -> dict[str, str]:
+    """Specimen -> what its files are called; names that would be the same get a number."""
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for case in cases:
+        plain = re.sub(r"[^\w.-]+", "_", case.specimen)[:100] or "bag"
+        name, number = plain, 2
+        while name.lower() in taken:  # some disks do not tell a from A
+            name, number = f"{plain}_{number}", number + 1
+        taken.add(name.lower())
+        found[case.specimen] = name
+    return found
+
+
+def _mean(several: Sequence[Sequence[Dropped]]) -> list[Dropped]:
+    """Over specimens, share by share."""
+    return [
+        Dropped(**{k: sum(asdict(one)[k] for one in row) / len(row) for k in asdict(row[0])})
+        for row in zip(*several, strict=True)
+    ]
 
 
 def _thumbnail(path: Path) -> _Slide:
@@ -162,9 +232,13 @@ def _pixels(asked: Attending, found: Attention, slide: _Slide | None) -> float |
 
 
 def _write(
-    asked: Attending, found: Attention, dropped: list[Dropped], slide: _Slide | None, model: str
+    asked: Attending,
+    found: Attention,
+    dropped: list[Dropped],
+    slide: _Slide | None,
+    model: str,
+    name: str,
 ) -> list[Path]:
-    name = re.sub(r"[^\w.-]+", "_", found.specimen)[:100] or "bag"
     asked.output.mkdir(parents=True, exist_ok=True)
     measures = {"attention": found.tiles}
     measures |= {f"sentence_{i + 1}": row for i, row in enumerate(found.by_sentence)}
@@ -216,7 +290,7 @@ def _csv(found: Attention, measures: dict[str, np.ndarray]) -> str:
     return file.getvalue()
 
 
-def _shown(dropped: list[Dropped]) -> str:
+def _shown(dropped: list[Dropped], specimens: int) -> str:
     rows = [
         (f"{100 * d.share:.0f} %", *(f"{v:.3f}" for v in (d.most_attended, d.random_mean)),
          f"{d.random_least:.3f} to {d.random_most:.3f}", f"{d.least_attended:.3f}")
@@ -224,4 +298,6 @@ def _shown(dropped: list[Dropped]) -> str:
     ]  # fmt: skip
     header = ("dropped", "most attended", "random", "its range", "least attended")
     lines = render(header, rows, "markdown", 100)
-    return f"cosine of the slide embedding with that of all tiles, after dropping tiles:\n{lines}"
+    of = f" (mean of {specimens} specimens)" if specimens > 1 else ""
+    title = "cosine of the slide embedding with that of all tiles, after dropping tiles"
+    return f"{title}{of}:\n{lines}"

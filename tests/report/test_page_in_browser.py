@@ -17,6 +17,7 @@ import slidevlm
 import slidevlm.testing
 from slidevlm.app.page import write_page
 from slidevlm.app.page_attention import Wanted
+from slidevlm.cli import main
 
 TABS = (
     "overview", "training", "retrieval", "tasks", "map", "specimens", "attention", "data",
@@ -118,6 +119,29 @@ def test_attention(browser: Any, trained: Path, tmp_path: Path, width: int, sche
     chosen = page.locator("#tab-attention select option").nth(1).text_content()
     assert page.locator(".detail h2").inner_text() == chosen
     assert looked.problems == []
+
+
+def test_the_data_tab_draws_a_real_check(browser: Any, trained: Path, tmp_path: Path) -> None:
+    words = ["--config", str(trained / "config.yaml"), "--output", str(trained / "check")]
+    main(["data", "check", *words])  # its exit code tells whether it has found errors
+    told = json.loads((trained / "check/check.json").read_text())
+    assert told["histograms"] and told["cohort"]["specimens"] == 20
+    for width in (1280, 400):
+        looked = Looked(browser, write_page([trained], tmp_path / "page.html"), width)
+        looked.tab("data")
+        shown = looked.page.locator("#tab-data")
+        plots = shown.locator(".plot")
+        assert plots.count() == len(told["histograms"]) + len(told["classes"])
+        assert shown.locator(".bars .point, .points .point").count() > 0, "bars are drawn"
+        text = shown.inner_text()
+        for split in told["splits"]:
+            assert split["name"] in text
+        for finding in told["findings"]:
+            assert finding["message"].split("\n")[0][:40] in text
+        assert looked.overflow() <= 0
+        path = screenshots(tmp_path) / f"data-checked-{width}.png"
+        looked.page.screenshot(path=str(path), full_page=True)
+        assert looked.problems == []
 
 
 def test_search_map_and_specimens(browser: Any, run_folder: Path) -> None:

@@ -151,3 +151,18 @@ def test_nearest_in_blocks_is_a_plain_sort() -> None:
     np.fill_diagonal(scores, -np.inf)
     for i in (0, 1023, 1024, 1499):
         assert [j for j, _ in found[i]] == np.argsort(-scores[i])[:3].tolist()
+
+
+def test_p_values_stand_beside_the_run_that_was_compared_alone(tmp_path: Path, writer) -> None:
+    one, other, third = (writer(tmp_path / str(i) / f"run_{i}", n=30, seed=i) for i in range(3))
+    maps = ["--zsc-class-prompt-mapping", str(tmp_path / "0/prompts.json")]
+    maps += ["--zsc-specimen-class-mapping", str(tmp_path / "0/site.json")]
+    words = ["evaluate", "--predictions", str(one / "predictions.npz"), *maps]
+    words += ["--compare", str(other / "predictions.npz"), "--eval-metric-bootstraps", "30"]
+    assert main([*words, "--logs", str(tmp_path), "--name", "compared"]) == 0
+    compared = tmp_path / "compared"
+    stored = json.loads((compared / "comparison.json").read_text())
+    shown = data_of(write_page([compared, other], tmp_path / "a.html"))["comparison"]
+    assert shown is not None and len(shown["differences"]) == len(stored["differences"]) > 5
+    assert data_of(write_page([compared, third], tmp_path / "b.html"))["comparison"] is None
+    assert data_of(write_page([compared], tmp_path / "c.html"))["comparison"] is None

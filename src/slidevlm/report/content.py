@@ -49,10 +49,11 @@ def content(
     Raises:
         DataError: a file that cannot be read.
     """
+    shown = [_run(f, seen) for f, seen in zip_longest(runs, attention)]
     found = {
         "version": __version__,
-        "runs": [_run(f, seen) for f, seen in zip_longest(runs, attention)],
-        "comparison": _comparison(runs[0]) if len(runs) > 1 else None,
+        "runs": shown,
+        "comparison": _comparison(runs[0], shown) if len(runs) > 1 else None,
     }
     return _finite(found)
 
@@ -245,8 +246,12 @@ def _details(details: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _comparison(files: RunFiles) -> dict[str, Any] | None:
-    """Paired differences that `evaluate --compare` has left."""
+def _comparison(files: RunFiles, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Paired differences that `evaluate --compare` has left; None where they are of other runs.
+
+    What was compared is told by its values: paths may have moved, and a folder may have a newer
+    evaluation than the one that was compared.
+    """
     if files.predictions is None:
         return None
     path = files.predictions.with_name("comparison.json")
@@ -257,7 +262,21 @@ def _comparison(files: RunFiles) -> dict[str, Any] | None:
         {k: short(v) if isinstance(v, float) else v for k, v in row.items()}
         for row in stored["differences"]
     ]
+    one, other = (_values(run) for run in runs)
+    shared = [row for row in rows if f"{row['split']}/{row['metric']}" in one.keys() & other.keys()]
+    for row in shared:
+        name = f"{row['split']}/{row['metric']}"
+        if (one[name], other[name]) != (row["value"], row["other"]):
+            return None
+    if not shared:
+        return None
     return {"other": stored["other"], "differences": rows}
+
+
+def _values(run: Mapping[str, Any]) -> dict[str, Any]:
+    """`<split>/<task>/<metric>` -> value, as the page has it."""
+    metrics = (run["evaluation"] or {}).get("metrics", [])
+    return {f"{m['split']}/{m['task']}/{m['metric']}": m["value"] for m in metrics}
 
 
 # -- files ------------------------------------------------------------------------------------
