@@ -37,6 +37,8 @@ RECORDED = {
     "H&E 50% <5 >=10 5\u03bcm 1\u00bd": "h&e 50 % < 5 > = 10 5\u03bcm 1 1/2",
     "cm.macroscopic C.Received": "cm.macroscopic c.received",
     "** *bold* #1 #positive": "** * bold * # 1 #positive",
+    "seen in'total, represen'tative": "seen i n'total represe n'tative",
+    "present IN OM$ of the sun@ary @iscrer": "present in om$ of the sun@ary @iscrer",
     "[see] {x}": "-lsb- see -rsb- -lcb- x -rcb-",
 }  # fmt: skip
 
