@@ -84,7 +84,7 @@ def _help(argument: Argument) -> str:
     text = spec.help.replace("%", "%%")
     if spec.pending:
         text += " (not available yet)"
-    elif argument.kind != "switch" and default not in (None, "", {}) and not spec.positional:
+    elif argument.kind != "switch" and default not in (None, "", {}, ()) and not spec.positional:
         text += f" (default: {default})"
     return text
 
@@ -115,7 +115,7 @@ def _add(parser: Any, argument: Argument) -> None:
     if spec.choices:
         options |= {"choices": spec.choices}
     if kind == "list[str]":
-        options |= {"nargs": "+", "metavar": "FILE"}
+        options |= {"nargs": "+", "metavar": "FILE" if spec.file else "TEXT"}
     elif kind == "list[float]":
         options |= {"nargs": "+", "metavar": "X", "type": float}
     elif kind == "key=value...":
