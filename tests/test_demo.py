@@ -7,8 +7,8 @@ import io
 import json
 import os
 import re
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,44 +28,38 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(made: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_page_in_a_browser(browser: Any, made: tuple[Path, str], tmp_path: Path) -> None:
     """Plots, search, hover, no complaint, no overflow."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if program is None:
-        pytest.skip("no chromium here")
     folder, _ = made
     path = folder / "runs/demo/report.html"
     pictures = Path(os.environ.get("SLIDEVLM_SCREENSHOTS", tmp_path / "screenshots"))
     wanted = sorted((folder / "cohort/test.txt").read_text().split())[0]
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        for width in (1280, 400):
-            page = browser.new_page(viewport={"width": width, "height": 900})
-            problems: list[str] = []
-            page.on("console", lambda m, told=problems: told.append(m.text))
-            page.on("pageerror", lambda e, told=problems: told.append(str(e)))
-            page.goto(path.as_uri())
-            page.wait_for_selector("html[data-ready]")
-            for button in page.locator("#tabs button").all():
-                button.click()
-                name = (button.get_attribute("id") or "").removeprefix("button-")
-                for plot in page.locator(f"#tab-{name} .plot").all():
-                    plot.scroll_into_view_if_needed()
-                    plot.locator(".main-svg").first.wait_for()
-                wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
-                assert wide <= 0, f"{name} is wider than {width}"
-                page.screenshot(path=pictures / f"demo-{name}-{width}.png", full_page=True)
-            page.click("#button-specimens")
-            page.fill("#search", wanted)
-            page.wait_for_selector(".count:text-is('1\u20131 of 1')")
-            assert page.locator(".entry .entry-id").inner_text().startswith(wanted)
-            page.click("#button-map")
-            page.locator("#map-plot .points path").first.hover(force=True)
-            page.wait_for_selector("#tip:not([hidden])")
-            assert len(page.locator("#tip p").first.inner_text()) > 20, "hover shows the report"
-            assert problems == []
-        browser.close()
+    for width in (1280, 400):
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        problems: list[str] = []
+        page.on("console", lambda m, told=problems: told.append(m.text))
+        page.on("pageerror", lambda e, told=problems: told.append(str(e)))
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-ready]")
+        for button in page.locator("#tabs button").all():
+            button.click()
+            name = (button.get_attribute("id") or "").removeprefix("button-")
+            for plot in page.locator(f"#tab-{name} .plot").all():
+                plot.scroll_into_view_if_needed()
+                plot.locator(".main-svg").first.wait_for()
+            wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+            assert wide <= 0, f"{name} is wider than {width}"
+            page.screenshot(path=pictures / f"demo-{name}-{width}.png", full_page=True)
+        page.click("#button-specimens")
+        page.fill("#search", wanted)
+        page.wait_for_selector(".count:text-is('1\u20131 of 1')")
+        assert page.locator(".entry .entry-id").inner_text().startswith(wanted)
+        page.click("#button-map")
+        page.locator("#map-plot .points path").first.hover(force=True)
+        page.wait_for_selector("#tip:not([hidden])")
+        assert len(page.locator("#tip p").first.inner_text()) > 20, "hover shows the report"
+        assert problems == []
+        page.close()
 
 
 @pytest.mark.slow

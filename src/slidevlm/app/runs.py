@@ -116,10 +116,17 @@ def with_run_settings(run: Path, overrides: Config) -> Config:
     if decoding & given.keys():  # another way to write reports is not mixed with the run's own
         unwanted |= decoding
     values = {k: v for k, v in values.items() if k not in unwanted}
-    place = {"logs": str(run), "name": time.strftime("evaluation-%Y_%m_%d-%H_%M_%S")}
+    place = {"logs": str(run), "name": _evaluation_name(run)}
     if "resume" not in given and "pretrained" not in given:
         values["pretrained"] = str(checkpoint or run)
     return with_values(Config(), {**values, **place, **given, "test": True})
+
+
+def _evaluation_name(run: Path) -> str:
+    """`evaluation-<time>`, numbered where another one began within the same second."""
+    name = time.strftime("evaluation-%Y_%m_%d-%H_%M_%S")
+    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
+    return next(n for n in names if not (run / n).exists())
 
 
 @contextmanager
