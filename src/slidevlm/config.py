@@ -38,7 +38,6 @@ class Spec:
     file: bool = False  # the value names files that must exist
     shipped: bool = False  # the value may be the name of a shipped model configuration
     pending: bool = False  # the effect comes with a later release: any other value is refused
-    pending_values: tuple[Any, ...] = ()
     extra: bool = False  # not one of the 85 of the specification
 
 
@@ -733,8 +732,6 @@ def _pending(config: Config) -> Iterator[str]:
     for flag, value, default, spec in _entries(config):
         if spec.pending and value != default:
             yield f"{flag} is not available yet; leave it out"
-        elif value in spec.pending_values:
-            yield f"{flag} {value} is not available yet; choose another value"
 
 
 def _values(entries: Iterable[tuple[str, Any, Any, Spec]]) -> Iterator[str]:

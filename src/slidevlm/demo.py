@@ -57,8 +57,29 @@ def demo(
     if run.exists():
         raise ConfigError(f"{run} is there from an earlier demo; remove it or give another folder")
     cohort = synthesize_with_bar(folder / "cohort", specimens, seed)
+    config = _settings(cohort, folder, epochs=epochs, seed=seed, workers=workers)
+    metrics = train(config)
+    page = None
+    if find_spec("plotly") is not None:
+        page = write_page([run])
+    if as_json:
+        print(metrics_json(run, metrics))
+        return
+    print(
+        f"\ndone in {time.perf_counter() - began:.0f} s. Where to look:\n"
+        f"  {page or 'no page of the run'}   {_PAGE if page else _NO_PAGE}\n"
+        f"  {run}/test.md              results on the test split, with reports to read\n"
+        f"  {run}/captions_test.json   every generated report beside the true one\n"
+        f"  {run}/metrics.jsonl        learning curves\n"
+        f"  {run}/config.yaml          all settings; slidevlm train --config runs it again\n"
+        f"  {run}/checkpoints/         the trained model; slidevlm evaluate {run}"
+    )
+
+
+def _settings(cohort: DemoCohort, folder: Path, *, epochs: int, seed: int, workers: int) -> Config:
+    """The arguments of the demo's training."""
     tasks = ("diagnosis", "grade", "margin")
-    config = with_values(
+    return with_values(
         Config(),
         {
             "hdf5_filename": str(cohort.hdf5),
@@ -89,20 +110,4 @@ def demo(
             "name": "demo",
             "seed": seed,
         },
-    )
-    metrics = train(config)
-    page = None
-    if find_spec("plotly") is not None:
-        page = write_page([run])
-    if as_json:
-        print(metrics_json(run, metrics))
-        return
-    print(
-        f"\ndone in {time.perf_counter() - began:.0f} s. Where to look:\n"
-        f"  {page or 'no page of the run'}   {_PAGE if page else _NO_PAGE}\n"
-        f"  {run}/test.md              results on the test split, with reports to read\n"
-        f"  {run}/captions_test.json   every generated report beside the true one\n"
-        f"  {run}/metrics.jsonl        learning curves\n"
-        f"  {run}/config.yaml          all settings; slidevlm train --config runs it again\n"
-        f"  {run}/checkpoints/         the trained model; slidevlm evaluate {run}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,25 +91,6 @@ def fit(
     if start.training is not None:
         progress = _go_on(start.training, step, order, optim.accum_freq)
 
-    def state(
-        at: ckpt.Progress, metrics: dict[str, float]
-    ) -> tuple[ckpt.ModelState, ckpt.TrainState]:
-        model = _steady(trained)
-        if average is not None:
-            model = replace(model, averaged=average.state())
-        return model, ckpt.TrainState(
-            progress=at,
-            optimizer=step.optimizer.state_dict(),
-            scaler=step.scaler.state_dict(),
-            random=dist.gather_objects(ckpt.random_state()),
-            order=order,
-            skipped=step.skipped,
-            config=to_yaml(config),
-            metrics=metrics,
-            threads=torch.get_num_threads(),
-            accum_freq=optim.accum_freq,
-        )
-
     def evaluate(epoch: int, write: bool, at: int) -> dict[str, float]:
         with nullcontext() if average is None else average.in_place():
             return judge.epoch(data.vals, epoch, write, at)
@@ -116,7 +98,7 @@ def fit(
     watcher = RunWatcher(
         run,
         _keeper(config, folder),
-        state,
+        _states(config, trained, step, average, order),
         evaluate,
         _rhythm(config, steps_an_epoch),
         progress,
@@ -141,6 +123,33 @@ def fit(
     elif average is not None:
         average.put()  # what comes after training is of the averages
     return Fitted(watcher.metrics, finished=not watcher.stops)
+
+
+def _states(
+    config: Config, trained: Trained, step: Step, average: Average | None, order: dict[str, int]
+) -> Callable[[ckpt.Progress, dict[str, float]], tuple[ckpt.ModelState, ckpt.TrainState]]:
+    """Progress and metrics -> what a checkpoint holds; a collective call."""
+
+    def state(
+        at: ckpt.Progress, metrics: dict[str, float]
+    ) -> tuple[ckpt.ModelState, ckpt.TrainState]:
+        model = _steady(trained)
+        if average is not None:
+            model = replace(model, averaged=average.state())
+        return model, ckpt.TrainState(
+            progress=at,
+            optimizer=step.optimizer.state_dict(),
+            scaler=step.scaler.state_dict(),
+            random=dist.gather_objects(ckpt.random_state()),
+            order=order,
+            skipped=step.skipped,
+            config=to_yaml(config),
+            metrics=metrics,
+            threads=torch.get_num_threads(),
+            accum_freq=config.optim.accum_freq,
+        )
+
+    return state
 
 
 def _steady(trained: Trained) -> ckpt.ModelState:
