@@ -431,7 +431,8 @@ def markdown_table() -> str:
     parts = [
         "# Arguments of `slidevlm train`",
         "",
-        "Generated from `src/slidevlm/config.py` by `python -m slidevlm.flags`; do not edit.",
+        "Generated from `src/slidevlm/config.py` by `python -m slidevlm.flags`; do not edit. Behind the",
+        "arguments stands where each takes effect and which tests show it.",
         "Beside the 85 of the specification there are a few more, marked +. *Later*: refused",
         "until the release that brings its effect.",
     ]
@@ -449,5 +450,62 @@ def markdown_table() -> str:
     return "\n".join(parts) + "\n"
 
 
+def markdown_effects(effects: Mapping[str, Any]) -> str:
+    """The second part of docs/arguments.md: where each argument takes effect, what shows it.
+
+    Args:
+        effects: docs/spec/effects.yaml, {flag: {"in": modules, "shown": tests, "edges": {...}}}.
+    """
+    parts = [
+        "",
+        "## Where each takes effect, and the tests that show it",
+        "",
+        "Modules lie below `src/slidevlm`, tests below `tests`. An edge is a case at the border of",
+        "what an argument can mean, with its test; ranges and choices are tested for all of them.",
+        "The source is `docs/spec/effects.yaml`, which `tests/test_effects.py` holds to the code.",
+        "",
+        "| argument | takes effect in | shown by | edges |",
+        "|---|---|---|---|",
+    ]
+    for a in arguments():
+        effect = effects.get(a.flag, {})
+        edges = [f"{what}: {_test(test)}" for what, test in effect.get("edges", {}).items()]
+        if bounds := _bounds(a.spec):
+            edges.insert(0, bounds)
+        cells = [
+            f"`{a.flag}`",
+            ", ".join(f"`{module}.py`" for module in effect.get("in", ())),
+            ", ".join(map(_test, effect.get("shown", ()))),
+            "; ".join(edges),
+        ]
+        parts.append(f"| {' | '.join(cells)} |")
+    return "\n".join(parts) + "\n"
+
+
+def _test(name: str) -> str:
+    file, _, function = name.partition("::")
+    return f"`{file}.py::{function}`"
+
+
+def _bounds(spec: Spec) -> str:
+    """The range of a number in words."""
+    bounds = {
+        "at least": spec.minimum,
+        "greater than": spec.above,
+        "at most": spec.maximum,
+        "less than": spec.below,
+    }
+    return ", ".join(f"{word} {limit:g}" for word, limit in bounds.items() if limit is not None)
+
+
+def _main() -> None:
+    """Print docs/arguments.md; of a checkout, since the package itself has no tests."""
+    import yaml
+
+    file = Path(__file__).parents[2] / "docs/spec/effects.yaml"
+    effects = yaml.safe_load(file.read_text(encoding="utf-8"))
+    print(markdown_table() + markdown_effects(effects), end="")
+
+
 if __name__ == "__main__":
-    print(markdown_table(), end="")
+    _main()

@@ -13,14 +13,11 @@ from slidevlm.app.trained import restore
 from slidevlm.config import Config, with_values
 from slidevlm.data.cases import open_store
 from slidevlm.data.dataset import BagDataset, collate
-from slidevlm.data.synthetic import DemoCohort, synthesize
+from slidevlm.data.synthetic import DemoCohort
 from slidevlm.models.generate import Decoding, generate
 from slidevlm.train import checkpoint as ckpt
 
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> DemoCohort:
-    return synthesize(tmp_path_factory.mktemp("demo") / "cohort", specimens=60, seed=1)
+SPECIMENS = 60
 
 
 @pytest.fixture(scope="module")

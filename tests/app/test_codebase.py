@@ -17,38 +17,14 @@ import slidevlm
 from slidevlm.app import codebase, train
 from slidevlm.app.runs import with_run_settings
 from slidevlm.config import Config, validate, with_values
-from slidevlm.data.synthetic import DemoCohort, synthesize
+from slidevlm.data.synthetic import DemoCohort
 from slidevlm.errors import ConfigError
 from slidevlm.flags import arguments
 
 FLAGS = {a.name: a.flag for a in arguments()}
 PACKAGE = Path(slidevlm.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> DemoCohort:
-    return synthesize(tmp_path_factory.mktemp("demo") / "cohort", specimens=60, seed=1)
-
-
-def settings(cohort: DemoCohort, logs: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "hdf5_filename": str(cohort.hdf5),
-        "hdf5_feature_attribute": "demo",
-        "hdf5_text_attribute": "report",
-        "train_split": str(cohort.split("train")),
-        "model": "coca_tiny",
-        "batch_size": 4,
-        "num_samples": 16,
-        "image_features_cutoff": 20,
-        "workers": 1,
-        "epochs": 2,
-        "precision": "fp32",
-        "device": "cpu",
-        "log_every_n_steps": 1,
-        "logs": str(logs),
-        "name": "run",
-        **more,
-    }
+SPECIMENS = 60
+SETTINGS = {"batch_size": 4, "num_samples": 16, "workers": 1}
 
 
 def words(values: dict[str, Any]) -> list[str]:
@@ -104,11 +80,11 @@ def ran(run: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_copy_runs_whatever_becomes_of_the_original(
-    cohort: DemoCohort, tmp_path: Path, processes: int
+    settings: dict[str, Any], cohort: DemoCohort, tmp_path: Path, processes: int
 ) -> None:
     installation = Installation(tmp_path)
     run = tmp_path / "logs" / "run"
-    given = words(settings(cohort, tmp_path / "logs", save_frequency=1))
+    given = words(settings | {"save_frequency": 1})
     process = installation.start(*given, "--copy-codebase", "--json", processes=processes)
     # Until the copy is whole the original is needed; then it never is again.
     wait_for(run / "environment.json", process)
@@ -146,9 +122,9 @@ def test_the_copy_runs_whatever_becomes_of_the_original(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_runs_the_present_code(cohort: DemoCohort, tmp_path: Path) -> None:
+def test_a_resumed_run_runs_the_present_code(settings: dict[str, Any], tmp_path: Path) -> None:
     installation = Installation(tmp_path)
-    values = settings(cohort, tmp_path / "logs", save_frequency=1, epochs=1)
+    values = settings | {"save_frequency": 1, "epochs": 1}
     run = tmp_path / "logs" / "run"
     code, _, err = finish(installation.start(*words(values), "--copy-codebase"))
     assert code == 0, err
@@ -167,8 +143,10 @@ def test_a_resumed_run_runs_the_present_code(cohort: DemoCohort, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_mistake_found_by_the_copy_leaves_no_run(cohort: DemoCohort, tmp_path: Path) -> None:
-    values = settings(cohort, tmp_path / "logs", hdf5_feature_attribute="lacking")
+def test_a_mistake_found_by_the_copy_leaves_no_run(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    values = settings | {"hdf5_feature_attribute": "lacking"}
     del values["name"]  # the copy is told the name that its forerunner chose
     code, _, err = finish(Installation(tmp_path).start(*words(values), "--copy-codebase"))
     assert code == 2 and "lacking" in err and "running the copy" in err, err
@@ -176,15 +154,17 @@ def test_a_mistake_found_by_the_copy_leaves_no_run(cohort: DemoCohort, tmp_path:
     assert not list((tmp_path / "logs").iterdir())
 
 
-def test_python_is_told_to_use_the_command(cohort: DemoCohort, tmp_path: Path) -> None:
-    config = with_values(Config(), settings(cohort, tmp_path / "logs", copy_codebase=True))
+def test_python_is_told_to_use_the_command(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = with_values(Config(), settings | {"copy_codebase": True})
     with pytest.raises(ConfigError, match="only with the command `slidevlm train`"):
         train(config)
     assert not (tmp_path / "logs").exists()
 
 
-def test_without_a_run_folder_there_is_no_place_for_it(cohort: DemoCohort, tmp_path: Path) -> None:
-    config = with_values(Config(), settings(cohort, Path("None"), copy_codebase=True))
+def test_without_a_run_folder_there_is_no_place_for_it(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = with_values(Config(), settings | {"logs": "None", "copy_codebase": True})
     with pytest.raises(ConfigError, match="--copy-codebase copies into the run folder"):
         validate(config)
 

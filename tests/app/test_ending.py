@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from slidevlm.data.synthetic import DemoCohort, synthesize
+from slidevlm.data.synthetic import DemoCohort
 from slidevlm.flags import arguments
 from slidevlm.train import checkpoint as ckpt
 
@@ -25,11 +25,7 @@ pytestmark = [
 ]
 EPOCHS = 12
 FLAGS = {a.name: a.flag for a in arguments()}
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> DemoCohort:
-    return synthesize(tmp_path_factory.mktemp("demo") / "cohort", specimens=60, seed=1)
+SPECIMENS = 60
 
 
 def command(

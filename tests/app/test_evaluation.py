@@ -18,16 +18,12 @@ import pytest
 from slidevlm.app import evaluate_run, train
 from slidevlm.cli import main
 from slidevlm.config import Config, with_values
-from slidevlm.data.synthetic import DemoCohort, synthesize
+from slidevlm.data.synthetic import DemoCohort
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval.stored import load
 
 LABELS = "diagnosis"
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> DemoCohort:
-    return synthesize(tmp_path_factory.mktemp("demo") / "cohort", specimens=80, seed=1)
+SPECIMENS = 80
 
 
 @pytest.fixture(scope="module")

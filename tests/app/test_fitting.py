@@ -12,37 +12,11 @@ import torch
 
 from slidevlm.app import evaluate_run, train
 from slidevlm.config import Config, with_values
-from slidevlm.data.synthetic import DemoCohort, synthesize
+from slidevlm.data.synthetic import DemoCohort
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.train import checkpoint as ckpt
 
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> DemoCohort:
-    return synthesize(tmp_path_factory.mktemp("demo") / "cohort", specimens=30, seed=1)
-
-
-@pytest.fixture
-def settings(cohort: DemoCohort, tmp_path: Path) -> dict[str, Any]:
-    """Two steps an epoch, two epochs."""
-    return {
-        "hdf5_filename": str(cohort.hdf5),
-        "hdf5_feature_attribute": "demo",
-        "hdf5_text_attribute": "report",
-        "train_split": str(cohort.split("train")),
-        "model": "coca_tiny",
-        "batch_size": 8,
-        "image_features_cutoff": 20,
-        "workers": 0,
-        "epochs": 2,
-        "warmup": 0,
-        "lr": 1e-2,
-        "precision": "fp32",
-        "device": "cpu",
-        "log_every_n_steps": 1,
-        "logs": str(tmp_path / "logs"),
-        "name": "run",
-    }
+SETTINGS = {"warmup": 0, "lr": 1e-2}
 
 
 def run(settings: dict[str, Any], **more: Any) -> Path:
@@ -107,6 +81,11 @@ def test_another_optimizer_trains_and_goes_on_exactly(settings: dict[str, Any]) 
             {"lr_scheduler": "const-cooldown", "epochs_cooldown": 1, "lr_cooldown_end": 5e-3},
             [1.0, 1.0, 1.0, 0.75],
         ),
+        (
+            {"lr_scheduler": "const-cooldown", "epochs_cooldown": 1, "lr_cooldown_power": 2.0},
+            [1.0, 1.0, 1.0, 0.25],
+        ),
+        ({"lr_scheduler": "const"}, [1.0, 1.0, 1.0, 1.0]),
         ({"epochs": 1, "batch_size": 16}, [1.0]),
     ],
 )

@@ -15,7 +15,6 @@ from slidevlm.app import train
 from slidevlm.app.preparing import prepare
 from slidevlm.app.trained import Trained
 from slidevlm.config import Config, with_values
-from slidevlm.data.synthetic import DemoCohort, synthesize
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models import build_model, from_dict, zoo
 from slidevlm.precision import resolve
@@ -26,34 +25,14 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 IMAGE = ("slide.", "slide_pooler.", "slide_project.")
 LORA = {"lora": [{"part": "text", "targets": ["project"], "rank": 2}]}
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> DemoCohort:
-    return synthesize(tmp_path_factory.mktemp("demo") / "cohort", specimens=40, seed=1)
-
-
-@pytest.fixture
-def settings(cohort: DemoCohort, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "hdf5_filename": str(cohort.hdf5),
-        "hdf5_feature_attribute": "demo",
-        "hdf5_text_attribute": "report",
-        "train_split": str(cohort.split("train")),
-        "val_split": (str(cohort.split("val")),),
-        "model": "coca_tiny",
-        "batch_size": 8,
-        "image_features_cutoff": 30,
-        "workers": 0,
-        "epochs": 2,
-        "warmup": 0,
-        "lr": 3e-3,
-        "precision": "fp32",
-        "device": "cpu",
-        "save_frequency": 1,
-        "logs": str(tmp_path / "logs"),
-        "name": "run",
-    }
+SPECIMENS = 40
+SETTINGS = {
+    "val_split": "val",
+    "image_features_cutoff": 30,
+    "warmup": 0,
+    "lr": 3e-3,
+    "save_frequency": 1,
+}
 
 
 def run(settings: dict[str, Any], **more: Any) -> dict[str, float]:

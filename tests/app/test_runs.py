@@ -27,41 +27,21 @@ from slidevlm.app import evaluate_run, train
 from slidevlm.cli import main
 from slidevlm.config import Config, with_values
 from slidevlm.data.formats.hdf5_cases import CaseWriter
-from slidevlm.data.synthetic import DemoCohort, synthesize
+from slidevlm.data.synthetic import DemoCohort
 from slidevlm.errors import CheckpointError, ConfigError, DataError, SlideVLMError
 from slidevlm.flags import arguments
 from slidevlm.train import checkpoint as ckpt
 
 FLAGS = {a.name: a.flag for a in arguments()}
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> DemoCohort:
-    return synthesize(tmp_path_factory.mktemp("demo") / "cohort", specimens=60, seed=1)
-
-
-@pytest.fixture
-def settings(cohort: DemoCohort, tmp_path: Path) -> dict[str, Any]:
-    """Three steps an epoch, two epochs."""
-    return {
-        "hdf5_filename": str(cohort.hdf5),
-        "hdf5_feature_attribute": "demo",
-        "hdf5_text_attribute": "report",
-        "train_split": str(cohort.split("train")),
-        "val_split": (str(cohort.split("val")),),
-        "model": "coca_tiny",
-        "batch_size": 12,
-        "image_features_cutoff": 40,
-        "workers": 0,
-        "epochs": 2,
-        "warmup": 2,
-        "lr": 3e-3,
-        "precision": "fp32",
-        "device": "cpu",
-        "log_every_n_steps": 1,
-        "logs": str(tmp_path / "logs"),
-        "name": "run",
-    }
+SPECIMENS = 60
+# Three steps an epoch.
+SETTINGS = {
+    "val_split": "val",
+    "batch_size": 12,
+    "image_features_cutoff": 40,
+    "warmup": 2,
+    "lr": 3e-3,
+}
 
 
 def config_of(settings: dict[str, Any], **more: Any) -> Config:

@@ -14,39 +14,12 @@ import torch
 
 from slidevlm.app import evaluate_run, train
 from slidevlm.config import Config, with_values
-from slidevlm.data.synthetic import DemoCohort, synthesize
 from slidevlm.errors import ConfigError
 from slidevlm.flags import arguments
 from slidevlm.train import checkpoint as ckpt
 
 FLAGS = {a.name: a.flag for a in arguments()}
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> DemoCohort:
-    return synthesize(tmp_path_factory.mktemp("demo") / "cohort", specimens=30, seed=1)
-
-
-@pytest.fixture
-def settings(cohort: DemoCohort, tmp_path: Path) -> dict[str, Any]:
-    """Two steps an epoch, two epochs."""
-    return {
-        "hdf5_filename": str(cohort.hdf5),
-        "hdf5_feature_attribute": "demo",
-        "hdf5_text_attribute": "report",
-        "train_split": str(cohort.split("train")),
-        "model": "coca_tiny",
-        "batch_size": 8,
-        "image_features_cutoff": 20,
-        "workers": 0,
-        "epochs": 2,
-        "precision": "fp32",
-        "device": "cpu",
-        "log_every_n_steps": 1,
-        "save_every_n_steps": 1,
-        "logs": str(tmp_path / "logs"),
-        "name": "run",
-    }
+SETTINGS = {"save_every_n_steps": 1}
 
 
 def run(settings: dict[str, Any], **more: Any) -> Path:
