@@ -311,3 +311,20 @@ def test_help_names_kind_and_default(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "usage: x PLACE [--argument value ...]" in shown and "--count N" in shown
     assert "how many (default: 3)" in shown and "--no-loud" not in shown
+
+
+@dataclass(frozen=True)
+class _Places:
+    """arguments: places."""
+
+    run: str = arg("", "needed", positional=True)
+    other: str | None = arg("", "or not", positional=True)
+    folder: str = arg("demo", "has a default", positional=True)
+
+
+def test_usage_has_brackets_where_a_word_may_be_left_out(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"], "prog", {"arguments": _Places}, "what it does")
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "usage: prog RUN [OTHER] [FOLDER] [--argument value ...]"
+    )

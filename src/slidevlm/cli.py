@@ -72,7 +72,7 @@ def _train(argv: Sequence[str]) -> None:
 class _EvaluateArguments:
     """arguments: what is evaluated."""
 
-    run: str = arg("", "folder of a run, or a checkpoint file of one", positional=True)
+    run: str | None = arg("", "folder of a run, or a checkpoint file of one", positional=True)
     predictions: str | None = arg(
         None,
         "instead of a run: its stored predictions.npz, scored again without model or data",

@@ -41,6 +41,13 @@ class Argument:
     default: Any
     spec: Spec
     group: str
+    may_be_none: bool = False
+
+    @property
+    def usage(self) -> str:
+        """A positional in a line of usage: in brackets where the command works without it."""
+        required = self.default == "" and not self.may_be_none
+        return self.flag if required else f"[{self.flag}]"
 
 
 def kind_of(annotation: Any) -> str:
@@ -64,7 +71,9 @@ def arguments(groups: Mapping[str, type] = GROUPS) -> tuple[Argument, ...]:
         hints = typing.get_type_hints(cls)
         for name, default, spec in declarations(cls):
             flag = name.upper() if spec.positional else flag_of(name, spec)
-            found.append(Argument(name, flag, kind_of(hints[name]), default, spec, group))
+            optional = type(None) in typing.get_args(hints[name])
+            kind = kind_of(hints[name])
+            found.append(Argument(name, flag, kind, default, spec, group, optional))
     return tuple(found)
 
 
@@ -168,7 +177,7 @@ def parse(
     known = arguments(groups)
     if list(argv) == [LIST]:
         raise Listed(known)
-    positional = "".join(f" {a.flag}" for a in known if a.spec.positional)
+    positional = "".join(f" {a.usage}" for a in known if a.spec.positional)
     parser = _Parser(
         prog=prog,
         usage=f"{prog}{positional} [--argument value ...]",

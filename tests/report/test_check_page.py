@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+from hashlib import sha256
 from html import escape
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +73,38 @@ def test_nothing_in_the_data_acts_on_the_page(report):
     policy = next(a["content"] for t, a in parsed.tags if t == "meta" and "http-equiv" in a)
     assert policy.startswith("default-src 'none'; ")
     assert "http" not in policy and "connect-src" not in policy
+    scripts = policy.split("script-src ")[1].split(";")[0]
+    assert "unsafe" not in scripts
+    digests = [base64.b64encode(sha256(s.encode()).digest()).decode() for s in parsed.scripts]
+    assert scripts.split() == [f"'sha256-{digest}'" for digest in digests]
+
+
+def test_a_page_without_plots_admits_no_script() -> None:
+    parsed = Page(page(CheckReport(), "var Plotly;"))
+    policy = next(a["content"] for t, a in parsed.tags if t == "meta" and "http-equiv" in a)
+    assert "script-src 'none';" in policy and not parsed.scripts
+
+
+def test_a_browser_draws_the_plots(browser: Any, report, tmp_path: Path) -> None:
+    """The page's own policy holds in it: its scripts run, one put in from outside does not."""
+    plotly = pytest.importorskip("plotly.offline")
+    content = page(report, plotly.get_plotlyjs())
+    for name, text in (
+        ("own", content),
+        ("other", content.replace("</body>", "<script>window.hacked=1</script></body>")),
+    ):
+        (tmp_path / f"{name}.html").write_text(text, encoding="utf-8")
+        looked = browser.new_page()
+        problems: list[str] = []
+        looked.on("console", lambda m, problems=problems: problems.append(m.text))
+        looked.on("pageerror", lambda e, problems=problems: problems.append(str(e)))
+        looked.goto((tmp_path / f"{name}.html").as_uri())
+        looked.wait_for_selector("#plot1 .main-svg")
+        assert looked.locator("#plot0 .bars .point").count() == 2
+        assert looked.evaluate("window.hacked === undefined")
+        assert len(problems) == (name == "other")
+        assert all("Content Security Policy" in text for text in problems)
+        looked.close()
 
 
 def test_plots_have_the_numbers(report):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from slidevlm.app.page import run_files, write_page
 from slidevlm.cli import main
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval.stored import load
-from slidevlm.report.embedding_map import nearest, pca
+from slidevlm.report.embedding_map import nearest, pca, umap
 from slidevlm.report.run_page import as_json
 from slidevlm.report.specimens import roc
 
@@ -142,6 +143,51 @@ def test_pca_is_scikit_learns_and_broken_rows_have_no_place() -> None:
         assert found[axis][-1] is None
     assert found["share"] == pytest.approx(reference.explained_variance_ratio_, abs=1e-4)
     assert pca(np.ones((1, 3)))["x"] == [0.0]
+
+
+def test_umap_is_a_second_map_where_it_is_installed(run_folder: Path) -> None:
+    pytest.importorskip("umap", reason="extra umap")
+    shown = data_of(write_page([run_folder]))["runs"][0]["specimens"]
+    assert [one["name"] for one in shown["maps"]] == ["PCA", "UMAP"] and shown["umap"] == "there"
+    rows = load(run_files(run_folder).predictions).splits["test"].image_embedding
+    assert rows is not None
+    found = umap(rows)
+    assert found == umap(rows), "seeded"
+    assert {k: shown["maps"][1][k] for k in "xy"} == {k: found[k] for k in "xy"}
+    places = np.stack([found["x"], found["y"]], 1).astype(float)
+    apart = np.linalg.norm(places[:, None] - places[None], axis=2)
+    np.fill_diagonal(apart, np.inf)
+    classes = np.arange(60) % 3  # the embeddings' clusters
+    assert (classes[apart.argmin(1)] == classes).mean() > 0.8, "neighbours stay neighbours"
+    broken = rows.copy()
+    broken[3] = np.nan
+    assert umap(broken)["x"][3] is None
+
+
+def test_the_page_names_the_extra_of_umap(run_folder: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "umap", None)
+    page = write_page([run_folder])
+    shown = data_of(page)["runs"][0]["specimens"]
+    assert [one["name"] for one in shown["maps"]] == ["PCA"] and shown["umap"] == "not installed"
+    assert "pip install 'slidevlm[umap]'" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"slide": {"type": "perceiver"}}, None),
+        ({"slide": {"type": "vit"}}, None),
+        ({"slide": {"type": "mean"}}, "encoder mean has no attention"),
+        ({"slide": {"type": "longnet"}}, "encoder longnet has no attention"),
+        ({"family": "lm"}, "language model reads no tiles"),
+    ],
+)
+def test_attention_is_offered_where_there_is_one(run_folder: Path, model, said) -> None:
+    (run_folder / "model.json").write_text(json.dumps(model))
+    run = data_of(write_page([run_folder]))["runs"][0]
+    offered = [one for one in run["lacking"] if "--attention" in one["command"]]
+    assert len(offered) == (said is None)
+    assert run["refused"] is None if said is None else said in run["refused"]
 
 
 def test_nearest_in_blocks_is_a_plain_sort() -> None:

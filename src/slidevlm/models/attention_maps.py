@@ -31,7 +31,7 @@ from slidevlm.models.attention import (
 from slidevlm.models.coca import CoCa
 from slidevlm.models.mode import evaluation_mode
 from slidevlm.models.slide.abmil import ABMIL
-from slidevlm.models.slide.base import moments
+from slidevlm.models.slide.base import SLIDE_ENCODERS, moments
 from slidevlm.models.slide.perceiver import Perceiver
 from slidevlm.models.slide.pooler import Pooler
 from slidevlm.models.slide.transformer import Transformer
@@ -64,6 +64,11 @@ class _Mix:
 
 
 _Step = _Over | _Given | _Mix
+
+
+def followed(name: str) -> bool:
+    """Whether the attention of slide encoders of this name can be followed to single tiles."""
+    return name in SLIDE_ENCODERS and issubclass(SLIDE_ENCODERS[name], tuple(_TRACES))
 
 
 def slide_attention(model: CoCa, bags: Bags) -> Tensor:

@@ -9,13 +9,10 @@ from typing import Any
 
 from slidevlm.data.check import CheckReport, ClassTable, Cohort, Finding, Histogram
 from slidevlm.report.plain import printable, shortened, table
+from slidevlm.report.policy import closed, policy
 
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 _SPLIT_HEADER = ("split", "identifiers", "specimens", "patients", "tiles", "reports", "truncated")
-# Nothing may be fetched or sent, whatever a report or a name contains.
-_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-)
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em;
   color: #222; }
@@ -65,10 +62,18 @@ def page(report: CheckReport, plotly: str) -> str:
     Args:
         plotly: the source of plotly.js.
     """
+    figures = [_histogram_figure(one) for one in report.histograms]
+    figures += [_class_figure(one) for one in report.classes]
+    calls = "".join(
+        f'Plotly.newPlot("plot{i}",{_script(data)},{_script(layout)},'
+        '{"displaylogo":false,"responsive":true});'
+        for i, (data, layout) in enumerate(figures)
+    )
+    scripts = [closed(plotly), calls] if figures else []
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(_POLICY)}">',
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy(*scripts))}">',
         f"<title>slidevlm data check</title><style>{_STYLE}</style></head><body>",
         f"<h1>Data check</h1><p>{html.escape(verdict(report))}</p>",
         "<h2>Findings</h2>",
@@ -78,18 +83,10 @@ def page(report: CheckReport, plotly: str) -> str:
         parts += ["<h2>Cohort</h2>", _table(("", ""), _cohort(report.cohort))]
     if report.splits:
         parts += ["<h2>Splits</h2>", _table(_SPLIT_HEADER, _split_rows(report))]
-    figures = [_histogram_figure(one) for one in report.histograms]
-    figures += [_class_figure(one) for one in report.classes]
     if figures:
         parts.append("<h2>Distributions</h2>")
         parts += [f'<div class="plot" id="plot{i}"></div>' for i in range(len(figures))]
-        parts.append(f"<script>{plotly}</script>")
-        calls = "".join(
-            f'Plotly.newPlot("plot{i}",{_script(data)},{_script(layout)},'
-            '{"displaylogo":false,"responsive":true});'
-            for i, (data, layout) in enumerate(figures)
-        )
-        parts.append(f"<script>{calls}</script>")
+        parts += [f"<script>{script}</script>" for script in scripts]
     for one in report.classes:
         rows = [(n, *(c[i] for c in one.counts.values())) for i, n in enumerate(one.classes)]
         parts += [f"<h3>{html.escape(one.name)}</h3>", _table(("class", *one.counts), rows)]

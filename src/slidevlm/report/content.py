@@ -20,6 +20,7 @@ from slidevlm import __version__
 from slidevlm.config import GROUPS, declarations, flag_of
 from slidevlm.errors import DataError
 from slidevlm.eval.stored import FILE
+from slidevlm.models.attention_maps import followed
 from slidevlm.report.specimens import specimens
 from slidevlm.run import METRICS
 
@@ -80,8 +81,21 @@ def _run(files: RunFiles, attention: Mapping[str, Any] | None) -> dict[str, Any]
             for path in sorted(files.folder.glob("missing_*.txt"))
         },
     }
+    run["refused"] = _refused(run["model"])
     run["lacking"] = _lacking(files, run)
     return run
+
+
+def _refused(model: Mapping[str, Any] | None) -> str | None:
+    """Why the attention of a model (model.json) cannot be shown; None where it can, or may."""
+    if model is None:
+        return None
+    slide = model.get("slide")
+    if not slide:
+        return "A language model reads no tiles: there is no attention to show."
+    if followed(str(slide.get("type"))):
+        return None
+    return f"The slide encoder {slide.get('type')} has no attention over single tiles to show."
 
 
 def _lacking(files: RunFiles, run: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -107,7 +121,7 @@ def _lacking(files: RunFiles, run: Mapping[str, Any]) -> list[dict[str, str]]:
             )
     if table is not None and table["generated"] is None:
         add("generated reports", "specimens", f"{evaluate} --save-captions")
-    if run["attention"] is None and (run["model"] or {}).get("slide"):
+    if run["attention"] is None and run["model"] and run["refused"] is None:
         add("where the model attends", "attention", f"slidevlm report {folder} --attention 8")
     if run["check"] is None:
         add(

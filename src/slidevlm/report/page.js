@@ -617,7 +617,7 @@ function mapTab() {
   host.append(panel(holder, node, h("p", { class: "caption" },
     "Each point is the embedding of a specimen; those near each other look alike to the model. Hover shows id and report, a click opens the specimen. ",
     "Two dimensions keep a part of the distances only: points that overlap here may be far apart. ",
-    s.umap === "not installed" ? "For a UMAP beside it, install umap-learn and make the page again." : "")));
+    s.umap === "not installed" ? "For a UMAP beside it, install the extra (pip install 'slidevlm[umap]') and make the page again." : "")));
   return [host];
 }
 function later(action) {
@@ -806,6 +806,7 @@ function dropPlot(one) {
 }
 function attentionTab() {
   const having = RUNS.filter((run) => run.attention);
+  if (!having.length && RUNS.every((run) => run.refused)) return [panel(...RUNS.map((run, i) => h("p", { class: "note" }, badge(i), " ", run.refused)))];
   if (!having.length) return [panel(note("Where the model attends was not asked for. It needs the run's features; make the page again with:"), h("p", {}, code(`slidevlm report ${A.folder} --attention 8`)))];
   const state = { run: RUNS.indexOf(having[0]), at: 0, slide: 0, k: 0 };
   const controls = h("div", {}), side = h("div", { class: "sentences" }), said = h("p", { class: "caption" }), told = h("p", { class: "caption" });

@@ -7,14 +7,14 @@ the scripts whose hashes it names.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
 import json
 import re
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
+
+from slidevlm.report.policy import closed, policy
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
@@ -27,12 +27,12 @@ def render(content: Mapping[str, Any], plotly: str) -> str:
         plotly: the source of plotly.js.
     """
     # In one pass, so that nothing in the data is taken for a place of the template.
-    script = _closed(_file("page.js"))
-    plotly = _closed(plotly)
+    script = closed(_file("page.js"))
+    plotly = closed(plotly)
     names = " and ".join(run["name"] for run in content["runs"])
     parts = {
         "title": html.escape(names),
-        "policy": html.escape(_policy(plotly, script)),
+        "policy": html.escape(policy(plotly, script)),
         "style": _file("page.css"),
         "data": as_json(content),
         "plotly": plotly,
@@ -50,20 +50,3 @@ def as_json(value: Any) -> str:
 
 def _file(name: str) -> str:
     return resources.files("slidevlm.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _closed(script: str) -> str:
-    """A script whose strings cannot end the element it stands in."""
-    return re.sub("</(?=script)", "<\\/", script, flags=re.IGNORECASE).replace("<!--", "<\\!--")
-
-
-def _policy(*scripts: str) -> str:
-    hashes = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
-        for s in scripts
-    )
-    # Plotly writes style attributes; images are the data of slides and of saved plots.
-    return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
