@@ -142,7 +142,7 @@ class _ScoreArguments:
     ci: float = arg(
         0.95, "coverage of the intervals", above=0.0, below=1.0, also=("--eval-metric-ci",)
     )
-    seed: int = arg(0, "of the resamples", minimum=0)
+    seed: int = arg(0, "of the resamples", minimum=0, maximum=1e18)
     clinical: str | None = arg(
         None, "YAML of your own for clinical agreement; see docs/reports.md", file=True
     )
@@ -241,7 +241,7 @@ class _SynthesizeArguments:
 
     folder: str = arg("", "where to write it", positional=True)
     specimens: int = arg(480, "number of specimens", minimum=20)
-    seed: int = arg(0, "seed; equal seeds give equal cohorts", minimum=0)
+    seed: int = arg(0, "seed; equal seeds give equal cohorts", minimum=0, maximum=1e18)
 
 
 SYNTHESIZE_HELP = """\
@@ -432,7 +432,7 @@ class _SplitArguments:
         file=True,
     )
     site_column: str | None = arg(None, "column of --site-table", default_text="site")
-    seed: int = arg(0, "equal seeds give equal splits", minimum=0)
+    seed: int = arg(0, "equal seeds give equal splits", minimum=0, maximum=1e18)
     json: bool = arg(False, cli_use.JSON)
 
 
@@ -576,7 +576,7 @@ class _DemoArguments:
     folder: str = arg("demo", "folder for the cohort and the run", positional=True)
     specimens: int = arg(480, "number of specimens", minimum=20)
     epochs: int = arg(14, "epochs", minimum=1)
-    seed: int = arg(0, "seed of cohort and training", minimum=0)
+    seed: int = arg(0, "seed of cohort and training", minimum=0, maximum=1e18)
     workers: int = arg(1, "reading processes; 0 reads in one", minimum=0)
     json: bool = arg(False, cli_use.JSON)
 

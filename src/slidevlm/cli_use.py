@@ -116,7 +116,7 @@ class _CaptionArguments(_UseArguments):
     repetition_penalty: float = arg(1.0, "above 1, tokens that are there already cost", above=0.0)
     no_repeat_ngram: int = arg(0, "no run of so many tokens twice; 0: any", minimum=0)
     best: int = arg(1, "reports of each specimen", minimum=1)
-    seed: int = arg(0, "of the draws", minimum=0)
+    seed: int = arg(0, "of the draws", minimum=0, maximum=1e18)
 
 
 CAPTION_HELP = """\
@@ -261,7 +261,7 @@ class _AttentionArguments(_SourceArguments):
         default_text="the least distance between tiles",
         above=0.0,
     )
-    seed: int = arg(0, "of the tiles that are dropped at random", minimum=0)
+    seed: int = arg(0, "of the tiles that are dropped at random", minimum=0, maximum=1e18)
 
 
 ATTENTION_HELP = """\

@@ -15,6 +15,7 @@ from typing import Any
 from slidevlm.errors import ConfigError
 
 SINKS = ("tensorboard", "wandb")  # of --report-to
+LONGEST_NAME = 200  # bytes of --name: file systems take 255, and TensorBoard and copies add to it
 # Of --opt: torch's, then those of pytorch-optimizer.
 OPTIMIZERS = ("adamw", "adam", "adamax", "nadam", "radam", "sgd", "lion", "lamb", "adopt")
 # What these do not have of beta2 and eps.
@@ -526,7 +527,7 @@ class Evaluation:
         "chooses the penalty; without both, cross-validation does)",
         extra=True,
     )
-    seed: int = arg(0, "seed of everything random", minimum=0)
+    seed: int = arg(0, "seed of everything random", minimum=0, maximum=1e18)
 
 
 @dataclass(frozen=True)
@@ -741,10 +742,21 @@ def _values(entries: Iterable[tuple[str, Any, Any, Spec]]) -> Iterator[str]:
         if spec.choices and value not in spec.choices:
             yield f"{flag} {value!r} is not one of {', '.join(spec.choices)}"
         yield from out_of_range(flag, value, spec)
-        if spec.file:
-            for path in (value,) if isinstance(value, str) else value:
-                if not Path(path).exists():
+        words = value if isinstance(value, tuple) else (value,)
+        if any("\0" in word for word in words if isinstance(word, str)):
+            # Not on a command line, but in a file of arguments: no file and no program takes it.
+            yield f"{flag} has a character of code 0; remove it"
+        elif spec.file:
+            for path in words:
+                if not _is_there(path):
                     yield f"{flag}: no file or folder {path!r} (looked in {Path.cwd()})"
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # too long for a name
+        return False
 
 
 def out_of_range(flag: str, value: Any, spec: Spec) -> Iterator[str]:
@@ -997,5 +1009,9 @@ def _combinations(config: Config) -> Iterator[str]:
     yield from _best(config)
     yield from _remote(config)
     name = config.logging.name
-    if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
-        yield f"--name {name!r} must be the name of one folder"
+    if name is not None and (
+        name in ("", ".", "..")
+        or any(c in "/\\" or not c.isprintable() for c in name)
+        or len(name.encode(errors="replace")) > LONGEST_NAME
+    ):
+        yield f"--name {name!r} must be the name of one folder, of at most {LONGEST_NAME} bytes"

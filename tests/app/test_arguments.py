@@ -87,6 +87,24 @@ def test_where_reports_come_from(settings: dict[str, Any], tmp_path: Path) -> No
     assert set(both.reports).isdisjoint(inside.reports)
 
 
+def test_the_first_of_the_split_that_can_be_used(
+    settings: dict[str, Any], cohort: DemoCohort, tmp_path: Path
+) -> None:
+    """What has no data or no report is not counted, and the list of it is in the run folder."""
+    names = cohort.split("train").read_text().split()
+    split, texts = tmp_path / "train.txt", tmp_path / "texts.json"
+    lacking = [f"nowhere {i}" for i in range(12)]
+    split.write_text("\n".join([names[5], *lacking, *names]))
+    texts.write_text(json.dumps({name: "A report." for name in names if name != names[0]}))
+    settings |= {"train_split": str(split), "text_data_file": str(texts), "num_samples": 9}
+    train_split = open_data(with_values(Config(), settings)).train
+    assert train_split is not None
+    wanted = [names[5], *names[1:5], *names[6:10]]
+    assert [case.specimen for case in train_split.cases] == wanted
+    folder = run(settings, epochs=1)
+    assert (folder / "missing_train.txt").read_text().splitlines() == lacking
+
+
 # --- the model ----------------------------------------------------------------------------------
 
 
