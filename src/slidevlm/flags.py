@@ -440,8 +440,8 @@ def markdown_table() -> str:
     parts = [
         "# Arguments of `slidevlm train`",
         "",
-        "Generated from `src/slidevlm/config.py` by `python -m slidevlm.flags`; do not edit. At the",
-        "end stands where each takes effect, and which tests show it.",
+        "Generated from `src/slidevlm/config.py` by `python -m slidevlm.flags`; do not edit. At",
+        "the end stands where each takes effect, and which tests show it.",
         "Beside the 85 of the specification there are a few more, marked +. *Later*: refused",
         "until the release that brings its effect.",
     ]
