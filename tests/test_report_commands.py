@@ -17,6 +17,7 @@ from slidevlm.cli import main
 from slidevlm.data.synthetic import DemoCohort, synthesize
 from slidevlm.eval.text_metrics.scoring import Scoring
 from slidevlm.models import generate
+from slidevlm.models.decoding import Draft
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,32 @@ def test_goes_on_where_it_was(run, cohort, tmp_path, monkeypatch, capsys) -> Non
     assert "4 of " in capsys.readouterr().err
     assert json.loads(output.read_text()) == json.loads(whole.read_text())
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--beams", 3), ("--top-k", 5, "--best", 2)])
+def test_a_report_is_kept_when_it_is_done(run, cohort, tmp_path, monkeypatch, more) -> None:
+    """Not when its batch is: a Ctrl-C within a batch keeps those that have ended."""
+    whole, output = tmp_path / "whole.json", tmp_path / "part.json"
+    assert caption(run, cohort, whole, *more) == 0
+
+    def stopping(model, bags, names: Sequence[str], decoding, prompt, finished):
+        done: list[int] = []
+
+        def told(number: int, drafts: list[Draft]) -> None:
+            finished(number, drafts)
+            done.append(number)
+            if len(done) == 3:
+                raise KeyboardInterrupt
+
+        return generate.draft(model, bags, names, decoding, prompt, told)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slide_model, "draft", stopping)
+        assert caption(run, cohort, output, "--batch-size", 8, *more) == 130
+    lines = (tmp_path / "part.json.partial.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 3
+    assert caption(run, cohort, output, "--batch-size", 8, *more) == 0
+    assert json.loads(output.read_text()) == json.loads(whole.read_text())
 
 
 def test_a_single_bag_file(run: Path, cohort: DemoCohort, tmp_path: Path) -> None:

@@ -15,11 +15,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
 import slidevlm
 from slidevlm import testing
+from slidevlm.app.slide_model import SlideModel
 from slidevlm.cli import main
 from slidevlm.data.formats.embeddings import load_embeddings
+from slidevlm.errors import CheckpointError
 
 NAMES = [f"slide_{number}" for number in range(7)]
 
@@ -139,7 +142,8 @@ raise SystemExit(main(sys.argv[2:]))
 """
 
 
-def test_a_kill_costs_at_most_one_bag(model, tmp_path) -> None:
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_kill_costs_at_most_one_bag_a_thread(at_once: int, model, tmp_path) -> None:
     features, count = tmp_path / "features", 60
     features.mkdir()
     for number in range(count):
@@ -147,6 +151,7 @@ def test_a_kill_costs_at_most_one_bag(model, tmp_path) -> None:
     output, computed = tmp_path / "e.npz", tmp_path / "computed"
     partial = tmp_path / "e.npz.partial.jsonl"
     words = ["embed", model, features, "--output", output, "--device", "cpu", "--workers", 1]
+    words += ["--at-once", at_once]
     command = [sys.executable, "-c", SLOW, str(computed), *map(str, words)]
     done = 0
     for least in (5, 25):
@@ -157,16 +162,60 @@ def test_a_kill_costs_at_most_one_bag(model, tmp_path) -> None:
         assert process.wait() == -signal.SIGKILL
         kept = _lines(partial)
         assert least <= kept < count and not output.exists()
-        assert len(computed.read_text()) - done - kept <= 1
+        assert len(computed.read_text()) - done - kept <= at_once
         done = len(computed.read_text()) - kept  # lost so far
     assert subprocess.run(command, check=True, capture_output=True).returncode == 0
-    assert len(computed.read_text()) <= count + 2, "two kills"
+    assert len(computed.read_text()) <= count + 2 * at_once, "two kills"
     found = load_embeddings(output)
     assert found.specimen_ids == tuple(f"s{number:02}" for number in range(count))
     loaded = slidevlm.load(model, device="cpu")
     rows = np.stack([loaded.embed(testing.bag(5, seed=number)) for number in range(count)])
     np.testing.assert_allclose(found.image_embedding, rows, atol=1e-6)
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("command", ["embed", "classify"])
+def test_bags_at_once_say_what_one_after_the_other_does(
+    command: str, model, features, tmp_path, capsys
+) -> None:
+    before = torch.get_num_threads()
+    prompts = ("--prompts", "lung", "kidney") if command == "classify" else ()
+    found = []
+    for at_once in (1, 3):
+        assert use(command, model, features, "-", "--at-once", at_once, *prompts) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        found.append({line["id"]: line for line in lines})
+    one, several = found
+    assert list(one) == NAMES and set(several) == set(NAMES)
+    for name, line in one.items():
+        for key in {"embedding", "probabilities"} & line.keys():
+            assert several[name][key] == pytest.approx(line[key], abs=1e-5)
+    assert torch.get_num_threads() == before
+    # The file is in the cohort's order, whichever was ready first.
+    if command == "embed":
+        assert use(command, model, features, tmp_path / "e.npz", "--at-once", 3) == 0
+        assert load_embeddings(tmp_path / "e.npz").specimen_ids == tuple(NAMES)
+
+
+def test_an_error_in_one_thread_ends_all_and_keeps_the_rest(
+    model, features, tmp_path, capsys, monkeypatch
+) -> None:
+    whole = SlideModel.embed_bags
+
+    def failing_at_nine(self, bags):
+        if bags.lengths == (9,):
+            raise CheckpointError("nine tiles are too many")
+        return whole(self, bags)
+
+    monkeypatch.setattr(SlideModel, "embed_bags", failing_at_nine)
+    output = tmp_path / "e.npz"
+    error = failing(capsys, use("embed", model, features, output, "--at-once", 2))
+    assert "nine tiles are too many" in error and not output.exists()
+    kept = _lines(tmp_path / "e.npz.partial.jsonl")
+    assert 4 <= kept < len(NAMES), "those before it"
+    monkeypatch.undo()
+    assert use("embed", model, features, output, "--at-once", 2) == 0
+    np.testing.assert_allclose(load_embeddings(output).image_embedding, wanted(model), atol=1e-6)
 
 
 def _lines(partial: Path) -> int:

@@ -58,7 +58,9 @@ def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
-def _using(a: _SourceArguments, output: str, batch_size: int, workers: int) -> Using:
+def _using(
+    a: _SourceArguments, output: str, batch_size: int, workers: int, at_once: int | None = 1
+) -> Using:
     from slidevlm.app.using import Using
 
     return Using(
@@ -71,10 +73,20 @@ def _using(a: _SourceArguments, output: str, batch_size: int, workers: int) -> U
         image_features_cutoff=a.image_features_cutoff,
         batch_size=batch_size,
         workers=workers,
+        at_once=at_once,
         device=a.device,
         precision=a.precision,
         skip_bad=a.skip_bad_specimens,
     )
+
+
+AT_ONCE = arg(
+    None,
+    "batches computed at the same time, each by a thread of its own, as many as a kill may cost; "
+    "1: one after the other, each by all cores",
+    default_text="one a core on a CPU, else 1",
+    minimum=1,
+)
 
 
 # -- caption ---------------------------------------------------------------------------------
@@ -89,7 +101,9 @@ class _CaptionArguments(_UseArguments):
         "file to write, whose ending tells the form: .json, .csv or .txt; - writes lines of JSON "
         "to the terminal",
     )
-    batch_size: int = arg(8, "specimens written of at a time", minimum=1)
+    batch_size: int = arg(
+        8, "specimens written of at a time; each is kept when its own report is done", minimum=1
+    )
     prompt: str = arg("", "words that every report begins with, such as Diagnosis:")
     max_tokens: int = arg(
         100, "tokens generated at most", minimum=1, also=("--caption-val-max-seq-len",)
@@ -163,6 +177,7 @@ class _EmbedArguments(_UseArguments):
     batch_size: int = arg(
         1, "specimens embedded, and kept, at a time; more help on a GPU with small bags", minimum=1
     )
+    at_once: int | None = AT_ONCE
 
 
 EMBED_HELP = """\
@@ -183,7 +198,7 @@ def embed(argv: Sequence[str]) -> None:
     from slidevlm.use_commands import Embedding
     from slidevlm.use_commands import embed as run
 
-    run(Embedding(_using(a, a.output, a.batch_size, a.workers), a.json))
+    run(Embedding(_using(a, a.output, a.batch_size, a.workers, a.at_once), a.json))
 
 
 # -- classify --------------------------------------------------------------------------------
@@ -211,7 +226,12 @@ class _ClassifyArguments(_UseArguments):
         "file to write, whose ending tells the form: .csv or .json; - writes lines of JSON to the "
         "terminal",
     )
-    batch_size: int = arg(8, "specimens classified at a time", minimum=1)
+    batch_size: int = arg(
+        1,
+        "specimens classified, and kept, at a time; more help on a GPU with small bags",
+        minimum=1,
+    )
+    at_once: int | None = AT_ONCE
 
 
 CLASSIFY_HELP = """\
@@ -230,7 +250,7 @@ def classify(argv: Sequence[str]) -> None:
     from slidevlm.use_commands import Classifying
     from slidevlm.use_commands import classify as run
 
-    using = _using(a, a.output, a.batch_size, a.workers)
+    using = _using(a, a.output, a.batch_size, a.workers, a.at_once)
     run(Classifying(using, tuple(a.prompts), a.ensemble, a.json))
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +54,16 @@ def caption(asked: Captioning) -> int:
         "tiles": using.image_features_cutoff,
     }
 
-    def use(batch: Batch) -> list[Record]:
-        found = model.write(batch.bags, batch.specimen_ids, decoding, asked.prompt)
-        pairs = zip(batch.specimen_ids, found, strict=True)
-        return [_record(name, drafts, decoding.best) for name, drafts in pairs]
+    def use(batch: Batch, keep: Callable[[Record], None]) -> None:
+        names = batch.specimen_ids
+
+        def finished(number: int, drafts: list[Report]) -> None:
+            keep(_record(names[number], drafts, decoding.best))
+
+        model.write(batch.bags, names, decoding, asked.prompt, finished)
 
     if using.output is None:
-        return to_terminal(model, cohort, "writing reports", about, use)
+        return to_terminal(using, model, cohort, "writing reports", about, use)
     results, partial = collect(using, model, cohort, "writing reports", about, use)
     records = results.records
     write_text(using.output, _formatted(records, about, using.output.suffix.lower()))

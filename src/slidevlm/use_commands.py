@@ -6,7 +6,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,26 +62,19 @@ def embed(asked: Embedding) -> int:
     cohort = Cohort(using)
     about = _about(using, model)
 
-    def use(batch: Batch) -> list[Record]:
+    # Digits for readers, a third of their room for the partial file.
+    form: Callable[[np.ndarray], Any] = np.ndarray.tolist if using.output is None else _as_text
+
+    def use(batch: Batch, keep: Callable[[Record], None]) -> None:
         rows = model.embed_bags(batch.bags)
         parts = (batch.specimen_ids, batch.patient_ids, batch.bags.lengths, rows)
-        return [
-            {"id": specimen, "patient": patient, "tiles": tiles, "embedding": row}
-            for specimen, patient, tiles, row in zip(*parts, strict=True)
-        ]
+        for specimen, patient, tiles, row in zip(*parts, strict=True):
+            keep({"id": specimen, "patient": patient, "tiles": tiles, "embedding": form(row)})
 
     if using.output is None:
-
-        def printed(batch: Batch) -> list[Record]:
-            return [{**r, "embedding": r["embedding"].tolist()} for r in use(batch)]
-
-        return to_terminal(model, cohort, "embedding", about, printed)
-
-    def kept(batch: Batch) -> list[Record]:
-        return [{**r, "embedding": _as_text(r["embedding"])} for r in use(batch)]
-
+        return to_terminal(using, model, cohort, "embedding", about, use)
     known = _known(using.output, {**about, "source": str(using.source.resolve())})
-    results, partial = collect(using, model, cohort, "embedding", about, kept, known)
+    results, partial = collect(using, model, cohort, "embedding", about, use, known)
     if results.new or len(results.records) > len(known) or not using.output.exists():
         save_embeddings(using.output, _embeddings(results, using, about))
     partial.path.unlink()
@@ -179,19 +172,15 @@ def classify(asked: Classifying) -> int:
         "ensemble": asked.ensemble,
     }
 
-    def use(batch: Batch) -> list[Record]:
+    def use(batch: Batch, keep: Callable[[Record], None]) -> None:
         chances = model.probabilities(model.embed_bags(batch.bags), texts)
-        return [
-            {
-                "id": specimen,
-                "label": texts.classes[int(row.argmax())],
-                "probabilities": dict(zip(texts.classes, row.tolist(), strict=True)),
-            }
-            for specimen, row in zip(batch.specimen_ids, chances, strict=True)
-        ]
+        for specimen, row in zip(batch.specimen_ids, chances, strict=True):
+            label = texts.classes[int(row.argmax())]
+            found = dict(zip(texts.classes, row.tolist(), strict=True))
+            keep({"id": specimen, "label": label, "probabilities": found})
 
     if using.output is None:
-        return to_terminal(model, cohort, "classifying", {"model": model.hash}, use)
+        return to_terminal(using, model, cohort, "classifying", {"model": model.hash}, use)
     results, partial = collect(using, model, cohort, "classifying", about, use)
     write_text(using.output, _formatted(results.records, about, using.output))
     partial.path.unlink()

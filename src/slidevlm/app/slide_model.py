@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from slidevlm.eval.prompts import Prompts, prompts_of, read_prompts
 from slidevlm.eval.tasks.zero_shot import ClassTexts, embed_prompts
 from slidevlm.models import CoCa
 from slidevlm.models.cast import cast_weights
-from slidevlm.models.generate import Decoding, draft
+from slidevlm.models.generate import Decoding, Draft, draft
 from slidevlm.precision import Precision, for_use
 from slidevlm.precision import resolve as resolve_precision
 
@@ -455,15 +455,22 @@ class SlideModel:
         return Decoding(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, **settings)
 
     def write(
-        self, bags: Bags, names: Sequence[str], decoding: Decoding, prompt: str = ""
+        self,
+        bags: Bags,
+        names: Sequence[str],
+        decoding: Decoding,
+        prompt: str = "",
+        finished: Callable[[int, list[Report]], None] | None = None,
     ) -> list[list[Report]]:
-        """Reports of B bags on the device, a list a bag; `names` seed the draws."""
+        """Reports of B bags on the device, a list a bag; `names` seed the draws.
+
+        `finished` is told of each bag, by its number, as soon as its reports are there.
+        """
         tokenizer = self.trained.tokenizer
         words = tokenizer.tokens(prompt) if prompt else []
-        with torch.inference_mode(), self.precision.autocast():
-            found = draft(self.trained.model, bags, names, decoding, words)
-        return [
-            [
+
+        def reports(drafts: Sequence[Draft]) -> list[Report]:
+            return [
                 Report(
                     tokenizer.decode([*words, *one.tokens]),
                     one.score if math.isfinite(one.score) else None,
@@ -471,8 +478,14 @@ class SlideModel:
                 )
                 for one in drafts
             ]
-            for drafts in found
-        ]
+
+        def told(number: int, drafts: Sequence[Draft]) -> None:
+            if finished is not None:
+                finished(number, reports(drafts))
+
+        with torch.inference_mode(), self.precision.autocast():
+            found = draft(self.trained.model, bags, names, decoding, words, told)
+        return [reports(drafts) for drafts in found]
 
     def _coca(self) -> CoCa:
         model = self.trained.model

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import torch
 
 from slidevlm.app.cohorts import open_path
 from slidevlm.app.slide_model import CUTOFF, SlideModel, load
@@ -20,9 +24,12 @@ from slidevlm.data.splits import find, read_identifiers
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.run import Bar, working, write_text
 
+_TILES = 1 << 19  # of bags that are computed at the same time: some gigabytes
+
 log = logging.getLogger("slidevlm")
 
 Record = dict[str, Any]  # of one specimen, by "id" and whatever was found
+Use = Callable[[Batch, Callable[[Record], None]], None]  # hands on each record when it is ready
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Using:
         image_features_cutoff: tiles read of one specimen at most.
         batch_size: specimens that are computed, and kept, at a time.
         workers: reading processes.
+        at_once: batches that are computed at the same time, each by a thread of its own; None: one
+            a core on a CPU, else one. Where it is not 1 each has one of torch's threads.
         device: None: see `load`.
         precision: None: see `load`.
         skip_bad: leave out what cannot be read.
@@ -53,6 +62,7 @@ class Using:
     image_features_cutoff: int = CUTOFF
     batch_size: int = 1
     workers: int = 2
+    at_once: int | None = 1
     device: str | None = None
     precision: str | None = None
     skip_bad: bool = False
@@ -68,6 +78,12 @@ class Using:
             )
             assert model.hash, "made once"
         return model
+
+    def threads(self, model: SlideModel) -> int:
+        """Batches that are computed at the same time."""
+        if self.at_once is not None:
+            return self.at_once
+        return torch.get_num_threads() if model.device.type == "cpu" else 1
 
 
 class Cohort:
@@ -148,19 +164,65 @@ class Results:
 
 
 def to_terminal(
+    using: Using,
     model: SlideModel,
     cohort: Cohort,
     title: str,
     about: Mapping[str, Any],
-    use: Callable[[Batch], Sequence[Record]],
+    use: Use,
 ) -> int:
     """Print a line of JSON a specimen as they are ready; their number."""
     written = 0
-    for batch in cohort.batches(model, cohort.cases, title):
-        for record in use(batch):
+
+    one_writes = threading.Lock()
+
+    def show(record: Record) -> None:
+        nonlocal written
+        with one_writes:
             print(json.dumps({**record, **about}, ensure_ascii=False), flush=True)
             written += 1
+
+    _compute(cohort.batches(model, cohort.cases, title), use, show, using.threads(model))
     return written
+
+
+def _compute(
+    batches: Iterator[Batch], use: Use, keep: Callable[[Record], None], threads: int
+) -> None:
+    """Use each batch, `threads` of them at the same time.
+
+    A bag is many short operations: cores that share each of them wait for each other most of the
+    time, cores with a bag each never do. At most `_TILES` are held at a time, whatever the number.
+    """
+    if threads == 1:
+        for batch in batches:
+            use(batch, keep)
+        return
+    before = torch.get_num_threads()
+    going: dict[Future[None], int] = {}
+    try:
+        with ThreadPoolExecutor(threads, "computing", torch.set_num_threads, (1,)) as pool:
+            try:
+                for batch in batches:
+                    tiles = sum(batch.bags.lengths)
+                    # One more than the threads, so that none waits for the reader.
+                    while going and (len(going) > threads or sum(going.values()) + tiles > _TILES):
+                        _take(going)
+                    going[pool.submit(use, batch, keep)] = tiles
+                while going:
+                    _take(going)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # those that run end, and are kept
+                raise
+    finally:
+        torch.set_num_threads(before)  # for threads to come; this one had kept its own
+
+
+def _take(going: dict[Future[None], int]) -> None:
+    """Wait for one, and raise what it raised."""
+    for done in wait(going, return_when=FIRST_COMPLETED).done:
+        del going[done]
+        done.result()
 
 
 def collect(
@@ -169,12 +231,12 @@ def collect(
     cohort: Cohort,
     title: str,
     about: Mapping[str, Any],
-    use: Callable[[Batch], Sequence[Record]],
+    use: Use,
     known: Sequence[Record] = (),
 ) -> tuple[Results, Partial]:
-    """Results of all specimens, each batch on the disk as soon as it is ready.
+    """Results of all specimens, each on the disk as soon as it is ready.
 
-    Interrupted or killed, the same call goes on after the last whole batch. The partial file is
+    Interrupted or killed, the same call goes on with those that were not. The partial file is
     the caller's to remove, when the results are written.
 
     Args:
@@ -183,7 +245,7 @@ def collect(
         cohort: of `using`.
         title: of the bar.
         about: what results depend on, beside the source; others' results are not mixed in.
-        use: a batch on the device -> a record of each specimen.
+        use: a batch on the device, and what takes the record of each specimen.
         known: records of an output that is there.
     """
     assert using.output is not None, "a file to write"
@@ -193,13 +255,11 @@ def collect(
     if len(todo) < len(cohort.cases):
         there = len(cohort.cases) - len(todo)
         log.info("%d of %d specimens are done already", there, len(cohort.cases))
-    new = 0
+    before = len(partial.records)
     with partial:
         if todo:
-            for batch in cohort.batches(model, todo, title):
-                found = use(batch)
-                partial.add(found)
-                new += len(found)
+            _compute(cohort.batches(model, todo, title), use, partial.add, using.threads(model))
+    new = len(partial.records) - before
     records |= partial.records
     names = dict.fromkeys([*(r["id"] for r in known), *(c.specimen for c in cohort.cases)])
     return Results([records[name] for name in names if name in records], new), partial
@@ -217,6 +277,7 @@ class Partial:
         self.records: dict[str, Record] = {}
         self._about = dict(about)
         self._file: IO[str] | None = None
+        self._one_writes = threading.Lock()
         if self.path.exists():
             self._read()
 
@@ -242,13 +303,14 @@ class Partial:
         self._file = self.path.open("a", encoding="utf-8")
         return self
 
-    def add(self, records: Sequence[Record]) -> None:
-        """Keep records, on the disk too."""
+    def add(self, record: Record) -> None:
+        """Keep a record, on the disk too: no kill of this process takes it away."""
         assert self._file is not None
-        for record in records:
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        with self._one_writes:
             self.records[record["id"]] = record
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+            self._file.write(line)
+            self._file.flush()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._file is not None

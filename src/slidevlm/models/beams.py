@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from slidevlm.models.coca import CoCa
-from slidevlm.models.decoding import Decoding, Draft, log_probabilities, ranked
+from slidevlm.models.decoding import Decoding, Draft, Finished, log_probabilities, ranked
 from slidevlm.models.language import LanguageModel
 
 
@@ -80,7 +80,8 @@ def search(
     prompt: Tensor,
     decoding: Decoding,
     steps: int,
-) -> list[list[Draft]]:
+    finished: Finished,
+) -> None:
     """The best reports of B slides.
 
     Args:
@@ -90,6 +91,7 @@ def search(
         prompt: [B, P] without BOS.
         decoding: beams, groups and the rest.
         steps: tokens generated at most.
+        finished: gets each slide's reports as soon as it is done.
     """
     beams, groups, start = decoding.beams, decoding.groups, prompt.shape[1]
     each, device = beams // groups, logits.device
@@ -99,8 +101,8 @@ def search(
     seen = torch.cat([prompt, prompt.new_zeros(len(prompt), steps)], dim=1)[rows]
     likely = torch.full((len(prompt), groups, each), float("-inf"), device=device)
     likely[:, :, 0] = 0.0
-    slides = [_Slide(groups, each, decoding) for _ in range(len(prompt))]
-    alive, origin = list(slides), _Origins(len(rows), start + 1 + steps, start + 1)
+    alive = [_Slide(number, groups, each, decoding) for number in range(len(prompt))]
+    origin = _Origins(len(rows), start + 1 + steps, start + 1)
     for step in range(steps):
         logs = log_probabilities(logits, seen[:, : start + step], step, decoding)
         done = torch.tensor([s.done for s in alive], device=device)
@@ -120,6 +122,8 @@ def search(
             break
         since = origin.follow(parents)
         if len(going) < len(alive):
+            for slide in (s for s in alive if all(s.done)):
+                finished(slide.number, slide.best(decoding.best))
             alive, kept = [alive[i] for i in going], torch.tensor(going, device=device)
             rows = (kept[:, None] * beams + torch.arange(beams, device=device)).flatten()
             seen, likely = seen[rows], likely[kept]
@@ -129,13 +133,15 @@ def search(
             cache.reorder(parents, since)
         logits = model.step(seen[:, start + step, None], cache)
     _take_the_rest(alive, seen[:, start : start + step + 1], likely)
-    return [slide.best(decoding.best) for slide in slides]
+    for slide in alive:
+        finished(slide.number, slide.best(decoding.best))
 
 
 class _Slide:
     """The reports of one slide, by group."""
 
-    def __init__(self, groups: int, each: int, decoding: Decoding) -> None:
+    def __init__(self, number: int, groups: int, each: int, decoding: Decoding) -> None:
+        self.number = number
         self.each, self.decoding = each, decoding
         self.drafts: list[list[Draft]] = [[] for _ in range(groups)]
         self.done = [False] * groups

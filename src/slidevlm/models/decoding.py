@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,6 +121,9 @@ class Draft:
     tokens: tuple[int, ...]  # without BOS, prompt and EOS
     score: float
     ended: bool  # by EOS; otherwise cut off at the greatest length
+
+
+Finished = Callable[[int, list[Draft]], None]  # is told of a slide, by its number, when it is done
 
 
 def ranked(drafts: Iterable[Draft]) -> list[Draft]:

@@ -21,6 +21,7 @@ from slidevlm.models.coca import CoCa
 from slidevlm.models.decoding import (
     Decoding,
     Draft,
+    Finished,
     choose,
     draws_for,
     log_probabilities,
@@ -54,6 +55,7 @@ def draft(
     specimen_ids: Sequence[str],
     decoding: Decoding,
     prompt: Sequence[int] = (),
+    finished: Finished | None = None,
 ) -> list[list[Draft]]:
     """Write the `decoding.best` best reports of each bag.
 
@@ -63,6 +65,7 @@ def draft(
         specimen_ids: B names, which seed the draws.
         decoding: how to choose tokens.
         prompt: token ids that every report begins with, after BOS.
+        finished: is told of each bag, by its number, as soon as its reports are there.
 
     Returns:
         B lists, the best draft first; fewer than asked for where no more different ones came up.
@@ -79,15 +82,24 @@ def draft(
             f"the prompt has {len(prompt)} tokens, but the model's context is "
             f"{model.text.context_length}; shorten the prompt"
         )
+    found: list[list[Draft]] = [[] for _ in specimen_ids]
+
+    def keep(bag: int, drafts: list[Draft]) -> None:
+        found[bag] = drafts
+        if finished is not None:
+            finished(bag, drafts)
+
     with evaluation_mode(model):
         device = bags.features.device
         cache: Any = model.start(bags, 1 + len(prompt) + steps)[1]
         given = torch.tensor([[decoding.bos_id, *prompt]], device=device).repeat(len(bags), 1)
         logits = model.step(given, cache)
         if decoding.beams > 1:
-            return search(model, cache, logits, given[:, 1:], decoding, steps)
-        draws = draws_for(specimen_ids, steps, decoding).to(device)
-        return _write(model, cache, logits, given[:, 1:], draws, decoding)
+            search(model, cache, logits, given[:, 1:], decoding, steps, keep)
+        else:
+            draws = draws_for(specimen_ids, steps, decoding).to(device)
+            _write(model, cache, logits, given[:, 1:], draws, decoding, keep)
+    return found
 
 
 def _write(
@@ -97,20 +109,34 @@ def _write(
     prompt: Tensor,
     draws: Tensor,
     decoding: Decoding,
-) -> list[list[Draft]]:
+    finished: Finished,
+) -> None:
     """Greedily or by drawing: logits [B, V] after the prompt [B, P], draws [B * best, steps]."""
     slides, each, steps = len(logits), decoding.best, draws.shape[1]
     device = logits.device
     rows = torch.arange(slides * each, device=device)  # those that have not left the batch
     if each > 1:
         cache.keep(rows // each)
+    prompt_length = prompt.shape[1]
     logits, prompt = logits[rows // each], prompt[rows // each]
     seen = torch.cat([prompt, torch.full_like(draws, decoding.eos_id, dtype=torch.int64)], dim=1)
     likely = torch.zeros(len(rows), dtype=torch.float64, device=device)
     length = torch.zeros(len(rows), dtype=torch.int64, device=device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    alive = list(range(slides))
+
+    def leave(slide: int) -> None:
+        mine = slice(slide * each, (slide + 1) * each)
+        texts = seen[mine, prompt_length:].tolist()
+        parts = (texts, likely[mine].tolist(), length[mine].tolist(), ended[mine].tolist())
+        drafts = [
+            Draft(tuple(text[: n - end]), decoding.score(score, n), end)
+            for text, score, n, end in zip(*parts, strict=True)
+        ]
+        finished(slide, ranked(drafts))
+
     for step in range(steps):
-        place = prompt.shape[1] + step
+        place = prompt_length + step
         logs = log_probabilities(logits, seen[rows, :place], step, decoding)
         chosen = choose(logs, draws[rows, step], decoding)
         # Of several draws of a slide, those that have ended wait for the others, and stay.
@@ -122,16 +148,14 @@ def _write(
         going = (~ended[rows]).view(-1, each).any(1).nonzero()[:, 0]
         if step + 1 == steps or len(going) == 0:
             break
-        if len(going) * each < len(rows):
+        if len(going) < len(alive):
+            left = going.tolist()
+            for slide in (s for i, s in enumerate(alive) if i not in left):
+                leave(slide)
+            alive = [alive[i] for i in left]
             kept = (going[:, None] * each + torch.arange(each, device=device)).flatten()
             rows, chosen = rows[kept], chosen[kept]
             cache.keep(kept, going)
         logits = model.step(chosen[:, None], cache)
-    texts = seen[:, prompt.shape[1] :].tolist()
-    drafts = [
-        Draft(tuple(text[: n - end]), decoding.score(score, n), end)
-        for text, score, n, end in zip(
-            texts, likely.tolist(), length.tolist(), ended.tolist(), strict=True
-        )
-    ]
-    return [ranked(drafts[i : i + each]) for i in range(0, len(drafts), each)]
+    for slide in alive:
+        leave(slide)
