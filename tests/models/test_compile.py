@@ -126,7 +126,7 @@ def test_regions_are_the_largest_parts_on_tensors() -> None:
 # --- torch.jit.script -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slide", [kind for kind in SLIDE_ENCODERS if kind != "transmil"])
+@pytest.mark.parametrize("slide", list(SLIDE_ENCODERS))
 def test_scripted_trains_and_evaluates_as_plain(slide: str) -> None:
     """Dropout included: micro-batches go through twice, and must drop the same both times."""
     plain, scripted = model_of(slide, 0.3), model_of(slide, 0.3)
@@ -215,7 +215,7 @@ def test_lora_can_be_scripted() -> None:
     assert found["text.layers.0.attention.project.lora_a"].any()
 
 
-@pytest.mark.parametrize("slide", [s for s in SLIDE_ENCODERS if s not in ("vit", "transmil")])
+@pytest.mark.parametrize("slide", [s for s in SLIDE_ENCODERS if s != "vit"])
 def test_scripts_compute_their_activations_again(slide: str) -> None:
     plain, scripted = model_of(slide, 0.3), model_of(slide, 0.3)
     checkpoint(scripted)
@@ -250,9 +250,11 @@ def test_scripts_that_compute_again_keep_less() -> None:
     assert kept[1] < 0.85 * kept[0]
 
 
-def test_what_torchscript_does_not_know_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"slide\.first \(_Layer\) cannot be scripted"):
-        script_regions(model_of("transmil"))
+def test_scripted_parts_count_rows_anew() -> None:
+    """One script for bags of any length, where a trace's or compiler's numbers would be fixed."""
+    model = model_of("transmil")
+    names = script_regions(model)
+    assert {"slide.first", "slide.places", "slide.second"} <= set(names)
 
 
 class Unscriptable(nn.Module):

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slidevlm.models import ragged
 from slidevlm.models.attention import CrossAttention, KeyValues, TileAttention
 from slidevlm.models.ragged import (
-    attention_with_normaliser,
     distance_attention,
     flash_cross,
     flash_self,
@@ -114,25 +113,6 @@ def test_distance_attention_is_exact_in_one_piece_or_many(
     assert_same_values_and_gradients(
         lambda *a: distance_attention(*a, LENGTHS, positions, slopes), reference, leaves
     )
-
-
-@pytest.mark.parametrize("at_once", [1 << 25, 14])
-def test_normaliser_and_its_gradient_are_exact(
-    monkeypatch: pytest.MonkeyPatch, at_once: int
-) -> None:
-    torch.manual_seed(0)
-    monkeypatch.setattr(ragged, "SCORES_AT_ONCE", at_once)
-
-    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        attended, normaliser = attention_with_normaliser(query, key, value)
-        return torch.cat([attended, normaliser[..., None]], -1)
-
-    def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scores = query @ key.transpose(-1, -2) / math.sqrt(8)
-        return torch.cat([scores.softmax(-1) @ value, scores.logsumexp(-1)[..., None]], -1)
-
-    leaves = leaf(3, 2, 5, 8), leaf(3, 2, 7, 8), leaf(3, 2, 7, 8)
-    assert_same_values_and_gradients(ours, reference, leaves)
 
 
 def written_out_flash(

@@ -71,7 +71,7 @@ def script_regions(model: nn.Module) -> list[str]:
         ConfigError: a part that cannot be scripted, named.
     """
     for name, module in model.named_modules():
-        if isinstance(module, (CountsRows, HuggingFaceTower)):
+        if isinstance(module, HuggingFaceTower):
             raise ConfigError(
                 f"--torchscript: {name} ({type(module).__name__}) cannot be scripted; leave it "
                 "out, or choose another model"
@@ -79,7 +79,7 @@ def script_regions(model: nn.Module) -> list[str]:
         if isinstance(module, Recomputing):
             module.stops_early = False
     names = []
-    for name, module in regions(model):
+    for name, module in regions(model, counting=True):
         names += _script(name, module)
     return names
 
@@ -90,7 +90,7 @@ def _script(name: str, module: nn.Module) -> list[str]:
     try:
         scripted.build(module)
     except Exception as error:  # torch.jit raises many kinds
-        smaller = list(regions(module, f"{name}."))
+        smaller = list(regions(module, f"{name}.", counting=True))
         if not smaller:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
@@ -151,17 +151,21 @@ def _resolve_annotations(kind: type[nn.Module]) -> None:
                 base.__annotations__ = {name: hints[name] for name in own}
 
 
-def regions(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def regions(
+    model: nn.Module, prefix: str = "", *, counting: bool = False
+) -> Iterator[tuple[str, nn.Module]]:
     """(name, part) of the largest parts that compute on tensors alone.
 
-    A tower that computes activations again is not one of them, but its layers are.
+    A tower that computes activations again is not one of them, but its layers are. Parts that
+    count their rows are among them with `counting`.
     """
     for name, child in model.named_children():
         again = isinstance(child, Recomputing) and child.checkpointing
-        if not again and computes_on_tensors(type(child)):
+        counts = isinstance(child, CountsRows) and not counting
+        if not again and not counts and computes_on_tensors(type(child)):
             yield prefix + name, child
         else:
-            yield from regions(child, f"{prefix}{name}.")
+            yield from regions(child, f"{prefix}{name}.", counting=counting)
 
 
 def computes_on_tensors(kind: type[nn.Module]) -> bool:
@@ -169,8 +173,6 @@ def computes_on_tensors(kind: type[nn.Module]) -> bool:
 
     Torch's own modules, and what is derived of one, are left: by themselves they would not gain.
     """
-    if issubclass(kind, CountsRows):
-        return False
     if any(b.__module__.startswith("torch.") for b in kind.__mro__ if b is not nn.Module):
         return False
     hints = typing.get_type_hints(kind.forward)

@@ -72,5 +72,6 @@ class Recomputing(nn.Module):
 class CountsRows(nn.Module):
     """A part that computes with the number of its rows, as a number.
 
-    A graph of it would hold for that number alone, so it is neither compiled nor scripted.
+    A traced or compiled graph would hold for that number alone, so it is not compiled; a script
+    counts anew.
     """

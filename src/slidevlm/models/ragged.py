@@ -7,7 +7,8 @@ first, [H, T, d], so that a bag is a view of rows that are evenly spaced for eve
 On a CUDA device, in 16 bits, all bags of a batch are one call of the variable-length flash kernel
 (`torch.nn.attention.varlen`, torch 2.10 and later); everywhere else, and for what that kernel
 does not do, each bag goes through `scaled_dot_product_attention` by itself, which on a CPU is
-faster than a padded batch with a mask.
+faster than a padded batch with a mask; but one head over many rows, as the published perceivers
+read, through `slidevlm.models.chunked`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from slidevlm.models.chunked import chunked_attention, chunks_serve
 
 # query [Tq, H, d], key and value [Tk, H, d], first rows of the bags [B + 1] int32 of queries and
 # keys, longest bag of each -> [Tq, H, d]
@@ -55,7 +58,9 @@ def ragged_cross_attention(
         return flash_cross(FLASH, query, key, value, lengths)
     keys, values = bags_of(key, lengths, 1), bags_of(value, lengths, 1)
     outputs = [
-        F.scaled_dot_product_attention(q[None], k[None], v[None])
+        chunked_attention(q, k, v)[None]
+        if chunks_serve(q, k)
+        else F.scaled_dot_product_attention(q[None], k[None], v[None])
         for q, k, v in zip(query, keys, values, strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -206,65 +211,6 @@ def _near(
         query[None], key[None], value[None], attn_mask=bias[None].to(query.dtype)
     )
     return attended[0]
-
-
-def attention_with_normaliser(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention, and the logarithm of the softmax's denominator, both with exact gradients.
-
-    Two results over different keys can be joined exactly, weighted with their denominators.
-
-    Args:
-        query: [..., L, d].
-        key: [..., N, d].
-        value: [..., N, d].
-
-    Returns:
-        [..., L, d] and [..., L].
-    """
-    attended, normaliser = _WithNormaliser.apply(query, key, value)
-    return attended, normaliser
-
-
-class _WithNormaliser(torch.autograd.Function):
-    """Scores for some queries at a time, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        attended, normaliser = [], []
-        for q in query.split(_rows_at_once(key), dim=-2):
-            scores = (q @ key.transpose(-1, -2)) * q.shape[-1] ** -0.5
-            normaliser.append(scores.logsumexp(-1))
-            attended.append((scores - normaliser[-1][..., None]).exp() @ value)
-        outputs = torch.cat(attended, -2), torch.cat(normaliser, -1)
-        ctx.save_for_backward(query, key, value, *outputs)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, attended, normaliser = ctx.saved_tensors
-        scale = query.shape[-1] ** -0.5
-        # Gradient of the scores: P (dO V' - rowsum(dO O) + d normaliser).
-        shift = gradients[1] - (gradients[0] * attended).sum(-1)
-        to_query, to_key, to_value = [], torch.zeros_like(key), torch.zeros_like(value)
-        rows = _rows_at_once(key)
-        for q, g, n, s in zip(
-            query.split(rows, -2),
-            gradients[0].split(rows, -2),
-            normaliser.split(rows, -1),
-            shift.split(rows, -1),
-            strict=True,
-        ):
-            weights = ((q @ key.transpose(-1, -2)) * scale - n[..., None]).exp()
-            to_value += weights.transpose(-1, -2) @ g
-            scores = weights * (g @ value.transpose(-1, -2) + s[..., None])
-            to_query.append(scores @ key * scale)
-            to_key += scores.transpose(-1, -2) @ q * scale
-        return torch.cat(to_query, -2), to_key, to_value
-
-
-def _rows_at_once(key: Tensor) -> int:
-    """Queries whose scores fit together into `SCORES_AT_ONCE`."""
-    return max(1, SCORES_AT_ONCE // max(1, key[..., 0].numel()))
 
 
 def flash_serves(query: Tensor) -> bool:

@@ -11,12 +11,8 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import AttentionPooler, TileLayer
-from slidevlm.models.ragged import (
-    SCORES_AT_ONCE,
-    attention_with_normaliser,
-    bags_of,
-    scripted,
-)
+from slidevlm.models.chunked import attention_with_normaliser
+from slidevlm.models.ragged import SCORES_AT_ONCE, bags_of, scripted
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     FourierPositions,

@@ -65,22 +65,44 @@ class NystromAttention(CountsRows):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, width] -> [n, width]."""
-        padded = counting(_whole_landmarks)(x, self.landmarks)
+        if torch.jit.is_scripting():
+            padded = _whole_landmarks(x, self.landmarks)
+        else:
+            padded = counting(_whole_landmarks)(x, self.landmarks)
         shape = (-1, 3, self.heads, x.shape[1] // self.heads)
-        query, key, value = self.project(padded).view(shape).permute(1, 2, 0, 3)  # [H, n, d]
+        projected = self.project(padded).view(shape)
+        query, key, value = projected.permute(1, 2, 0, 3).unbind(0)  # [H, n, d]
         query = query * query.shape[-1] ** -0.5
-        few_queries, few_keys = (self._landmarks(t) for t in (query, key))
+        few_queries, few_keys = self._landmarks(query), self._landmarks(key)
         left = (query @ few_keys.transpose(1, 2)).softmax(-1)
         middle = (few_queries @ few_keys.transpose(1, 2)).softmax(-1)
         right = (few_queries @ key.transpose(1, 2)).softmax(-1)
-        with torch.autocast(x.device.type, enabled=False):  # the iteration needs its 24 bits
-            inverse = pseudo_inverse(wide(middle), self.iterations).to(left.dtype)
+        inverse = _exact_inverse(middle, self.iterations).to(left.dtype)
         attended = (left @ inverse) @ (right @ value) + self.along(value[None])[0]
-        return counting(_last)(self.dropout(self.out(attended.transpose(0, 1).flatten(1))), x)
+        rows = self.dropout(self.out(attended.transpose(0, 1).flatten(1)))
+        if torch.jit.is_scripting():  # noqa: SIM108 - a script reads no other form
+            last = _last(rows, x)
+        else:
+            last = counting(_last)(rows, x)
+        return last
 
     def _landmarks(self, rows: Tensor) -> Tensor:
         """[H, n, d] -> [H, landmarks, d], means of as many neighbouring rows."""
         return rows.unflatten(1, (self.landmarks, -1)).mean(2)
+
+
+@torch.jit.ignore
+def _exact_inverse(matrices: Tensor, iterations: int) -> Tensor:
+    """The pseudo-inverse outside autocast: the iteration needs its 24 bits.
+
+    A script comes back to Python for it, as it cannot leave autocast by itself.
+    """
+    with torch.autocast(matrices.device.type, enabled=False):
+        return pseudo_inverse(wide(matrices), iterations)
+
+
+# A script does not read annotations that are text.
+_exact_inverse.__annotations__.update({"matrices": Tensor, "iterations": int, "return": Tensor})
 
 
 def pseudo_inverse(matrices: Tensor, iterations: int) -> Tensor:
@@ -106,11 +128,14 @@ class PPEG(CountsRows):
 
     def forward(self, x: Tensor) -> Tensor:
         """The token of the whole and then S * S tiles, [1 + S * S, width] -> the same."""
-        given = counting(_image)(x)  # [1, width, S, S]
+        if torch.jit.is_scripting():  # noqa: SIM108 - a script reads no other form
+            given = _image(x)
+        else:
+            given = counting(_image)(x)
         image = given
         for convolution in self.convolutions:
             image = image + convolution(given)
-        return torch.cat([x[:1], image[0].flatten(1).T])
+        return torch.cat([x[:1], image[0].flatten(1).t()])
 
 
 class _Layer(CountsRows):
