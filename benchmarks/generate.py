@@ -1,6 +1,7 @@
 """Seconds a report: generation with its cache beside the same model without one.
 
     python benchmarks/generate.py [small] [large] [greedy] [beams] [--threads N] [--batch B]
+                                  [--tokens N] [--processor]
 
 Random weights, one process, one bag of 2,000 tiles of width 512. Small: 2 + 2 layers x 512,
 vocabulary 8,192, 128 tokens. Large: 12 + 12 layers x 1,024, vocabulary 42,384, 64 tokens. Both with
@@ -11,13 +12,15 @@ Without cache, each token takes the text encoder and the decoder over all tokens
 slide's keys and values again, as trainers that generate through the forward pass do; the slide
 itself is encoded once. The two are in turn, and must write the same tokens. The last column is the
 time of the last tokens over that of the first ones with the cache: the latter fifth over the first.
---batch B gives, besides, seconds a report with the cache for B bags at a time.
+--batch B gives, besides, seconds a report with the cache for B bags at a time. --processor counts
+seconds of the processor, for a machine that does other work too.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,20 +100,23 @@ class Uncached(nn.Module):
         return self.inner._write(hidden, image, view, None)[:, -1]
 
 
+Clock = Callable[[], float]
+
+
 class Watched:
     """A model whose steps are timed."""
 
-    def __init__(self, model: Any) -> None:
-        self.inner = model
+    def __init__(self, model: Any, clock: Clock) -> None:
+        self.inner, self.clock = model, clock
         self.seconds: list[float] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
     def step(self, tokens: Tensor, cache: Any) -> Tensor:
-        start = time.perf_counter()
+        start = self.clock()
         logits: Tensor = self.inner.step(tokens, cache)
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(self.clock() - start)
         return logits
 
 
@@ -120,39 +126,40 @@ def bags_of(number: int) -> Bags:
     return Bags(torch.randn(number * TILES, TILE_WIDTH, generator=generator), (TILES,) * number)
 
 
-def seconds_of(model: Any, number: int, decoding: Decoding) -> tuple[float, Any]:
+def seconds_of(model: Any, number: int, decoding: Decoding, clock: Clock) -> tuple[float, Any]:
     """Seconds of one call, and what it wrote."""
     bags, names = bags_of(number), [f"s{i}" for i in range(number)]
-    start = time.perf_counter()
+    start = clock()
     found = draft(model, bags, names, decoding)
-    return time.perf_counter() - start, [d[0].tokens for d in found]
+    return clock() - start, [d[0].tokens for d in found]
 
 
-def measure(size: str, form: str, batch: int, repeats: int) -> None:
+def measure(size: str, form: str, asked: argparse.Namespace) -> None:
     """Print one row."""
-    settings = SIZES[size]
-    model, tokens = model_of(settings), settings["tokens"]
+    settings, batch, repeats = SIZES[size], asked.batch, asked.repeats
+    model, tokens = model_of(settings), asked.tokens or settings["tokens"]
+    clock = time.process_time if asked.processor else time.perf_counter
     decoding = Decoding(1, 2, 0, max_tokens=tokens, min_tokens=tokens, **FORMS[form])
     short = Decoding(1, 2, 0, max_tokens=3, min_tokens=3, **FORMS[form])
     slow_model = Uncached(model)
     for either in (model, slow_model):  # first calls allocate
-        seconds_of(either, 1, short)
+        seconds_of(either, 1, short, clock)
     fast, slow, flat = [], [], []
     for _ in range(repeats):
-        watched = Watched(model)
-        seconds, written = seconds_of(watched, 1, decoding)
+        watched = Watched(model, clock)
+        seconds, written = seconds_of(watched, 1, decoding, clock)
         fast.append(seconds)
-        fifth = len(watched.seconds) // 5
+        fifth = max(1, len(watched.seconds) // 5)
         first, last = watched.seconds[1 : fifth + 1], watched.seconds[-fifth:]
         flat.append(sum(last) / sum(first))
-        seconds, again = seconds_of(slow_model, 1, decoding)
+        seconds, again = seconds_of(slow_model, 1, decoding, clock)
         slow.append(seconds)
         assert written == again, "cached and uncached write different tokens"
     middle = repeats // 2
     a, b = sorted(fast)[middle], sorted(slow)[middle]
     row = f"| {size} | {form} | {a:.2f} | {b:.2f} | {b / a:.1f} | {sorted(flat)[middle]:.2f} |"
     if batch > 1:
-        each = seconds_of(model, batch, decoding)[0] / batch
+        each = seconds_of(model, batch, decoding, clock)[0] / batch
         row += f" {each:.2f} | {b / each:.1f} |"
     print(row, flush=True)
 
@@ -164,6 +171,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--tokens", type=int, help="generated, in the place of 128 and 64")
+    parser.add_argument("--processor", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     print(f"torch {torch.__version__}, {asked.threads} thread(s)")
@@ -173,7 +182,7 @@ def main() -> None:
     print("|---" * (head.count("|") - 1 + 2 * bool(more)) + "|")
     for size in [s for s in SIZES if s in asked.what] or list(SIZES):
         for form in [f for f in FORMS if f in asked.what] or list(FORMS):
-            measure(size, form, asked.batch, asked.repeats)
+            measure(size, form, asked)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ def test_beams_a_prompt_and_the_best(run: Path, cohort: DemoCohort, tmp_path: Pa
         assert record["report"].startswith("organ of origin")
         scores = [record["score"], *(a["score"] for a in record["alternatives"])]
         assert 1 < len(scores) <= 3 and scores == sorted(scores, reverse=True)
-    assert record["decoding"]["beams"] == 4
+    assert record["decoding"]["form"] == "beams" and record["decoding"]["beams"] == 4
+    assert "top_k" not in record["decoding"], "nothing is drawn"
 
 
 def test_draws_are_seeded_and_any_of_their_settings_asks_for_them(run, cohort, tmp_path) -> None:

@@ -50,7 +50,7 @@ def caption(asked: Captioning) -> int:
     cohort = Cohort(using)
     about = {
         "model": model.hash,
-        "decoding": {**asked.decoding, "prompt": asked.prompt},
+        "decoding": {**decoding.settings, "prompt": asked.prompt},
         "tiles": using.image_features_cutoff,
     }
 

@@ -103,6 +103,22 @@ def test_draws_depend_on_seed_and_name_alone() -> None:
     assert torch.equal(several[0], together[0]) and len(several.unique()) == 60
 
 
+def test_settings_for_a_record_are_those_with_an_effect() -> None:
+    common = {"max_tokens": 100, "min_tokens": 0, "repetition_penalty": 1.0, "no_repeat_ngram": 0}
+    common |= {"length_penalty": 1.0, "best": 1}
+    assert Decoding(BOS, EOS, PAD).settings == {"form": "greedy", **common}
+    drawn = {"top_k": None, "top_p": 1.0, "temperature": 1.0, "seed": 7}
+    assert Decoding(BOS, EOS, PAD, top_k=None, seed=7).settings == {
+        "form": "draws",
+        **common,
+        **drawn,
+    }
+    plain = {"form": "beams", **common, "beams": 4, "groups": 1}
+    assert Decoding(BOS, EOS, PAD, beams=4).settings == plain
+    groups = {"groups": 2, "diversity": 0.5}
+    assert Decoding(BOS, EOS, PAD, beams=4, groups=2).settings == plain | groups
+
+
 WRONG = {
     "top_k must be": {"top_k": 0},
     "max_tokens must be": {"max_tokens": 0},

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,21 @@ class Decoding:
     def draws(self) -> bool:
         """Whether chance decides."""
         return self.top_k != 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that have an effect on what is written, by name, for a record."""
+        mine = ["max_tokens", "min_tokens", "repetition_penalty", "no_repeat_ngram"]
+        mine += ["length_penalty", "best"]
+        if self.beams > 1:
+            form = "beams"
+            mine += ["beams", "groups", *(["diversity"] if self.groups > 1 else [])]
+        elif self.draws:
+            form = "draws"
+            mine += ["top_k", "top_p", "temperature", "seed"]
+        else:
+            form = "greedy"
+        return {"form": form, **{k: v for k, v in asdict(self).items() if k in mine}}
 
     def _check_ranges(self) -> None:
         least = {

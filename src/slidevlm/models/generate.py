@@ -27,6 +27,7 @@ from slidevlm.models.decoding import (
     log_probabilities,
     ranked,
 )
+from slidevlm.models.few_rows import few_rows
 from slidevlm.models.language import LanguageModel
 from slidevlm.models.mode import evaluation_mode
 
@@ -89,7 +90,7 @@ def draft(
         if finished is not None:
             finished(bag, drafts)
 
-    with evaluation_mode(model):
+    with evaluation_mode(model), few_rows(model.text, model.decoder):
         device = bags.features.device
         cache: Any = model.start(bags, 1 + len(prompt) + steps)[1]
         given = torch.tensor([[decoding.bos_id, *prompt]], device=device).repeat(len(bags), 1)

@@ -1,0 +1,83 @@
+"""Linear layers on a few rows, as generation has them: a row for each sequence that is written.
+
+Such a product takes the time of reading the weight. On a CPU the library that multiplies matrices
+is slow at it for all but one row, since it first copies the weight into the order in which it
+reads large products. Two ways around it, chosen by shape alone: the product from the other side,
+and oneDNN's. The numbers are those of the layer to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slidevlm.models.linear import is_plain
+
+MOST = 64  # rows; more are many
+# Measured with MKL 2024.2 and oneDNN 3.12 on AVX2, one thread: `benchmarks/few_rows.py`.
+OTHER_SIDE = 3  # rows for which the product from the other side is the fastest
+OTHER_SIDE_NARROW, NARROW = 8, 512  # likewise, up to so many inputs
+LARGE = 2**22  # weights beyond what the processor keeps near; from here oneDNN is the faster
+
+
+@contextmanager
+def few_rows(*towers: nn.Module | None) -> Iterator[None]:
+    """Within, linear layers of these towers are quick on a few rows.
+
+    Only layers that are nothing more (no LoRA, not quantised), with float32 weights on a CPU, and
+    where there is no autocast: all others are as they were.
+    """
+    changed = []
+    if _is_wanted():
+        linears = (m for tower in towers if tower is not None for m in tower.modules())
+        changed = [m for m in linears if isinstance(m, nn.Linear) and _is_fit(m)]
+    try:
+        for linear in changed:
+            linear.forward = FewRows(linear)  # type: ignore[method-assign]
+        yield
+    finally:
+        for linear in changed:
+            linear.__dict__.pop("forward", None)
+
+
+def _is_wanted() -> bool:
+    there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return there and not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+
+
+def _is_fit(linear: nn.Linear) -> bool:
+    weight = linear.weight
+    plain = type(weight) is nn.Parameter or type(weight) is Tensor
+    return (
+        is_plain(linear)
+        and plain
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+    )
+
+
+class FewRows:
+    """In the place of a linear layer's `forward`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.weight, self.bias = linear.weight, linear.bias
+        self.other_side = OTHER_SIDE_NARROW if linear.in_features <= NARROW else OTHER_SIDE
+        self.large = linear.weight.numel() >= LARGE
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        rows = x.numel() // x.shape[-1]
+        if 1 < rows <= self.other_side:
+            columns = torch.mm(self.weight, x.reshape(rows, -1).T)  # [out, rows]
+            y = columns.T.reshape(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        if self.large and rows <= MOST and rows:
+            flat = x.reshape(rows, -1).to_mkldnn()
+            y = F.linear(flat, self.weight, self.bias).to_dense()
+            return y.view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight, self.bias)

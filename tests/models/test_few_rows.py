@@ -1,0 +1,76 @@
+"""Linear layers on a few rows: the same numbers, and nothing left changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from slidevlm.models import few_rows as module
+from slidevlm.models.few_rows import FewRows, few_rows
+from slidevlm.models.quantize import Int8Linear
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(7, 5), (600, 30), (2048, 2050)])
+def test_the_numbers_are_those_of_the_layer(inputs: int, outputs: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(inputs, outputs, bias=bias)
+    exact = nn.Linear(inputs, outputs, bias=bias, dtype=torch.float64)
+    exact.load_state_dict(linear.state_dict())
+    for shape in [(1,), (1, 1), (2, 1), (1, 3), (4, 2), (3, 3), (5, 13), (5, 1), (0, 4)]:
+        x = torch.randn(*shape, inputs)
+        for given in (x, x.transpose(0, -2).contiguous().transpose(0, -2)):
+            with torch.inference_mode():
+                found, expected = FewRows(linear)(given), exact(given.double())
+            assert found.shape == expected.shape and found.dtype == torch.float32
+            torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=2e-5)
+
+
+def test_each_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of `benchmarks/few_rows.py`, in three shapes."""
+    ways: list[str] = []
+    mm, linear, dense = torch.mm, module.F.linear, torch.Tensor.to_mkldnn
+    monkeypatch.setattr(torch, "mm", lambda *a: (ways.append("other side"), mm(*a))[1])
+    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda *a: (ways.append("oneDNN"), dense(*a))[1])
+    monkeypatch.setattr(module.F, "linear", lambda *a: (ways.append("linear"), linear(*a))[1])
+
+    def way(inputs: int, outputs: int, rows: int) -> list[str]:
+        ways.clear()
+        with torch.inference_mode():
+            FewRows(nn.Linear(inputs, outputs))(torch.zeros(rows, inputs))
+        return list(ways)
+
+    assert way(512, 64, 8) == ["other side"] and way(512, 64, 9) == ["linear"]
+    assert way(1024, 64, 3) == ["other side"] and way(1024, 64, 4) == ["linear"]
+    assert way(1024, 4096, 4) == ["oneDNN", "linear"] == way(1024, 4096, 1)
+    assert way(1024, 4096, 65) == ["linear"] == way(8, 8, 1)
+
+
+def test_layers_are_as_before_also_after_an_error() -> None:
+    tower = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+
+    def inside() -> list[bool]:
+        with few_rows(tower, None):
+            return [isinstance(m.forward, FewRows) for m in tower]
+
+    with torch.no_grad():
+        assert inside() == [True, False]
+        with pytest.raises(ZeroDivisionError), few_rows(tower):
+            _ = 1 / 0
+        with torch.autocast("cpu", torch.bfloat16):
+            assert inside() == [False, False]
+    assert inside() == [False, False], "a gradient is wanted"
+    assert "forward" not in tower[0].__dict__
+
+
+def test_only_plain_layers_in_float32() -> None:
+    with torch.no_grad():
+        narrow = nn.Sequential(nn.Linear(4, 4).bfloat16())
+        quantised = nn.Sequential(Int8Linear(nn.Linear(8, 8)))
+        compiled = nn.Sequential(nn.Linear(4, 4))
+        compiled[0].forward = own = compiled[0].forward
+        for tower in (narrow, quantised, compiled):
+            with few_rows(tower):
+                assert not any(isinstance(m.forward, FewRows) for m in tower.modules())
+        assert compiled[0].__dict__["forward"] == own
