@@ -37,7 +37,7 @@ def few_rows(*towers: nn.Module | None) -> Iterator[None]:
         changed = [m for m in linears if isinstance(m, nn.Linear) and _is_fit(m)]
     try:
         for linear in changed:
-            linear.forward = FewRows(linear)  # type: ignore[method-assign]
+            linear.forward = FewRows(linear)  # type: ignore[assignment]
         yield
     finally:
         for linear in changed:
