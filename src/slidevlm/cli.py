@@ -206,6 +206,17 @@ class _ReportArguments:
     device: str | None = arg(
         None, "of --attention: cuda, cuda:1 or cpu", default_text="cuda where there is one"
     )
+    slide_files: tuple[str, ...] = arg(
+        (),
+        "of --attention: the slides, drawn under the tiles: files called as their specimens, or "
+        "folders of them (extra slide or tiffslide); the page then contains small pictures of them",
+    )
+    mpp: float | None = arg(
+        None,
+        "micrometres a level-0 pixel, where positions are in micrometres",
+        default_text="the slide files'",
+        above=0.0,
+    )
     json: bool = arg(False, cli_use.JSON)
 
 
@@ -218,6 +229,7 @@ examples:
   slidevlm report logs/first
   slidevlm report logs/first logs/second --output both.html
   slidevlm report logs/first --attention 8
+  slidevlm report logs/first --attention 8 --slide-files slides/
 """
 
 
@@ -225,14 +237,28 @@ def _report(argv: Sequence[str]) -> None:
     a = parse_into(_ReportArguments, argv, "slidevlm report", REPORT_HELP, REPORT_EPILOG)
     if not a.run:
         raise ConfigError("give the folder of a run: slidevlm report RUN")
-    if a.device is not None and not a.attention:
-        raise ConfigError("--device is for --attention; without it the page computes nothing")
+    if not a.attention:
+        given = {"--device": a.device, "--slide-files": a.slide_files, "--mpp": a.mpp}
+        for flag in (flag for flag, value in given.items() if value):
+            raise ConfigError(f"{flag} is for --attention; without it the page computes nothing")
+    if a.mpp is not None and not a.slide_files:
+        raise ConfigError("--mpp is for --slide-files; without them nothing is drawn to its scale")
     if any(name.isdecimal() and int(name) == 0 for name in a.attention):
         raise ConfigError("--attention must be at least 1 specimen, not 0")
     from slidevlm.page_commands import Reporting, report
 
-    places = (Path(a.run), _path(a.other or None), _path(a.output))
-    report(Reporting(*places, tuple(a.attention), a.device, a.json))
+    report(
+        Reporting(
+            run=Path(a.run),
+            other=_path(a.other or None),
+            output=_path(a.output),
+            attention=tuple(a.attention),
+            device=a.device,
+            slide_files=tuple(a.slide_files),
+            mpp=a.mpp,
+            as_json=a.json,
+        )
+    )
 
 
 @dataclass(frozen=True)

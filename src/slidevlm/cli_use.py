@@ -266,7 +266,8 @@ class _AttentionArguments(_SourceArguments):
     sentence_wise: bool = arg(False, "also write a report, and follow each of its sentences")
     slide_file: str | None = arg(
         None,
-        "the slide itself, of a source of one, to draw over its thumbnail (extra slide: OpenSlide)",
+        "the slide itself, of a source of one, to draw over its thumbnail (extra slide or "
+        "tiffslide)",
         file=True,
     )
     mpp: float | None = arg(
@@ -287,7 +288,8 @@ class _AttentionArguments(_SourceArguments):
 ATTENTION_HELP = """\
 Write where a model attends in slides: weights of the tiles as CSV, drawn at their positions as
 PNG, as QuPath annotations (GeoJSON), and what dropping the most attended tiles does against
-dropping random ones. Attention says where a model reads, not why it decides."""
+dropping random ones. Interrupted or killed, the same command goes on with the specimen it was at.
+Attention says where a model reads, not why it decides."""
 ATTENTION_EPILOG = """\
 examples:
   slidevlm attention logs/first slide.h5 --output seen --slide-file slide.svs

@@ -36,6 +36,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "wandb": (("wandb",), "--report-to wandb"),
     "report": (("plotly",), "pages with plots: report, data check --output"),
     "slide": (("openslide",), "the picture of a slide under the attention of a model"),
+    "tiffslide": (("tiffslide",), "the same, without OpenSlide"),
     "umap": (("umap",), "a UMAP beside the PCA in the map of report"),
     "hf": (
         ("transformers", "sacremoses", "safetensors", "huggingface_hub"),

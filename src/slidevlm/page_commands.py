@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,11 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from slidevlm.app.attending import Attention, Dropped, attend, faithfulness
+from slidevlm.app.attending import (
+    Attention,
+    Changed,
+    Dropped,
+    Faithfulness,
+    attend,
+    faithfulness,
+)
 from slidevlm.app.bags import sample_of
 from slidevlm.app.page import write_page
 from slidevlm.app.page_attention import SEEDS, Wanted
 from slidevlm.app.slide_model import SlideModel
+from slidevlm.app.thumbnails import Thumbnail, thumbnail
 from slidevlm.app.using import Cohort, Using
 from slidevlm.data.cases import Case
 from slidevlm.data.dataset import Failure
@@ -26,6 +35,8 @@ from slidevlm.errors import ConfigError, DataError
 from slidevlm.report.tables import render
 from slidevlm.report.tile_maps import geojson, least_distance, picture, png
 from slidevlm.run import Bar, configure_logging, write_text
+
+log = logging.getLogger("slidevlm")
 
 _THUMBNAIL = 1024  # pixels along its longer side
 
@@ -39,6 +50,8 @@ class Reporting:
     output: Path | None
     attention: tuple[str, ...]  # specimens, or one number; none: without
     device: str | None
+    slide_files: tuple[str, ...]
+    mpp: float | None
     as_json: bool
 
 
@@ -50,7 +63,9 @@ def report(asked: Reporting) -> Path:
     """
     configure_logging(debug=False, main=True)
     places = [asked.run] if asked.other is None else [asked.run, asked.other]
-    wanted = Wanted(asked.attention, asked.device) if asked.attention else None
+    wanted = None
+    if asked.attention:
+        wanted = Wanted(asked.attention, asked.device, asked.slide_files, asked.mpp)
     path = write_page(places, asked.output, wanted)
     if asked.as_json:
         print(json.dumps({"page": str(path), "bytes": path.stat().st_size}))
@@ -75,21 +90,14 @@ class Attending:
 
 
 @dataclass(frozen=True)
-class _Slide:
-    """A slide file's thumbnail."""
-
-    pixels: np.ndarray  # [h, w, 3] uint8
-    scale: float  # pixels of the thumbnail a level-0 pixel
-    mpp: float | None
-
-
-@dataclass(frozen=True)
 class _Seen:
     """What was written of one specimen."""
 
     specimen: str
     files: list[Path]
     dropped: list[Dropped]
+    sentences: tuple[str, ...]
+    changed: list[list[Changed]]  # of each sentence
     unplaced: bool  # positions in micrometres and nothing that makes pixels of them
 
 
@@ -100,14 +108,23 @@ def attention(asked: Attending) -> list[Path]:
         SlideVLMError: for everything a user can mend.
     """
     configure_logging(debug=False, main=True)
-    slide = None if asked.slide_file is None else _thumbnail(asked.slide_file)
+    slide = None
+    if asked.slide_file is not None:
+        slide = thumbnail(asked.slide_file, _THUMBNAIL, "--slide-file")
     model, cohort = asked.using.load(), Cohort(asked.using)
     cases = _chosen(cohort, asked)
-    names = _file_names(cases)
+    names = _file_names(cohort.store.cases)  # of all, so that they do not depend on the choice
+    about = _about(asked, model)
+    there = {case.specimen: _known(asked, about, case, names[case.specimen]) for case in cases}
+    if any(there.values()):
+        count = sum(seen is not None for seen in there.values())
+        log.info("%d of %d specimens are done already", count, len(cases))
     bar, done = Bar("following attention", len(cases), shown=True), list[_Seen]()
     try:
         for number, case in enumerate(cases):
-            seen = _follow(asked, model, cohort, case, slide, names[case.specimen])
+            seen = there[case.specimen] or _follow(
+                asked, model, cohort, case, slide, about, names[case.specimen]
+            )
             done += [] if seen is None else [seen]
             bar.update(number + 1)
     finally:
@@ -121,6 +138,8 @@ def attention(asked: Attending) -> list[Path]:
                 "specimen": seen.specimen,
                 "files": [str(f) for f in seen.files],
                 "faithfulness": [asdict(one) for one in seen.dropped],
+                "sentences": list(seen.sentences),
+                "sentence_faithfulness": [[asdict(c) for c in rows] for rows in seen.changed],
             }
             for seen in done
         ]
@@ -128,6 +147,8 @@ def attention(asked: Attending) -> list[Path]:
         print(json.dumps({"specimens": rows, "bad": bad, "model": model.hash}, indent=1))
         return files
     print(_shown(_mean([seen.dropped for seen in done]), len(done)))
+    if len(done) == 1 and done[0].sentences:
+        print(_shown_sentences(done[0]))
     print(
         f"wrote {len(files)} files of {len(done)} specimens into {asked.output}"
         if len(done) > 1
@@ -143,7 +164,8 @@ def _follow(
     model: SlideModel,
     cohort: Cohort,
     case: Case,
-    slide: _Slide | None,
+    slide: Thumbnail | None,
+    about: dict[str, Any],
     name: str,
 ) -> _Seen | None:
     """One specimen; None where it is bad and bad ones are left out."""
@@ -162,10 +184,64 @@ def _follow(
             "features of that slide alone"
         )
     seeds = range(asked.seed, asked.seed + SEEDS)
-    dropped = faithfulness(trained, precision, sample, found.tiles, seeds)
-    files = _write(asked, found, dropped, slide, model.hash, name)
+    checked = faithfulness(trained, precision, sample, found, seeds)
     unplaced = found.positions is not None and _pixels(asked, found, slide) is None
-    return _Seen(found.specimen, files, dropped, unplaced)
+    return _write(asked, found, checked, slide, {**about, "no_annotations": unplaced}, name)
+
+
+def _about(asked: Attending, model: SlideModel) -> dict[str, Any]:
+    """What the files of a specimen depend on."""
+    using = asked.using
+    slide = None if asked.slide_file is None else str(asked.slide_file.resolve())
+    return {
+        "model": model.hash,
+        "settings": {
+            "source": str(using.source.resolve()),
+            "image_features_cutoff": using.image_features_cutoff,
+            "precision": model.computes_in,
+            "sentence_wise": asked.sentence_wise,
+            "slide_file": slide,
+            "mpp": asked.mpp,
+            "tile_size": asked.tile_size,
+            "seed": asked.seed,
+        },
+    }
+
+
+def _known(asked: Attending, about: dict[str, Any], case: Case, name: str) -> _Seen | None:
+    """What an earlier call has written of a specimen; its JSON file is the last to be there.
+
+    Raises:
+        ConfigError: it was made otherwise.
+    """
+    path = asked.output / f"{name}.json"
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        before = {"specimen": there["specimen"], "model": there["model"], **there["settings"]}
+        files = [asked.output / file for file in there["files"]]
+        seen = _Seen(
+            there["specimen"],
+            files,
+            [Dropped(**row) for row in there["faithfulness"]],
+            tuple(there["sentences"]),
+            [[Changed(**row) for row in rows] for rows in there["sentence_faithfulness"]],
+            there["no_annotations"],
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not of slidevlm attention, or of another version ({error!r}); remove it or "
+            "choose another --output"
+        ) from error
+    now = {"specimen": case.specimen, "model": about["model"], **about["settings"]}
+    differs = [key for key in now if now[key] != before.get(key)]
+    if differs:
+        raise ConfigError(
+            f"{path} was made with another {', another '.join(differs)}; remove it or choose "
+            "another --output"
+        )
+    return seen if all(file.is_file() for file in files) else None
 
 
 def _chosen(cohort: Cohort, asked: Attending) -> list[Case]:
@@ -207,23 +283,7 @@ def _mean(several: Sequence[Sequence[Dropped]]) -> list[Dropped]:
     ]
 
 
-def _thumbnail(path: Path) -> _Slide:
-    try:
-        import openslide
-    except ImportError as error:
-        raise ConfigError("--slide-file needs the extra: pip install 'slidevlm[slide]'") from error
-    try:
-        with openslide.OpenSlide(str(path)) as slide:
-            width, height = slide.dimensions
-            image = slide.get_thumbnail((_THUMBNAIL, _THUMBNAIL)).convert("RGB")
-            mpp = slide.properties.get("openslide.mpp-x")
-    except (openslide.OpenSlideError, OSError) as error:
-        raise DataError(f"--slide-file {path} cannot be read by OpenSlide ({error})") from error
-    scale = max(image.size) / max(width, height)
-    return _Slide(np.asarray(image), scale, float(mpp) if mpp else None)
-
-
-def _pixels(asked: Attending, found: Attention, slide: _Slide | None) -> float | None:
+def _pixels(asked: Attending, found: Attention, slide: Thumbnail | None) -> float | None:
     """Level-0 pixels a unit of the positions; None where nothing tells."""
     if found.unit == "px":
         return 1.0
@@ -234,27 +294,44 @@ def _pixels(asked: Attending, found: Attention, slide: _Slide | None) -> float |
 def _write(
     asked: Attending,
     found: Attention,
-    dropped: list[Dropped],
-    slide: _Slide | None,
-    model: str,
+    checked: Faithfulness,
+    slide: Thumbnail | None,
+    about: dict[str, Any],
     name: str,
-) -> list[Path]:
+) -> _Seen:
+    """All files of a specimen, the one that tells of the others last."""
     asked.output.mkdir(parents=True, exist_ok=True)
     measures = {"attention": found.tiles}
     measures |= {f"sentence_{i + 1}": row for i, row in enumerate(found.by_sentence)}
     files = [asked.output / f"{name}.csv", asked.output / f"{name}.json"]
     write_text(files[0], _csv(found, measures))
-    about: dict[str, Any] = {
+    if found.positions is not None:
+        files += _drawn(asked, found, found.positions, measures, slide, name)
+    content: dict[str, Any] = {
         "specimen": found.specimen,
-        "model": model,
+        **about,
         "tiles": len(found.tiles),
         "what": "attention rollout: where the model reads, not why it decides",
+        "files": [file.name for file in files],
+        "faithfulness": [asdict(one) for one in checked.slide],
         "sentences": list(found.sentences),
-        "faithfulness": [asdict(one) for one in dropped],
+        "sentence_faithfulness": [[asdict(one) for one in rows] for rows in checked.sentences],
     }
-    write_text(files[1], json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-    if found.positions is None:
-        return files
+    write_text(files[1], json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    unplaced = bool(about["no_annotations"])
+    return _Seen(found.specimen, files, checked.slide, found.sentences, checked.sentences, unplaced)
+
+
+def _drawn(
+    asked: Attending,
+    found: Attention,
+    positions: np.ndarray,
+    measures: dict[str, np.ndarray],
+    slide: Thumbnail | None,
+    name: str,
+) -> list[Path]:
+    """Pictures and annotations of each slide."""
+    files: list[Path] = []
     pixels = _pixels(asked, found, slide)
     if slide is not None and pixels is None:
         raise DataError(
@@ -263,7 +340,7 @@ def _write(
         )
     for number in np.unique(found.slides).tolist():
         mine = found.slides == number
-        places = found.positions[mine].astype(np.float64)
+        places = positions[mine].astype(np.float64)
         size = asked.tile_size or least_distance(places)
         of = "" if found.slides.max() == 0 else f"_slide_{number + 1}"
         for measure, weights in measures.items():
@@ -301,3 +378,18 @@ def _shown(dropped: list[Dropped], specimens: int) -> str:
     of = f" (mean of {specimens} specimens)" if specimens > 1 else ""
     title = "cosine of the slide embedding with that of all tiles, after dropping tiles"
     return f"{title}{of}:\n{lines}"
+
+
+def _shown_sentences(seen: _Seen) -> str:
+    """Each sentence at half of the tiles, or the nearest share."""
+    at = min(range(len(seen.dropped)), key=lambda i: abs(seen.dropped[i].share - 0.5))
+    rows = []
+    for text, changed in zip(seen.sentences, seen.changed, strict=True):
+        one = changed[at]
+        random = f"{one.random_least:+.3f} to {one.random_most:+.3f}"
+        short = text if len(text) <= 50 else text[:49] + "\u2026"
+        rows.append((short, f"{one.most_attended:+.3f}", f"{one.random_mean:+.3f}", random))
+    header = ("sentence", "its most attended", "random", "its range")
+    share = f"{100 * seen.dropped[at].share:.0f} %"
+    title = "change of a sentence's mean log-probability a token, after dropping"
+    return f"\n{title} {share} of the tiles:\n{render(header, rows, 'markdown', 100)}"

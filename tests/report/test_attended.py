@@ -7,7 +7,7 @@ import base64
 import numpy as np
 import pytest
 
-from slidevlm.report.attended import attended, neighbour_distance, raster
+from slidevlm.report.attended import attended, beneath, neighbour_distance, raster
 
 
 def grid(columns: int, rows: int, step: float) -> np.ndarray:
@@ -70,3 +70,15 @@ def test_tiles_off_any_grid_keep_their_distance() -> None:
 def test_without_positions_nothing_is_drawn() -> None:
     one = attended("S", None, np.zeros(3, np.int64), np.ones(3) / 3, [], np.zeros((0, 3)))
     assert one["slides"] == [] and one["scales"] == []
+
+
+def test_a_slide_lies_under_its_tiles() -> None:
+    """A tile's corner, in cells, is where its place in the slide is."""
+    places = grid(9, 7, 224.0) + np.array([1000, 448])
+    one = attended("S", places, np.zeros(63, np.int64), np.ones(63) / 63, [], np.zeros((0, 63)))
+    size = one["slides"][0]["size"]
+    found = beneath(size, places, 5000.0, 3000.0)
+    column, row = 4, 2  # its cell reaches from 3.5 to 4.5
+    x = (column - 0.5 - found["x"]) / found["width"] * 5000
+    y = (row - 0.5 - found["y"]) / found["height"] * 3000
+    assert (x, y) == pytest.approx((1000 + 4 * 224, 448 + 2 * 224), rel=1e-4)

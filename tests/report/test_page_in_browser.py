@@ -11,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import slidevlm
 import slidevlm.testing
+from slidevlm.app.cohorts import open_path
 from slidevlm.app.page import write_page
 from slidevlm.app.page_attention import Wanted
 from slidevlm.cli import main
+from slidevlm.flags import read_yaml
 
 TABS = (
     "overview", "training", "retrieval", "tasks", "map", "specimens", "attention", "data",
@@ -119,6 +122,62 @@ def test_attention(browser: Any, trained: Path, tmp_path: Path, width: int, sche
     chosen = page.locator("#tab-attention select option").nth(1).text_content()
     assert page.locator(".detail h2").inner_text() == chosen
     assert looked.problems == []
+
+
+def test_attention_over_the_slide(browser: Any, trained: Path, tmp_path: Path) -> None:
+    """The slide's picture lies under the tiles, and each tile over its place."""
+    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("openslide")
+    config = read_yaml(trained / "config.yaml")
+    store = open_path(Path(config["hdf5_filename"]), None, None)
+    name = Path(config["test_split"]).read_text().split()[0]
+    bag = store.read(next(c for c in store.cases if c.specimen == name), None)
+    assert bag.positions is not None and bag.unit == "um"
+    mpp = float(bag.positions.max()) * 1.25 / 2048  # the tiles end at four fifths of the slide
+    pixels = np.full((2048, 2048, 3), 230, np.uint8)
+    pixels[:300, :300] = (200, 30, 30)
+    (tmp_path / "slides").mkdir()
+    options = {"tile": (256, 256), "photometric": "rgb"}
+    with tifffile.TiffWriter(tmp_path / "slides" / f"{name}.tif") as file:
+        file.write(pixels, **options)
+        file.write(pixels[::2, ::2], subfiletype=1, **options)
+    words = ["report", str(trained), "--output", str(tmp_path / "page.html"), "--attention", "2"]
+    words += ["--slide-files", str(tmp_path / "slides"), "--mpp", str(mpp), "--device", "cpu"]
+    assert main(words) == 0
+    for width, scheme in ((1280, "light"), (400, "dark")):
+        looked = Looked(browser, tmp_path / "page.html", width, scheme)
+        page = looked.page
+        looked.tab("attention")
+        image = page.locator("#attention-map image")
+        image.first.wait_for()
+        sources = [image.nth(i).get_attribute("href") or "" for i in range(image.count())]
+        assert sum(s.startswith("data:image/jpeg;base64,") for s in sources) == 1
+        assert all(len(s) < 200_000 for s in sources)
+        path = screenshots(tmp_path) / f"attention-slide-{width}-{scheme}.png"
+        page.screenshot(path=str(path), full_page=True)
+        place = page.evaluate("""() => {
+            const node = document.getElementById("attention-map"), [image] = node.layout.images;
+            return [image.x, image.y, image.sizex, image.sizey, node.data[0].opacity];
+        }""")
+        side = 2048 * mpp
+        tiles = bag.positions.numpy()
+        cell = side / place[2]
+        for axis in (0, 1):  # some tiles were read; the first of these is where cell 0 begins
+            corner = (-place[axis] - 0.5) * cell
+            assert np.abs(tiles[:, axis] - corner).min() < 1e-3 * side
+        assert place[3] == pytest.approx(place[2]) and place[4] == 0.55
+        page.locator("label", has_text="Show").locator("select").select_option("tiles")
+        page.wait_for_function(
+            "!document.querySelector('#attention-map image[href^=\"data:image/jpeg\"]')"
+        )
+        # The check is of what is chosen.
+        assert "cosine with" in page.locator("#tab-attention figure").last.inner_text()
+        page.click(".sentence >> nth=1")
+        shown = page.locator("#tab-attention figure").last
+        page.wait_for_function("""document.querySelector('#tab-attention figure').innerText
+            .includes('log-probability a token')""")
+        assert "below 0 is less readily" in shown.inner_text()
+        assert looked.overflow() <= 0 and looked.problems == []
 
 
 def test_the_data_tab_draws_a_real_check(browser: Any, trained: Path, tmp_path: Path) -> None:

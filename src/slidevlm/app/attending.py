@@ -35,6 +35,8 @@ class Attention:
         unit: "um" or "px".
         sentences: P sentences of a report written greedily; empty where none was asked for.
         by_sentence: [P, T] float32.
+        tokens: [L] of the report, BOS first; empty where none was asked for.
+        parts: [P, L - 1] float32, how much tokens 1 to L - 1 count in each sentence; rows sum to 1.
     """
 
     specimen: str
@@ -44,6 +46,8 @@ class Attention:
     unit: str | None
     sentences: tuple[str, ...]
     by_sentence: np.ndarray
+    tokens: tuple[int, ...]
+    parts: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,29 @@ class Dropped:
     random_most: float
 
 
+@dataclass(frozen=True)
+class Changed:
+    """What dropping a share of the tiles does to a sentence of the report.
+
+    Changes of the sentence's mean log-probability a token, in nats, given the words before it: 0 is
+    no effect, below 0 the model would write it less readily.
+    """
+
+    share: float
+    most_attended: float
+    random_mean: float
+    random_least: float
+    random_most: float
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """The check of attention: of the slide embedding, and of each of P sentences."""
+
+    slide: list[Dropped]
+    sentences: list[list[Changed]]
+
+
 def attend(trained: Trained, precision: Precision, sample: Sample, *, sentences: bool) -> Attention:
     """Follow the attention of one specimen.
 
@@ -71,8 +98,10 @@ def attend(trained: Trained, precision: Precision, sample: Sample, *, sentences:
     with precision.autocast():
         tiles = slide_attention(model, bags)
     texts, parts = _sentences(trained, precision, bags) if sentences else ((), None)
-    found = np.zeros((0, len(tiles)), np.float32)
+    found, ids = np.zeros((0, len(tiles)), np.float32), ()
+    shares = np.zeros((0, 0), np.float32)
     if parts is not None:
+        ids, shares = tuple(parts[0].tolist()), parts[1].cpu().numpy()
         with precision.autocast():
             found = report_attention(model, bags, *parts).float().cpu().numpy()
     positions = bag.positions
@@ -86,23 +115,30 @@ def attend(trained: Trained, precision: Precision, sample: Sample, *, sentences:
         bag.unit,
         texts,
         found,
+        ids,
+        shares,
     )
 
 
 def faithfulness(
-    trained: Trained, precision: Precision, sample: Sample, tiles: np.ndarray, seeds: Sequence[int]
-) -> list[Dropped]:
+    trained: Trained, precision: Precision, sample: Sample, seen: Attention, seeds: Sequence[int]
+) -> Faithfulness:
     """Drop the most attended tiles, the least attended, and random ones, in several shares.
 
+    A sentence is judged by the tiles that it attends to most itself.
+
     Args:
-        tiles: [T] weights.
+        seen: of `attend`, of the same sample.
         seeds: one random choice each.
     """
     model, bags = _coca(trained), _bags(sample, precision)
-    count = len(tiles)
+    count, device = len(seen.tiles), bags.features.device
+    tokens = torch.tensor([seen.tokens], dtype=torch.int64, device=device)  # [1, L]
+    parts = torch.from_numpy(seen.parts).to(device)
 
-    def embedded(kept: np.ndarray) -> Tensor:
-        rows = torch.from_numpy(np.sort(kept)).to(bags.features.device)
+    def of(kept: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """The slide embedding [E], and each sentence's mean log-probability a token [P]."""
+        rows = torch.from_numpy(np.sort(kept)).to(device)
         left = Bags(
             bags.features[rows],
             (len(rows),),
@@ -111,18 +147,36 @@ def faithfulness(
             bags.unit,
         )
         with torch.inference_mode(), precision.autocast():
-            return model.encode_image(left)[0].float()
+            if not seen.sentences:
+                return model.encode_image(left)[0].float(), np.zeros(0)
+            output = model(left, tokens, torch.ones_like(tokens, dtype=torch.bool))
+        assert output.logits is not None, "it has written the sentences"
+        logs = output.logits[0].float().log_softmax(-1)
+        likely = logs.gather(1, tokens[0, 1:, None])[:, 0]  # [L - 1]
+        return output.image_embedding[0].float(), (parts @ likely).cpu().numpy()
 
-    whole, order = embedded(np.arange(count)), np.argsort(-tiles, kind="stable")
-    found = []
+    whole, text = of(np.arange(count))
+    order = np.argsort(-seen.tiles, kind="stable")
+    by_sentence = [np.argsort(-row, kind="stable") for row in seen.by_sentence]
+    draws = [np.random.default_rng(seed).permutation(count) for seed in seeds]
+    slide: list[Dropped] = []
+    sentences: list[list[Changed]] = [[] for _ in seen.sentences]
     for share in SHARES:
         dropped = min(count - 1, max(1, round(share * count)))
-        draws = [np.random.default_rng(seed).permutation(count) for seed in seeds]
-        choices = [order[dropped:], order[: count - dropped], *(d[dropped:] for d in draws)]
-        most, least, *chance = [float(embedded(kept) @ whole) for kept in choices]
+        most = float(of(order[dropped:])[0] @ whole)
+        least = float(of(order[: count - dropped])[0] @ whole)
+        random = [of(draw[dropped:]) for draw in draws]
+        chance = [float(embedding @ whole) for embedding, _ in random]
         mean = sum(chance) / len(chance)
-        found.append(Dropped(dropped / count, most, least, mean, min(chance), max(chance)))
-    return found
+        slide.append(Dropped(dropped / count, most, least, mean, min(chance), max(chance)))
+        for number, mine in enumerate(by_sentence):
+            change = float(of(mine[dropped:])[1][number] - text[number])
+            others = [float(found[number] - text[number]) for _, found in random]
+            mean = sum(others) / len(others)
+            sentences[number].append(
+                Changed(dropped / count, change, mean, min(others), max(others))
+            )
+    return Faithfulness(slide, sentences)
 
 
 def _coca(trained: Trained) -> CoCa:

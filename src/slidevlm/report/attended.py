@@ -76,6 +76,21 @@ def neighbour_distance(positions: np.ndarray) -> float:
     return float(np.median(nearest))
 
 
+def beneath(size: float, positions: np.ndarray, width: float, height: float) -> dict[str, float]:
+    """Where a slide of this width and height lies under the cells of its raster, in cells.
+
+    Args:
+        size: side of a cell, in the unit of the positions.
+        positions: [T, 2] of the slide's tiles, upper left corners, from the slide's corner.
+        width: of the slide, in the same unit.
+        height: likewise.
+    """
+    # Cell 0 has its middle at 0, so the corner of the raster lies at -0.5.
+    x, y = (-positions.astype(np.float64).min(0) / size - 0.5).tolist()
+    found = {"x": x, "y": y, "width": width / size, "height": height / size}
+    return {name: float(f"{value:.6g}") for name, value in found.items()}
+
+
 def attended(
     specimen: str,
     positions: np.ndarray | None,

@@ -787,33 +787,42 @@ function cellsOf(slide, scale, k) {
   });
   return found;
 }
-function tileMap(one, slide, k) {
+function tileMap(one, slide, k, show) {
   const z = cellsOf(slide, one.scales[k], k), what = slide.factor > 1 ? `mean of ${slide.factor} × ${slide.factor} tiles` : "tile";
   const axis = { showgrid: false, zeroline: false, showline: false, linewidth: 0, showticklabels: false, ticks: "", constrain: "domain" };
-  return { data: [{ type: "heatmap", z, zmin: 0, zmax: one.scales[k].top, colorscale: HEAT, hoverongaps: false,
+  const under = show === "tiles" ? null : slide.thumbnail, range = under && under.width > 0;
+  const over = under ? { opacity: show === "slide" ? 0 : 0.55 } : {};
+  const images = under ? [{ source: under.src, xref: "x", yref: "y", x: under.x, y: under.y, sizex: under.width, sizey: under.height, sizing: "stretch", layer: "below" }] : [];
+  const across = range ? { range: [Math.min(under.x, -0.5), Math.max(under.x + under.width, slide.columns - 0.5)] } : {};
+  const down = range ? { range: [Math.max(under.y + under.height, slide.rows - 0.5), Math.min(under.y, -0.5)] } : { autorange: "reversed" };
+  return { data: [{ type: "heatmap", z, ...over, zmin: 0, zmax: one.scales[k].top, colorscale: HEAT, hoverongaps: false,
     hovertemplate: `${what}: %{z:.3~g} times an even share<extra></extra>`,
     colorbar: { orientation: "h", thickness: 10, outlinewidth: 0, y: -0.02, yanchor: "top", len: 0.9, title: { text: "times an even share of the attention", side: "bottom", font: { size: 12 } } } }],
-  layout: { dragmode: "pan", margin: { l: 8, r: 8, t: 8, b: 70 }, plot_bgcolor: css("--ground"), xaxis: axis,
-    yaxis: { ...axis, autorange: "reversed", scaleanchor: "x" } }, bar: true };
+  layout: { dragmode: "pan", margin: { l: 8, r: 8, t: 8, b: 70 }, plot_bgcolor: css("--ground"), images, xaxis: { ...axis, ...across },
+    yaxis: { ...axis, ...down, scaleanchor: "x" } }, bar: true };
 }
-function dropPlot(one) {
-  const x = one.check.map((r) => r.share), line = (name, key, color, dash) => ({ type: "scatter", mode: "lines+markers", x, y: one.check.map((r) => r[key]), name,
-    line: { color, width: 2, dash: dash || "solid" }, hovertemplate: `${name}, %{x:.0%} dropped: cosine %{y:.3f}<extra></extra>` });
-  const band = { type: "scatter", mode: "lines", x: [...x, ...[...x].reverse()], y: [...one.check.map((r) => r.random_most), ...one.check.map((r) => r.random_least).reverse()],
+function dropPlot(one, k) {
+  const rows = k ? one.sentence_checks[k - 1] : one.check, what = k ? "change" : "cosine";
+  const x = rows.map((r) => r.share), line = (name, key, color, dash) => ({ type: "scatter", mode: "lines+markers", x, y: rows.map((r) => r[key]), name,
+    line: { color, width: 2, dash: dash || "solid" }, hovertemplate: `${name}, %{x:.0%} dropped: ${what} %{y:.3f}<extra></extra>` });
+  const band = { type: "scatter", mode: "lines", x: [...x, ...[...x].reverse()], y: [...rows.map((r) => r.random_most), ...rows.map((r) => r.random_least).reverse()],
     fill: "toself", line: { width: 0 }, fillcolor: "rgba(138,145,155,.3)", hoverinfo: "skip", showlegend: false };
-  return { data: [band, line("random", "random_mean", "#8a919b"), line("least attended", "least_attended", PALETTE[0], "dot"), line("most attended", "most_attended", PALETTE[1])],
-    layout: { showlegend: true, xaxis: { title: "share of the tiles dropped", tickformat: ".0%" }, yaxis: { title: "cosine with the embedding of all tiles" } }, bar: true };
+  return { data: [band, line("random", "random_mean", "#8a919b"), ...(k ? [] : [line("least attended", "least_attended", PALETTE[0], "dot")]), line("most attended", "most_attended", PALETTE[1])],
+    layout: { showlegend: true, xaxis: { title: "share of the tiles dropped", tickformat: ".0%" }, yaxis: { title: k ? "change of log-probability a token" : "cosine with the embedding of all tiles" } }, bar: true };
 }
 function attentionTab() {
   const having = RUNS.filter((run) => run.attention);
   if (!having.length && RUNS.every((run) => run.refused)) return [panel(...RUNS.map((run, i) => h("p", { class: "note" }, badge(i), " ", run.refused)))];
   if (!having.length) return [panel(note("Where the model attends was not asked for. It needs the run's features; make the page again with:"), h("p", {}, code(`slidevlm report ${A.folder} --attention 8`)))];
-  const state = { run: RUNS.indexOf(having[0]), at: 0, slide: 0, k: 0 };
+  const state = { run: RUNS.indexOf(having[0]), at: 0, slide: 0, k: 0, show: "both" };
   const controls = h("div", {}), side = h("div", { class: "sentences" }), said = h("p", { class: "caption" }), told = h("p", { class: "caption" });
   const one = () => RUNS[state.run].attention.specimens[state.at];
-  const map = plot(() => tileMap(one(), one().slides[state.slide], state.k), innerWidth < 600 ? 430 : 560, "attention over the tiles");
-  const check = plot(() => dropPlot(one()), 360, "effect of dropping tiles");
+  const map = plot(() => tileMap(one(), one().slides[state.slide], state.k, state.show), innerWidth < 600 ? 430 : 560, "attention over the tiles");
+  const check = plot(() => dropPlot(one(), state.k), 360, "effect of dropping tiles");
   map.id = "attention-map";
+  const SLIDE_CHECK = `The slide's embedding after dropping tiles, as its cosine with the embedding of all tiles: the lower, the more they mattered. Random: mean of ${having[0].attention.seeds} draws, the band from least to most. Where dropping the most attended tiles changes no more than dropping random ones, attention says nothing about the embedding.`;
+  const SENTENCE_CHECK = `How much less readily the model would write this sentence, after the words before it, when the tiles are dropped that the sentence attends to most: the change of its mean log-probability a token (in nats); below 0 is less readily. Random: mean of ${having[0].attention.seeds} draws, the band from least to most. Where the two are alike, the attention of the sentence says nothing about it.`;
+  const meant = h("span", {});
   const none = note("These features have no positions: the tiles cannot be drawn.");
   function choose(k) {
     state.k = k;
@@ -822,6 +831,8 @@ function attentionTab() {
     map.hidden = !slide;
     none.hidden = Boolean(slide);
     said.replaceChildren();
+    meant.textContent = k ? SENTENCE_CHECK : SLIDE_CHECK;
+    refresh(check);
     if (!slide) return;
     said.append(`1 is an even share: what each of the ${number(s.tiles)} tiles had if all were attended to alike. Colours end at the 99th percentile (${number(s.scales[k].top)}); the most is ${number(s.scales[k].most)}. `,
       s.slides.length > 1 ? `This slide has ${percent(slide.share[k])} of the specimen's attention. ` : "",
@@ -835,18 +846,18 @@ function attentionTab() {
       having.length > 1 ? choice("Run", having.map((r) => [String(RUNS.indexOf(r)), `${"AB"[RUNS.indexOf(r)]} ${r.name}`]), String(state.run), (v) => { Object.assign(state, { run: Number(v), at: 0, slide: 0, k: 0 }); fill(); }) : null,
       choice("Specimen", run.attention.specimens.map((x, j) => [String(j), x.id]), String(state.at), (v) => { Object.assign(state, { at: Number(v), slide: 0, k: 0 }); fill(); }),
       s.slides.length > 1 ? choice("Slide", s.slides.map((x, j) => [String(j), `${j + 1}: ${percent(x.share[0])} of the attention`]), String(state.slide), (v) => { state.slide = Number(v); choose(state.k); }) : null,
+      s.slides.some((x) => x.thumbnail) ? choice("Show", [["both", "tiles over the slide"], ["slide", "the slide alone"], ["tiles", "tiles alone"]], state.show, (v) => { state.show = v; refresh(map); }) : null,
       i >= 0 ? h("button", { type: "button", onclick: () => openSpecimen(0, i) }, "Its reports") : null));
     side.replaceChildren(h("h3", {}, "Attention of"), entry("The slide's embedding", 0),
       ...(s.sentences.length ? [h("h3", {}, "Sentences of the generated report"), ...s.sentences.map((text, j) => entry(text, j + 1))] : [note("This model writes no reports.")]));
     const other = run.evaluation && run.evaluation.about.model_hash && run.evaluation.about.model_hash !== run.attention.model_hash;
     told.textContent = other ? "The weights that attend here are not those of the evaluation on this page. " : "";
     choose(state.k);
-    refresh(check);
   }
   fill();
   return [note("Attention says where the model reads, not why it decides: it is no explanation and no finding. The check below shows whether the attended tiles matter to the model at all."),
     panel(controls, told, h("div", { class: "attended" }, side, h("div", { class: "map" }, none, map, said))),
-    figure("Does it matter?", check, `The slide's embedding after dropping tiles, as its cosine with the embedding of all tiles: the lower, the more they mattered. Random: mean of ${having[0].attention.seeds} draws, the band from least to most. Where dropping the most attended tiles changes no more than dropping random ones, attention says nothing about the embedding. Sentences are not checked.`)];
+    figure("Does it matter?", check, meant)];
 }
 
 // -- data ------------------------------------------------------------------------------------
@@ -956,7 +967,7 @@ nav.addEventListener("keydown", (event) => {
 addEventListener("hashchange", () => openTab(location.hash.slice(1)));
 addEventListener("scroll", hideTip, { passive: true });
 document.getElementById("title").textContent = RUNS.map((run) => run.name).join(" and ");
-document.getElementById("footer").textContent = `Made by slidevlm ${D.version}. One file, no network: it can be sent and kept as it is; it contains the reports of the specimens.`;
+document.getElementById("footer").textContent = `Made by slidevlm ${D.version}. One file, no network: it can be sent and kept as it is; it contains the reports of the specimens${RUNS.some((run) => run.attention && run.attention.specimens.some((s) => s.slides.some((x) => x.thumbnail))) ? " and pictures of slides" : ""}.`;
 applyTheme();
 openTab(location.hash.slice(1));
 root.dataset.ready = "yes";
