@@ -5,8 +5,9 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 DEMO ?= demo
 TEST_PROCESSES ?= 2
+SEED := $(shell date +%s)
 
-.PHONY: help setup demo test faults lint types docs site clean
+.PHONY: help setup demo test faults hard lint types docs site clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -30,6 +31,13 @@ test: $(STAMP) ## the whole test suite, in two processes
 
 faults: $(STAMP) ## strike a training on two processes down 50 times (make test: 8), some 15 minutes
 	SLIDEVLM_FAULTS=50 $(BIN)/python -m pytest -q -s tests/faults
+
+hard: $(STAMP) ## faults, damaged and harmful files, ten minutes of fuzzing, two hours of trainings
+	$(BIN)/python -m pytest -q -s tests/hard/test_malicious.py
+	SLIDEVLM_FUZZ_SECONDS=600 SLIDEVLM_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/hard/test_fuzz.py
+	SLIDEVLM_CORRUPTIONS=5000 SLIDEVLM_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q tests/data/formats/test_damage.py
+	$(MAKE) faults
+	SLIDEVLM_SOAK_SECONDS=7200 $(BIN)/python -m pytest -q -s tests/hard/test_soak.py
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check src tests benchmarks scripts examples

@@ -29,7 +29,10 @@ LAYERS = (
     ("eval",),
     ("data", "models", "losses"),
     ("config", "flags", "run"),
-    ("errors", "registry", "batch", "dist", "hvd", "launch", "precision", "hub", "remote"),
+    (
+        *("errors", "registry", "documents", "batch", "dist", "hvd", "launch", "precision", "hub"),
+        "remote",
+    ),
 )
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
 # Within these two, neighbours may know each other (flags reads config, registry raises errors).

@@ -25,6 +25,7 @@ from slidevlm.config import (
     validate_arguments,
     with_values,
 )
+from slidevlm.documents import DocumentError, yaml_keys, yaml_of
 from slidevlm.errors import ConfigError
 from slidevlm.registry import nearest, unknown
 
@@ -314,24 +315,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: unreadable, not a mapping, an unknown name, a value of the wrong type.
     """
-    import yaml
-
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
+        content = yaml_of(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} cannot be read: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no such date
+    except DocumentError as error:
         raise ConfigError(f"--config {path} is not plain YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a mapping of argument names to values")
     values = read_values(content, f"--config {path}")
-    # Of two equal keys safe_load would keep the last, without a word.
-    assert tree is not None, "it has content"
-    written = [_field(key.value) for key, _ in tree.value]
+    # Of two equal keys the last was kept, without a word.
+    written = [_field(key) for key in yaml_keys(text)]
     twice = sorted({name for name in written if written.count(name) > 1})
     if twice:
         raise ConfigError(f"--config {path}: {', '.join(twice)} given twice; leave one out")

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from slidevlm.documents import json_of
 from slidevlm.errors import ConfigError
 
 # The weights of a folder, the first of which that is there; an index names its parts.
@@ -103,7 +103,7 @@ def read_config(name: str, argument: str) -> dict[str, Any]:
     """
     path = needed(find(name, ("config.json",), argument), "config.json", name, argument)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_of(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{argument}: {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -128,10 +128,25 @@ def weight_files(name: str, argument: str) -> list[Path]:
             continue
         if not file.endswith(".index.json"):
             return [found[file]]
-        parts = sorted(set(json.loads(found[file].read_text())["weight_map"].values()))
+        parts = _parts(found[file], argument)
         files = find(name, parts, argument)
         return [needed(files, part, name, argument) for part in parts]
     raise ConfigError(f"{argument}: {name} has no weights; wanted is one of {', '.join(WEIGHTS)}")
+
+
+def _parts(index: Path, argument: str) -> list[str]:
+    """The files that an index names: beside it, and nowhere else."""
+    try:
+        parts = set(json_of(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{argument}: {index} is no index of weights: {error}") from error
+    for part in parts:
+        if not isinstance(part, str) or Path(part).name != part or "\\" in part:
+            raise ConfigError(
+                f"{argument}: {index} names {part!r:.80}, which is no file beside it; an index "
+                "that leads elsewhere is not followed"
+            )
+    return sorted(parts)
 
 
 def _first_line(error: Exception) -> str:

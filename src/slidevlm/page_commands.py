@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import re
@@ -31,6 +29,7 @@ from slidevlm.app.using import Cohort, Using
 from slidevlm.data.cases import Case
 from slidevlm.data.dataset import Failure
 from slidevlm.data.splits import some
+from slidevlm.documents import Table
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.report.tables import render
 from slidevlm.report.tile_maps import geojson, least_distance, picture, png
@@ -357,14 +356,13 @@ def _drawn(
 
 
 def _csv(found: Attention, measures: dict[str, np.ndarray]) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["tile", "slide", "x", "y", *measures])
+    table = Table()
+    table.writerow(["tile", "slide", "x", "y", *measures])
     for i in range(len(found.tiles)):
         place = ["", ""] if found.positions is None else found.positions[i].tolist()
         values = [f"{row[i]:.6g}" for row in measures.values()]
-        writer.writerow([i, int(found.slides[i]), *place, *values])
-    return file.getvalue()
+        table.writerow([i, int(found.slides[i]), *place, *values])
+    return table.text()
 
 
 def _shown(dropped: list[Dropped], specimens: int) -> str:

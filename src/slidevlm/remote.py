@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from slidevlm.documents import DocumentError, json_of
 from slidevlm.errors import ConfigError
 
 log = logging.getLogger("slidevlm.remote")
@@ -60,6 +61,21 @@ def told(error: BaseException) -> str:
         if value := os.environ.get(name):
             text = text.replace(value, f"<{name}>")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _recorded(content: bytes, url: str | None) -> dict[str, list[int]]:
+    """Name -> bytes and time (ns) of a record, that of another `url` being empty.
+
+    Raises:
+        ValueError: it is no record.
+    """
+    try:
+        record = json_of(content)
+        if url is not None and record["url"] != url:
+            return {}
+        return {name: [int(size), int(at)] for name, (size, at) in record["files"].items()}
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise DocumentError(f"no record of what was copied: {error!r}") from error
 
 
 class Remote:
@@ -118,10 +134,9 @@ class Remote:
     def record(self) -> dict[str, list[int]]:
         """Name -> bytes and time (ns) of what was copied, as of the last copy that was complete."""
         try:
-            content = json.loads(self._files.cat_file(self._path(RECORD)))
+            return _recorded(self._files.cat_file(self._path(RECORD)), None)
         except (FileNotFoundError, ValueError):
             return {}
-        return dict(content["files"])
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -156,7 +171,8 @@ class Remote:
             OSError: fewer bytes arrived than it has.
         """
         path = folder / name
-        assert folder.resolve() in path.resolve().parents, "no name leads out of the folder"
+        if folder.resolve() not in path.resolve().parents:
+            raise OSError(f"{name!r} would lead out of {folder}; it is not copied")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -233,13 +249,11 @@ class Mirror:
     def _remembered(self) -> dict[str, list[int]]:
         """What an earlier process copied and is still there."""
         try:
-            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+            recorded = _recorded((self.folder / RECORD).read_bytes(), self.remote.url)
         except (OSError, ValueError):
-            record = {}
+            recorded = {}
         there = self.remote.sizes()
-        if record.get("url") != self.remote.url:
-            return {}
-        return {n: m for n, m in record["files"].items() if there.get(n) == m[0]}
+        return {n: m for n, m in recorded.items() if there.get(n) == m[0]}
 
     def _remember(self, copied: dict[str, list[int]]) -> None:
         temporary = self.folder / f"{RECORD}.tmp"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -13,6 +11,7 @@ from typing import Any
 from slidevlm.app.slide_model import Report
 from slidevlm.app.using import Cohort, Record, Using, check_output, collect, tell, to_terminal
 from slidevlm.batch import Batch
+from slidevlm.documents import Table
 from slidevlm.models.generate import Decoding
 from slidevlm.run import configure_logging, write_text
 
@@ -92,14 +91,13 @@ def _formatted(records: Sequence[dict[str, Any]], about: dict[str, Any], ending:
     if ending == ".txt":
         texts = [f"{r['id']}\t{' '.join(r['report'].split())}" for r in records]
         return "\n".join([f"# {origin}", *texts]) + "\n"
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
+    table = Table()
     # A reader of texts takes the first report of a name, so further ones have another.
     best = any("alternatives" in r for r in records)
-    writer.writerow(["id", "report", "score", "ended", *(["alternatives"] if best else []),
+    table.writerow(["id", "report", "score", "ended", *(["alternatives"] if best else []),
                      "model", "decoding"])  # fmt: skip
     for r in records:
         others = [json.dumps(r["alternatives"], ensure_ascii=False)] if best else []
-        writer.writerow([r["id"], r["report"], r["score"], r["ended"], *others,
+        table.writerow([r["id"], r["report"], r["score"], r["ended"], *others,
                          about["model"], json.dumps(about["decoding"])])  # fmt: skip
-    return table.getvalue()
+    return table.text()

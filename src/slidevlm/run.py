@@ -237,13 +237,12 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            content = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line that a kill cut short
-        if content["step"] <= step:
-            kept.append(line)
+            if json.loads(line)["step"] <= step:
+                kept.append(line.decode())
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a kill cut short, or a bad disk spoiled
     write_text(path, "".join(line + "\n" for line in kept))
 
 

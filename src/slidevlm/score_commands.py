@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from slidevlm.data.reports import ID_COLUMNS, read_text_file, read_utf8
+from slidevlm.documents import json_of
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.scores import Score
@@ -109,7 +110,7 @@ def _texts(asked: Comparing) -> tuple[dict[str, str], dict[str, str]]:
         return read_text_file(asked.generated), read_text_file(asked.references)
     path = asked.generated
     try:
-        rows = json.loads(read_utf8(path))
+        rows = json_of(read_utf8(path))
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); give a second file of references") from None
     found: tuple[dict[str, str], dict[str, str]] = {}, {}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from slidevlm.data.formats.embeddings import (
     load_embeddings,
     save_embeddings,
 )
+from slidevlm.documents import Table
 from slidevlm.errors import ConfigError
 from slidevlm.eval.prompts import Prompts, prompts_of, read_prompts
 from slidevlm.run import configure_logging, write_text
@@ -208,11 +207,10 @@ def _formatted(records: Sequence[Record], about: Mapping[str, Any], output: Path
             json.dumps({"about": about, "specimens": records}, indent=1, ensure_ascii=False) + "\n"
         )
     classes = list(about["prompts"])
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["id", "label", *(f"probability/{c}" for c in classes), "about"])
+    table = Table()
+    table.writerow(["id", "label", *(f"probability/{c}" for c in classes), "about"])
     origin = json.dumps(about, ensure_ascii=False)
     for r in records:
-        writer.writerow([r["id"], r["label"], *(r["probabilities"][c] for c in classes), origin])
+        table.writerow([r["id"], r["label"], *(r["probabilities"][c] for c in classes), origin])
         origin = ""
-    return table.getvalue()
+    return table.text()

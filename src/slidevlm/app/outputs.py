@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 from collections.abc import Mapping
@@ -18,6 +16,7 @@ import torch
 from slidevlm.batch import Predictions
 from slidevlm.config import Config, given_values
 from slidevlm.data.formats.slide_vectors import write_slide_vectors
+from slidevlm.documents import Table
 from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.scores import Results, Score, scores
 from slidevlm.eval.stored import FILE, Stored, save
@@ -163,15 +162,14 @@ def _origin(about: dict[str, Any]) -> str:
 def _csv(stored: Stored, results: Results) -> str:
     """A row a specimen: reports and what each task said of it; the first row tells the origin."""
     names = list(dict.fromkeys(n for _, result in results.values() for n in result.columns))
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["split", "specimen", "patient", "report", "generated", *names, "about"])
+    table = Table()
+    table.writerow(["split", "specimen", "patient", "report", "generated", *names, "about"])
     origin = json.dumps(stored.about)
     for split, (predictions, result) in results.items():
         for row in _rows(split, predictions, result, names):
-            writer.writerow([*row, origin])
+            table.writerow([*row, origin])
             origin = ""
-    return file.getvalue()
+    return table.text()
 
 
 def _rows(

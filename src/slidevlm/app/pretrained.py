@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import dataclass, replace
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from slidevlm import hub
+from slidevlm.documents import json_of, yaml_of
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models.files import (
     read_safetensors,
@@ -106,8 +105,8 @@ def registry() -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml_of(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
         raise ConfigError(f"{path} must be lines of `tag: checkpoint, folder or hub name`")
@@ -156,7 +155,7 @@ def _safetensors(path: Path, name: str, argument: str) -> Pretrained:
     if OURS not in metadata:
         return _foreign(name, weights, None)
     try:
-        content = json.loads(metadata[OURS])
+        content = json_of(metadata[OURS])
         return _whole(name, weights, content, content["tokenizer"], argument)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its metadata cannot be read: {error}") from error
@@ -175,7 +174,7 @@ def _torch(path: Path, name: str) -> Pretrained:
     config = content.get("config")
     if isinstance(config, str):
         try:
-            config = json.loads(config)
+            config = json_of(config)
         except ValueError:
             config = None
     return _foreign(name, tensors, config if isinstance(config, dict) else None)

@@ -91,10 +91,14 @@ def _first_tile(data: Data) -> Bag:
 def restore(saved: ckpt.ModelState) -> Trained:
     """A model as a checkpoint has it."""
     model_config = from_dict(saved.config, "the checkpoint's model")
+    if type(saved.vocab_size) is not int or saved.vocab_size < 1:
+        raise CheckpointError(f"the checkpoint's vocabulary has {saved.vocab_size!r:.80} tokens")
+    if type(saved.siglip) is not bool or not isinstance(saved.position_unit, str | None):
+        raise CheckpointError("the checkpoint does not say what its model was trained on")
     model = build_model(model_config, saved.vocab_size, siglip=saved.siglip)
     try:
         model.load_state_dict(saved.weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the checkpoint's weights do not fit its model: {error}") from error
     tokenizer = Tokenizer.from_json(saved.tokenizer)
     return Trained(model, model_config, tokenizer, saved.siglip, saved.position_unit)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 import re
 import unicodedata
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slidevlm.documents import json_of
 from slidevlm.errors import DataError
 
 ID_COLUMNS = ("specimen", "specimen_id", "case_id", "slide_id", "id")
@@ -56,7 +56,7 @@ def read_text_file(path: str | os.PathLike[str]) -> dict[str, str]:
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return _collect(_of_rows(_json_lines(content, path), path), path)
     try:
-        data = json.loads(content)
+        data = json_of(content, unique=True)
     except ValueError as error:
         raise DataError(
             f"{path} is not JSON ({error}); texts come as JSON, .jsonl or .csv with that ending"
@@ -110,7 +110,7 @@ def _json_lines(content: str, path: Path) -> list[Any]:
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             try:
-                values.append(json.loads(line))
+                values.append(json_of(line))
             except ValueError as error:
                 raise DataError(
                     f"{path}, line {number} is not JSON ({error}); write one object a line"

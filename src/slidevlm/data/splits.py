@@ -14,6 +14,7 @@ from typing import Any
 
 from slidevlm.data.cases import Case, CaseStore
 from slidevlm.data.reports import normalise, read_table, read_utf8
+from slidevlm.documents import json_of
 from slidevlm.errors import DataError
 
 log = logging.getLogger("slidevlm.data")
@@ -75,7 +76,7 @@ def _identifiers(content: str, path: Path) -> Iterable[str]:
 
 def _of_json(content: str, path: Path) -> list[str]:
     try:
-        data: Any = json.loads(content)
+        data: Any = json_of(content)
     except ValueError as error:
         raise DataError(
             f"split file {path} is not JSON ({error}); write a list of names"

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from slidevlm import hub
 from slidevlm.data.moses import END, MosesBackend
 from slidevlm.data.reports import normalise
+from slidevlm.documents import json_of
 from slidevlm.errors import CheckpointError, ConfigError
 
 log = logging.getLogger("slidevlm.data")
@@ -299,7 +300,7 @@ def _backend_of(file: Path) -> tuple[Backend, dict[str, str]]:
         return tokenizers.Tokenizer.from_file(str(file)), {}
     if file.name == "vocab.txt":
         return _wordpiece(file), {"bos": "[CLS]", "eos": "[SEP]", "pad": "[PAD]"}
-    vocab = json.loads(file.read_text(encoding="utf-8"))
+    vocab = json_of(file.read_text(encoding="utf-8"))
     merges = file.with_name("merges.txt")
     if any(piece.endswith(END) for piece in vocab):
         text = merges.read_text(encoding="utf-8")
@@ -336,7 +337,7 @@ def _settings(file: Path) -> dict[str, Any]:
     beside = file.with_name("tokenizer_config.json")
     if not beside.is_file():
         return {}
-    content = json.loads(beside.read_text(encoding="utf-8"))
+    content = json_of(beside.read_text(encoding="utf-8"))
     return content if isinstance(content, dict) else {}
 
 
@@ -354,7 +355,7 @@ def _named_tokens(folder: Path) -> dict[str, str]:
         if not file.is_file():
             continue
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json_of(file.read_text(encoding="utf-8"))
             tokens = {key: _content(content.get(key)) for keys in _ROLES.values() for key in keys}
         except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"{file} cannot be used: {error}") from error

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from slidevlm.data.reports import read_table, read_utf8
+from slidevlm.documents import DocumentError, json_of, size_problem, yaml_of
 from slidevlm.errors import DataError
 
+# Published files of prompts have 0.3 MB at most; each prompt is embedded.
+_MOST_PROMPTS, _MOST_LABELS = 16_000_000, 256_000_000  # bytes
 _PLACES = ("CLASSNAME", "{class}", "{}")
 _ID_COLUMNS = ("specimen", "specimen_id", "case_id", "slide_id", "id")
 _LABEL_COLUMNS = ("label", "class", "subtype", "diagnosis")
@@ -59,7 +59,7 @@ def read_prompts(path: Path) -> Prompts:
     Raises:
         DataError: anything else, an empty list, a template without a place for the name.
     """
-    content = _read_mapping(path, "a mapping of classes to prompts")
+    content = _read_mapping(path, "a mapping of classes to prompts", _MOST_PROMPTS)
     numbered = [content.get(str(i)) for i in range(len(content))]
     if all(isinstance(one, dict) for one in numbered):
         return _join([_prompts(one, path) for one in numbered if one is not None], path)
@@ -276,15 +276,17 @@ def _table(path: Path) -> list[tuple[str, str, tuple[str, ...]]]:
     return [("", _name(row[names[0]]), (_name(row[names[1]]),)) for row in rows]
 
 
-def _read_mapping(path: Path, what: str) -> dict[str, Any]:
+def _read_mapping(path: Path, what: str, most_bytes: int = _MOST_LABELS) -> dict[str, Any]:
+    if path.is_file() and (problem := size_problem(path.stat().st_size, most_bytes, what)):
+        raise DataError(f"{path}: {problem}")
     content = read_utf8(path)
     try:
         if path.suffix.lower() in (".yaml", ".yml"):
-            # Every scalar stays the text that it is: a class NO is not false, 01 is not 1.
-            value = yaml.load(content, Loader=yaml.BaseLoader)
+            # A class NO is not false, 01 is not 1.
+            value = yaml_of(content, texts=True, unique=True)
         else:
-            value = json.loads(content)
-    except (ValueError, yaml.YAMLError) as error:
+            value = json_of(content, unique=True)
+    except DocumentError as error:
         kind = "YAML" if path.suffix.lower() in (".yaml", ".yml") else "JSON"
         raise DataError(f"{path} is not {kind} ({error}); it must be {what}") from error
     if not isinstance(value, dict) or not value:

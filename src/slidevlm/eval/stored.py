@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +91,9 @@ def load(path: Path) -> Stored:
                 for kind in ("splits", "references")
             )  # fmt: skip
             texts = file["text_embeddings"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, zlib, numpy and json each have errors of their own
         raise DataError(
             f"{path} cannot be read as stored predictions ({error}); `slidevlm evaluate RUN` "
             f"writes {FILE}"

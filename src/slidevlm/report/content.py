@@ -6,7 +6,6 @@ missing is left out, and `lacking` says which command makes it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from slidevlm import __version__
 from slidevlm.config import GROUPS, declarations, flag_of
+from slidevlm.documents import json_of, yaml_of
 from slidevlm.errors import DataError
 from slidevlm.eval.stored import FILE
 from slidevlm.models.attention_maps import followed
@@ -140,8 +138,8 @@ def _settings(path: Path) -> list[dict[str, Any]] | None:
     if not path.is_file():
         return None
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        given = yaml_of(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not plain YAML ({error})") from error
     if not isinstance(given, dict):
         raise DataError(f"{path} is not a mapping of argument names to values")
@@ -187,9 +185,9 @@ def _curves(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     kinds: dict[str, list[dict[str, Any]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            row = json.loads(line)
+            row = json_of(line)
             kinds.setdefault(row["kind"], []).append(row)
         except (ValueError, KeyError, TypeError):
             continue  # a line that a kill cut short
@@ -298,7 +296,7 @@ def _values(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_of(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error})") from error
 
@@ -308,7 +306,7 @@ def _optional(path: Path) -> Any:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def short(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """A damaged file is a DataError that names file and specimen: no crash, no hang, no other shape.
 
-1,000 random corruptions of each container. A flipped bit of a feature cannot be noticed where the
-container has no checksum, so that reading succeeds is no failure as long as the shape is right.
+1,000 random corruptions of each container ($SLIDEVLM_CORRUPTIONS; `make hard`: 5,000 others). A
+flipped bit of a feature cannot be noticed where the container has no checksum, so that reading
+succeeds is no failure as long as the shape is right.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import multiprocessing
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -22,7 +24,8 @@ from slidevlm.errors import DataError
 
 COUNT, WIDTH = 60, 12
 ROWS = np.arange(0, COUNT, 3)
-CORRUPTIONS = 1000
+CORRUPTIONS = int(os.environ.get("SLIDEVLM_CORRUPTIONS", "1000"))
+FIRST = int(os.environ.get("SLIDEVLM_FUZZ_SEED", "0")) % 1_000_000_007  # others each time
 HEADER = 1500  # bytes at the beginning that are hit more often than chance would
 HANG_SECONDS = 60
 
@@ -81,7 +84,7 @@ def run(root: Path, kind: str, results: Path) -> None:
         file = names[seed % len(names)]
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
         results.write_text(json.dumps({"at": seed, "found": found}))
-        file.write_bytes(damaged(files[file], seed))
+        file.write_bytes(damaged(files[file], FIRST + seed))
         try:
             wrong = problem(root, kind)
         except Exception as error:
@@ -101,6 +104,7 @@ def cases(path: Path, features: np.ndarray, coords: np.ndarray) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0.3 * max(CORRUPTIONS, 1000))
 @pytest.mark.parametrize(
     "kind",
     [
@@ -120,7 +124,7 @@ def test_damage(tmp_path, makers, kind):
         target=run, args=(tmp_path / "cohort", kind, results)
     )
     child.start()
-    child.join(280)
+    child.join(0.28 * max(CORRUPTIONS, 1000))
     if child.is_alive():
         child.kill()
     told = json.loads(results.read_text())

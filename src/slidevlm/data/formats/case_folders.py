@@ -15,7 +15,6 @@ pixels, as the format names no unit. Files are mapped, not loaded, so only sampl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from slidevlm.data.formats import FOLDERS
 from slidevlm.data.formats.torch_files import TileParts, load, tile_parts
 from slidevlm.data.reports import read_utf8
 from slidevlm.data.slide_table import SlideRow
+from slidevlm.documents import json_of
 from slidevlm.errors import ConfigError, DataError
 
 _INDEX = "feature_information.txt"
@@ -136,7 +136,7 @@ def _entries(index: Path) -> Iterator[tuple[str, str, str]]:
     ):
         file = name.strip("'\"")
         try:
-            described = json.loads(info)
+            described = json_of(info)
             patient, specimen = str(described["patient"]), str(described["specimen"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(

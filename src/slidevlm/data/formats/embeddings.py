@@ -17,7 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from slidevlm.errors import ConfigError, DataError
+from slidevlm.errors import ConfigError, DataError, SlideVLMError
 
 _KEY = b"slidevlm"  # of Parquet's metadata
 
@@ -59,7 +59,9 @@ def load_embeddings(path: Path) -> Embeddings:
     read = _form(path)[1]
     try:
         return read(path)
-    except (OSError, KeyError, ValueError, TypeError) as error:  # ArrowInvalid is a ValueError
+    except SlideVLMError:
+        raise
+    except Exception as error:  # h5py, zipfile, numpy and pyarrow each have errors of their own
         raise DataError(
             f"{path} is not a file of embeddings that slidevlm wrote ({error}); choose another "
             "name or remove it"

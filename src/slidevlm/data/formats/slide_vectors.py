@@ -7,11 +7,14 @@ specimen of several slides does not have; readers of slide features use `feature
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
+
+_LONGEST = 200  # bytes of a name; a file may have 255, its temporary one more
 
 
 def write_slide_vectors(
@@ -21,13 +24,14 @@ def write_slide_vectors(
 
     Args:
         folder: made where it lacks.
-        names: N; a "/" in one becomes "_".
+        names: N; what no file may be called becomes "_", and of equal names all but the first
+            get a number.
         vectors: [N, E] float32.
         attributes: of `features`, beside its `name` and `savetodir`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, vector in zip(names, vectors, strict=True):
-        path = folder / f"{name.replace('/', '_')}.h5"
+    for name, plain, vector in zip(names, _file_names(names), vectors, strict=True):
+        path = folder / f"{plain}.h5"
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with h5py.File(temporary, "w") as file:
@@ -39,3 +43,19 @@ def write_slide_vectors(
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _file_names(names: Sequence[str]) -> list[str]:
+    """What the files are called: within the folder, and each another."""
+    taken: set[str] = set()
+    found = []
+    for name in names:
+        plain = re.sub(r"[/\\\x00-\x1f]", "_", name)
+        while len(plain.encode()) > _LONGEST:
+            plain = plain[:-1]
+        chosen, number = plain, 2
+        while chosen.lower() in taken:  # some disks do not tell a from A
+            chosen, number = f"{plain}_{number}", number + 1
+        taken.add(chosen.lower())
+        found.append(chosen)
+    return found

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from slidevlm.documents import DocumentError, yaml_of
 from slidevlm.errors import ConfigError
 
 _ROMAN = {"i": "1", "ii": "2", "iii": "3", "iv": "4", "v": "5"}
@@ -72,18 +73,16 @@ def read_extractor(path: Path | None = None) -> Extractor:
     Raises:
         ConfigError: unreadable, a key that is not known, an expression that is none.
     """
-    import yaml
-
     where = "clinical.yaml" if path is None else str(path)
     try:
         if path is None:
             text = resources.files(__package__).joinpath("clinical.yaml").read_text("utf-8")
         else:
             text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        content = yaml_of(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except DocumentError as error:
         raise ConfigError(f"{where} is not plain YAML: {error}") from error
     return _extractor(content, where)
 
@@ -127,7 +126,7 @@ def _compiled(expression: Any, where: str) -> re.Pattern[str]:
         raise ConfigError(f"{where}: {expression!r} is not an expression; put it in quotes")
     try:
         return re.compile(expression, re.IGNORECASE)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{where}: {expression!r} is not a regular expression: {error}"
         ) from error

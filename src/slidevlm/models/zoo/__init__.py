@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from slidevlm.documents import DocumentError, yaml_of
 from slidevlm.errors import ConfigError
 from slidevlm.models.schema import ModelConfig, from_dict
 from slidevlm.registry import unknown
@@ -35,12 +36,10 @@ def load(name: str) -> ModelConfig:
 
 
 def _read(path: Path) -> Any:
-    import yaml
-
     try:
         # JSON is YAML, so one reader serves both.
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml_of(path.read_text(encoding="utf-8"), unique=True)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--model {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except DocumentError as error:
         raise ConfigError(f"--model {path} is neither JSON nor plain YAML: {error}") from error
