@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 # Name of a part of a tower, and the modules and parameters it consists of.
 Group = tuple[str, Sequence[nn.Module | nn.Parameter]]
+# A module that is called as a whole, and the names of other methods by which it is called.
+Unit = tuple[nn.Module, Sequence[str]]
 
 
 @contextmanager
@@ -60,6 +62,13 @@ class Recomputing(nn.Module):
     # Computing again ends with the last tensor that is needed, by an error raised where that tensor
     # is kept. A script cannot be left so; then whole blocks are computed again.
     stops_early: bool = True
+
+    def units(self) -> list[Unit]:
+        """Parts whose weights nothing reads but a call of them, inner ones first.
+
+        Between two calls their weights need not be there.
+        """
+        return []
 
     def run(self, block: Callable[..., Any], *inputs: Any) -> Any:
         """`block(*inputs)`, computed again in the backward pass if `checkpointing`."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from slidevlm import fsdp
 from slidevlm.errors import CheckpointError
 
 
@@ -16,7 +17,7 @@ class Average:
 
     d is `decay`, or `(1 + step) / (10 + step)` while that is less, so that the average forgets
     the first weights of a short training, too. Averages are float32; frozen weights and buffers
-    are the model's own.
+    are the model's own. Of weights that are cut over processes (--fsdp) each has its part's average.
 
     Args:
         model: its weights now are the first average.
@@ -25,19 +26,23 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self._averages = {n: p.detach().float().clone() for n, p in self._weights.items()}
+        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._weights = {n: fsdp.part(p) for n, p in self._trained.items()}
+        self._averages = {n: p.float().clone() for n, p in self._weights.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step number `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights = [self._weights[name].detach().float() for name in self._averages]
+        weights = [self._weights[name].float() for name in self._averages]
         torch._foreach_lerp_(list(self._averages.values()), weights, 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
-        """The averages by name; they change with the next update."""
-        return dict(self._averages)
+        """The whole averages by name; they change with the next update.
+
+        Of cut weights a collective call, which leaves them on the first process alone.
+        """
+        return {n: fsdp.on_main(a, self._trained[n]) for n, a in self._averages.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a saved average.
@@ -51,7 +56,7 @@ class Average:
                 "with the same --lock-* arguments"
             )
         for name, average in self._averages.items():
-            average.copy_(state[name])
+            average.copy_(fsdp.part_of(state[name], self._trained[name]))
 
     @torch.no_grad()
     def put(self) -> None:
@@ -62,7 +67,7 @@ class Average:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within, the model has the averages; after it, its own weights again, bit for bit."""
-        kept = [weight.detach().clone() for weight in self._weights.values()]
+        kept = [weight.clone() for weight in self._weights.values()]
         self.put()
         try:
             yield

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from slidevlm import dist
+from slidevlm import dist, fsdp
 from slidevlm.batch import Batch, Output
 from slidevlm.errors import TrainingError
 from slidevlm.losses import caption_loss_sum
@@ -27,6 +27,7 @@ from slidevlm.train.contrast import Contrastive, Pairs, Sigmoid, Softmax, way
 from slidevlm.train.masters import Masters
 from slidevlm.train.optim import set_rate
 from slidevlm.train.overlap import Overlap
+from slidevlm.train.parts import save_whole
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -76,6 +77,10 @@ class Step:
     all there are, and where there are none at all the weights stay. Otherwise all must have the
     same number, and need not tell each other. With `overlap` gradients are added up over ranks
     during the backward pass; it is not for `ragged` ones.
+
+    A model that `fsdp.shard` has cut adds up the gradients of what is cut in its own backward pass,
+    after each micro-batch: kept until the last one they would be whole on every rank. It is neither
+    for `ragged` ones nor for `overlap`.
     """
 
     def __init__(
@@ -96,6 +101,12 @@ class Step:
         self.masters = Masters(optimizer)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self.parameters = [self.masters.of(p) for p in self._trained]
+        self._cut = [fsdp.is_cut(p) for p in self._trained]
+        if any(self._cut):
+            save_whole(optimizer, self.masters)
+            assert not (ragged or overlap), "a model that is cut sums its gradients its own way"
+        cut = zip(self.parameters, self._cut, strict=True)
+        self._whole = [parameter for parameter, is_cut in cut if not is_cut]
         self.with_logits = objective.caption_weight > 0 and model.decoder is not None
         self.ragged = ragged
         assert not (ragged and overlap), "a rank without specimens has no backward pass"
@@ -131,7 +142,7 @@ class Step:
             terms = self._backward(batches, outputs, again)
         self.masters.take_gradients()  # of a rank without specimens, too
         if self._overlap is None:  # else it has done so
-            dist.sum_gradients(self.parameters)
+            dist.sum_gradients(self._whole)
         return terms
 
     def _nothing(self) -> Terms:
@@ -245,8 +256,7 @@ class Step:
         return rows.gather(torch.cat([none, *(b.report_ids for b in batches)]))
 
     def _move(self, terms: Terms, rate: float, batches: Sequence[Batch]) -> Terms:
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        norm = self._clip()
         finite = bool(torch.isfinite(norm) & torch.isfinite(terms.loss))
         if finite:
             set_rate(self.optimizer, rate)
@@ -258,6 +268,21 @@ class Step:
             self._skip(batches)
         self.scaler.update()
         return replace(terms, gradient_norm=norm, skipped=not finite)
+
+    def _clip(self) -> Tensor:
+        """Take the scaler's factor off the gradients and clip them; their norm before."""
+        if not any(self._cut):
+            self.scaler.unscale_(self.optimizer)
+            return torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        if self.scaler.is_enabled():
+            # What overflows does so in one rank's part; all scalers must see it.
+            broken = 0 * fsdp.norm(self.parameters, self._cut)  # 0, or not a number
+            some = next(p.grad for p in self.parameters if p.grad is not None and p.numel())
+            some.add_(broken.to(some.device))
+        self.scaler.unscale_(self.optimizer)
+        norm = fsdp.norm(self.parameters, self._cut)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        return norm
 
     def _skip(self, batches: Sequence[Batch]) -> None:
         """Count a skipped step, and give up when that is hopeless."""

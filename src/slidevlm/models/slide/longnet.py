@@ -16,6 +16,7 @@ from slidevlm.models.ragged import SCORES_AT_ONCE, bags_of, scripted
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     FourierPositions,
+    Unit,
     Group,
     SlideEncoder,
     TileEmbedding,
@@ -87,6 +88,9 @@ class LongNet(SlideEncoder):
         for layer in self.layers:
             x = self.run(layer, x, lambda q, k, v: self._attend(q, k, v, bags.lengths))
         return self.pool.ragged(x, bags.lengths)
+
+    def units(self) -> list[Unit]:
+        return [(layer, ()) for layer in self.layers]
 
     def groups(self) -> list[Group]:
         """Tiles, each layer, output."""

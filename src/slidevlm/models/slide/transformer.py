@@ -14,6 +14,7 @@ from slidevlm.models.attention import Attend, AttentionPooler, TileLayer
 from slidevlm.models.ragged import distance_attention, ragged_self_attention, traced_self_attention
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
+    Unit,
     Group,
     SlideEncoder,
     TileEmbedding,
@@ -115,6 +116,9 @@ class Transformer(SlideEncoder):
         for i, layer in enumerate(self.layers):
             x = self.run(layer, x, attends[i % len(attends)])
         return self.pool.ragged(x, bags.lengths)
+
+    def units(self) -> list[Unit]:
+        return [(layer, ()) for layer in self.layers]
 
     def groups(self) -> list[Group]:
         """Tiles, each layer, output."""

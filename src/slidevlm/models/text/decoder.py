@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import CrossAttention, KeyValues, LayerCache, SelfAttentionLayer
-from slidevlm.models.mode import Group, Recomputing
+from slidevlm.models.mode import Unit, Group, Recomputing
 from slidevlm.registry import Registry
 
 
@@ -157,6 +157,12 @@ class Decoder(ReportDecoder):
             view = slide[i] if slide else None
             x = self.run(layer, x, view, caches[i] if caches else None)
         return self.norm(x)
+
+    def units(self) -> list[Unit]:
+        layers = cast("list[_Layer]", list(self.layers))
+        # `view` calls them before their layers are called.
+        projections = [layer.key_values for layer in layers if layer.key_values is not None]
+        return [(module, ()) for module in (*projections, *layers)]
 
     def groups(self) -> list[Group]:
         return [

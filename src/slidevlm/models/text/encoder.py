@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import LayerCache, SelfAttentionLayer
-from slidevlm.models.mode import Group
+from slidevlm.models.mode import Unit, Group
 from slidevlm.models.text.base import TEXT_ENCODERS, PositionEmbedding, TextTower
 
 
@@ -81,6 +81,9 @@ class TextEncoder(TextTower):
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         last = mask.sum(1) - 1
         return self.norm(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
+
+    def units(self) -> list[Unit]:
+        return [(layer, ()) for layer in self.layers]
 
     def groups(self) -> list[Group]:
         return [

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models.attention import LayerCache, OwnStart
 from slidevlm.models.linear import gelu_linear, norm_linear
-from slidevlm.models.mode import Group
+from slidevlm.models.mode import Unit, Group
 from slidevlm.models.text.base import (
     TEXT_ENCODERS,
     PositionEmbedding,
@@ -329,6 +329,9 @@ class GptTower(TextTower):
         last = mask.sum(1) - 1
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
+    def units(self) -> list[Unit]:
+        return [(layer, ()) for layer in self.layers]
+
     def groups(self) -> list[Group]:
         final: list[nn.Module | nn.Parameter] = [self.norm]
         if self.pooler is not None:
@@ -399,6 +402,13 @@ class GptDecoder(ReportDecoder):
         if self.norm is not None:
             x = self.norm(x)
         return x if self.head_norm is None else self.head_norm(x)
+
+    def units(self) -> list[Unit]:
+        layers = cast("list[GptLayer]", list(self.layers))
+        attentions = [layer.cross_attention for layer in layers]
+        # `view` calls these before their layers are called.
+        readers: list[Unit] = [(a, ("keys_values",)) for a in attentions if a is not None]
+        return [*readers, *((layer, ()) for layer in layers)]
 
     def groups(self) -> list[Group]:
         last: list[nn.Module | nn.Parameter | None] = [self.norm, self.head_norm, self.vocabulary]

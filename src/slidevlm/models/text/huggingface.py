@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import LayerCache
-from slidevlm.models.mode import Group
+from slidevlm.models.mode import Unit, Group
 from slidevlm.models.text.base import TEXT_ENCODERS, QueryPool, TextTower
 
 # Models whose first token was trained to stand for the text.
@@ -155,6 +155,9 @@ class HuggingFaceTower(TextTower):
 
     def new_caches(self, batch: int, capacity: int, like: Tensor) -> list[LayerCache]:
         raise AssertionError("this tower is not causal; the schema admits no decoder on it")
+
+    def units(self) -> list[Unit]:
+        return [(layer, ()) for layer in _layers(self.model)]
 
     def groups(self) -> list[Group]:
         layers = _layers(self.model)
