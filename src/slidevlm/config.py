@@ -428,6 +428,12 @@ class Distributed:
     horovod: bool = arg(
         False, "Horovod in torch.distributed's place (an extra); start with horovodrun"
     )
+    fsdp: bool = arg(
+        False,
+        "each process keeps a part of the weights, gradients and optimizer state (FSDP2), not all "
+        "of them; the same training",
+        extra=True,
+    )
     ddp_static_graph: bool = arg(
         False,
         "every step gives the same parameters a gradient: gradients are added up over processes "
@@ -872,6 +878,34 @@ def _horovod(distributed: Distributed) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} is torch.distributed's; leave it or --horovod out"
 
 
+def _fsdp(config: Config) -> Iterator[str]:
+    if not config.distributed.fsdp or config.evaluation.test:  # then it has no effect
+        return
+    reasons = {
+        "horovod": "it is torch.distributed's",
+        "ddp_static_graph": "it adds gradients up during the backward pass in its own way",
+        "use_bn_sync": "the two are not tested together",
+        "skip_bad_specimens": "every process gathers the weights for a batch of its own",
+        "torchcompile": "weights come and go between its regions",
+        "torchscript": "a script does not gather weights",
+        "use_bnb_linear": "it keeps weights of its own, which cannot be cut",
+    }
+    parts = (config.distributed, config.data, config.model)
+    for name, reason in reasons.items():
+        if next(getattr(part, name) for part in parts if hasattr(part, name)):
+            yield f"--fsdp goes without --{name.replace('_', '-')}: {reason}; leave one of them out"
+    if config.optim.precision in ("bf16", "fp16"):
+        yield (
+            f"--fsdp goes without --precision {config.optim.precision}: a block's weights must be "
+            f"of one type; use pure_{config.optim.precision}, amp_bf16 or fp32"
+        )
+    if config.optim.opt == "lamb":
+        yield (
+            "--fsdp goes without --opt lamb: it scales by the norms of whole weights, and a "
+            "process has parts; choose another optimizer"
+        )
+
+
 def _resuming(config: Config) -> Iterator[str]:
     if config.checkpoint.resume == "latest":
         if config.logs is None:
@@ -989,6 +1023,7 @@ def _combinations(config: Config) -> Iterator[str]:
     if config.distributed.use_bn_sync and data.skip_bad_specimens:
         yield "--use-bn-sync needs a batch on every process; leave --skip-bad-specimens out"
     yield from _horovod(config.distributed)
+    yield from _fsdp(config)
     if config.distributed.ddp_static_graph and data.skip_bad_specimens:
         yield "--ddp-static-graph needs a batch on every process; leave --skip-bad-specimens out"
     weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight

@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.utils import _pytree
 from slidevlm import dist
 from slidevlm.batch import Output
 
+M = TypeVar("M", bound=nn.Module)
 # A module that is called as a whole, and the names of other methods by which it is called.
 Unit = tuple[nn.Module, Sequence[str]]
 
@@ -36,8 +37,9 @@ def is_cut(tensor: Tensor) -> bool:
 
 def part(tensor: Tensor) -> Tensor:
     """The memory of this process's part, without graph; of a whole tensor all of it."""
-    mine: Tensor = tensor.detach()
-    return mine.to_local() if is_cut(mine) else mine  # type: ignore[operator]
+    mine: Any = tensor.detach()
+    local: Tensor = mine.to_local() if is_cut(mine) else mine
+    return local
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ def _show_tensors_of_outputs() -> None:
     )
 
 
-class Whole:
+class Whole(Generic[M]):
     """The same model in one piece, for evaluation, on every process.
 
     An evaluation calls a model as often as its own slides, words and prompts want, differently on
@@ -136,7 +138,7 @@ class Whole:
         model: before it is cut.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: M) -> None:
         known: dict[int, Any] = {
             id(p): nn.Parameter(p.new_empty(0), requires_grad=p.requires_grad)
             for p in model.parameters()

@@ -30,6 +30,21 @@ def choose_device(config: Config) -> torch.device:
     return _there(asked, name, index)
 
 
+def check_exchange(config: Config, device: torch.device) -> None:
+    """ConfigError where --fsdp has no exchange for the device."""
+    wanted = config.distributed
+    if (
+        wanted.fsdp
+        and not config.evaluation.test
+        and device.type == "cuda"
+        and wanted.dist_backend != "nccl"
+    ):
+        raise ConfigError(
+            f"--fsdp on CUDA needs --dist-backend nccl, not {wanted.dist_backend}; leave "
+            "--dist-backend out, or --fsdp"
+        )
+
+
 def device_of(name: str | None) -> torch.device:
     """The device that a user of a trained model names; None: CUDA where there is one, else the CPU.
 

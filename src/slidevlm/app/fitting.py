@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slidevlm import dist
+from slidevlm import dist, fsdp
 from slidevlm.app.cohorts import Data
 from slidevlm.app.datasets import bag_dataset
 from slidevlm.app.judging import Judge
@@ -74,8 +74,9 @@ def fit(
     batches = _train_batches(config, dataset)
     pin = precision.device.type == "cuda"
     loader = make_loader(dataset, batches, config.data.workers, pin_memory=pin, bad=judge.bad)
-    step = _step(config, trained, objective, precision)
-    groups = describe(step.optimizer)
+    optimizer = _optimizer(config, trained)
+    groups = describe(optimizer)
+    step = _step(config, trained, optimizer, objective, precision)
     log.debug("parameter groups:\n%s", groups)
     run.write("parameter_groups.txt", groups + "\n")
     steps_an_epoch = len(batches) // optim.accum_freq
@@ -155,8 +156,10 @@ def _states(
 def _steady(trained: Trained) -> ckpt.ModelState:
     """The model's state, of which nothing changes before the optimizer's next step.
 
-    Buffers such as BatchNorm's statistics would: they are copied.
+    Buffers such as BatchNorm's statistics would: they are copied. A model that is cut is joined.
     """
+    if any(map(fsdp.is_cut, trained.model.parameters())):
+        return trained.state(fsdp.state_dict(trained.model))
     parameters = {p.data_ptr() for p in trained.model.parameters()}
     state = trained.state()
     return replace(
@@ -195,18 +198,27 @@ def _best(config: Config, data: Data, judge: Judge, start: Start) -> Best | None
     return Best(wanted, known, None if start.training is None else start.training.best)
 
 
-def _step(config: Config, trained: Trained, objective: Objective, precision: Precision) -> Step:
+def _optimizer(config: Config, trained: Trained) -> torch.optim.Optimizer:
     optim = config.optim
     factors = None
     if optim.layer_decay != 1:
         factors = layer_factors(trained.model, optim.layer_decay)
-    optimizer = make_optimizer(
+    return make_optimizer(
         optim.opt,
         parameter_groups(trained.model, optim.wd, factors),
         lr=_known(optim.lr),
         betas=(_known(optim.beta1), optim.beta2 or 0.0),  # None where the optimizer has none
         eps=optim.eps or 0.0,
     )
+
+
+def _step(
+    config: Config,
+    trained: Trained,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    precision: Precision,
+) -> Step:
     ragged = config.data.skip_bad_specimens
     overlap = config.distributed.ddp_static_graph
     if overlap and dist.world_size() == 1:
@@ -216,7 +228,7 @@ def _step(config: Config, trained: Trained, objective: Objective, precision: Pre
         optimizer,
         objective,
         precision,
-        optim.grad_clip_norm,
+        config.optim.grad_clip_norm,
         ragged=ragged,
         overlap=overlap,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +41,17 @@ _TEXTS = 256  # prompts embedded at a time: ensembles of published prompts are t
 
 
 class Judge:
-    """Evaluates splits with the current weights, logs the metrics and writes the files."""
+    """Evaluates splits with the current weights, logs the metrics and writes the files.
+
+    Args:
+        config: which splits and tasks.
+        store: where the features are.
+        trained: what is evaluated.
+        precision: of the forward passes.
+        run: where lines and files go.
+        bad: what to do with bad specimens.
+        weights: a context within which the model has its weights; a collective call.
+    """
 
     def __init__(
         self,
@@ -50,9 +61,11 @@ class Judge:
         precision: Precision,
         run: Run,
         bad: BadSpecimens | StopAtBad,
+        weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.config, self.store, self.trained = config, store, trained
         self.precision, self.run, self.bad = precision, run, bad
+        self.weights = weights
         self.suite = Suite(config)
         missing = find(self.suite.support_names, store).missing
         if missing:
@@ -70,7 +83,8 @@ class Judge:
         self, splits: Sequence[Split], epoch: int, write: bool, step: int
     ) -> dict[str, float]:
         """Evaluate validation splits after an epoch."""
-        results = self._all(splits, write) if splits else {}
+        with self.weights():
+            results = self._all(splits, write) if splits else {}
         found = scores(results, self.suite.bootstrap)
         metrics = {s.name: s.value for s in found}
         if results:
@@ -129,6 +143,10 @@ class Judge:
             name: of the summary's files.
             prefix: see `Outputs`.
         """
+        with self.weights():
+            return self._final(data, name, prefix)
+
+    def _final(self, data: Data, name: str, prefix: str) -> Outcome:
         config, texts = self.config, Remembered(self._embed_text)
         splits = evaluated(config, data)
         write = config.evaluation.save_captions

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
-from slidevlm import dist
+from slidevlm import dist, fsdp
 from slidevlm.app.trained import Trained
 from slidevlm.config import BNB_LINEAR, Config
 from slidevlm.errors import ConfigError
@@ -15,6 +18,7 @@ from slidevlm.models.freeze import lock_image, lock_text, nothing_to_train
 from slidevlm.models.mode import Recomputing
 from slidevlm.models.quantize import quantise_linears
 from slidevlm.models.trace import trace
+from slidevlm.models.units import units
 from slidevlm.precision import Precision
 
 log = logging.getLogger("slidevlm")
@@ -56,6 +60,28 @@ def prepare(config: Config, trained: Trained, precision: Precision) -> None:
                 f"--trace: model {wanted.model} encodes neither images nor texts; leave it out"
             )
         trace(model)
+
+
+def cut(
+    config: Config, trained: Trained, precision: Precision
+) -> tuple[Trained, Callable[[], AbstractContextManager[None]]]:
+    """--fsdp: leave this process its part of every weight; after `prepare`.
+
+    Returns:
+        What is evaluated, and a context within which it has the weights of that moment.
+    """
+    wanted = config.distributed.fsdp
+    if wanted and config.evaluation.test:
+        log.info("--fsdp has no effect here: nothing is trained")
+    elif wanted and dist.world_size() == 1:
+        log.info("--fsdp does nothing: this is one process; start several with torchrun or srun")
+    elif wanted:
+        whole = fsdp.Whole(trained.model)
+        fsdp.shard(trained.model, units(trained.model), precision.device)
+        numbers = sum(fsdp.part(p).numel() for p in trained.model.parameters())
+        log.info("--fsdp: %.2f million numbers on this process", numbers / 1e6)
+        return replace(trained, model=whole.model), whole.filled
+    return trained, nullcontext
 
 
 def _lock(config: Config, model: Model) -> None:

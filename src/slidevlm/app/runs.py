@@ -15,12 +15,12 @@ from slidevlm import dist
 from slidevlm.app import codebase
 from slidevlm.app.cohorts import Data, open_data
 from slidevlm.app.datasets import bag_dataset
-from slidevlm.app.devices import choose_device, with_device
+from slidevlm.app.devices import check_exchange, choose_device, with_device
 from slidevlm.app.fitting import fit
 from slidevlm.app.folders import claimed_folder, config_name, evaluation_prefix, local_log
 from slidevlm.app.judging import Judge
 from slidevlm.app.outputs import Outcome
-from slidevlm.app.preparing import prepare
+from slidevlm.app.preparing import cut, prepare
 from slidevlm.app.syncing import fetch, syncing
 from slidevlm.app.trained import Trained, model_for
 from slidevlm.app.weights import Start, start_of
@@ -66,6 +66,7 @@ def run_all(config: Config) -> Outcome:
     codebase.check(config)
     config = with_adam_defaults(config)
     device = choose_device(config)
+    check_exchange(config, device)
     if config.distributed.horovod:
         dist.start_horovod()
     else:
@@ -148,6 +149,7 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
         data = open_data(config)
         trained = model_for(config, data, start, precision.device)
         prepare(config, trained, precision)
+        judged, weights = cut(config, trained, precision)
     new = folder is not None and dist.is_main()
     wandb = WandbSettings(
         config.logging.wandb_project_name, config.logging.wandb_notes, all_values(config)
@@ -178,7 +180,7 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
         if dist.is_main():
             _tell_truncated(config, data, trained)
         bad = BadSpecimens() if config.data.skip_bad_specimens else StopAtBad()
-        judge = Judge(config, data.store, trained, precision, run, bad)
+        judge = Judge(config, data.store, judged, precision, run, bad, weights)
         if config.evaluation.test:
             outcome = judge.final(data, "evaluation", prefix)
         else:

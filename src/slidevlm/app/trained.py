@@ -46,10 +46,10 @@ class Trained:
     siglip: bool
     unit: str | None
 
-    def state(self) -> ckpt.ModelState:
-        """For a checkpoint."""
+    def state(self, weights: dict[str, torch.Tensor] | None = None) -> ckpt.ModelState:
+        """For a checkpoint; `weights` where the model itself has parts of them."""
         return ckpt.ModelState(
-            weights=self.model.state_dict(),
+            weights=self.model.state_dict() if weights is None else weights,
             config=self.config.to_dict(),
             tokenizer=self.tokenizer.to_json(),
             vocab_size=self.tokenizer.vocab_size,

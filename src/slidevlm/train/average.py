@@ -17,7 +17,7 @@ class Average:
 
     d is `decay`, or `(1 + step) / (10 + step)` while that is less, so that the average forgets
     the first weights of a short training, too. Averages are float32; frozen weights and buffers
-    are the model's own. Of weights that are cut over processes (--fsdp) each has its part's average.
+    are the model's own. Of weights that are cut over processes (--fsdp) each has its part's.
 
     Args:
         model: its weights now are the first average.

@@ -1,4 +1,4 @@
-"""What an optimizer moves in the place of weights: float32 copies of 16-bit ones, parts of cut ones.
+"""What an optimizer moves in weights' place: float32 copies of 16-bit ones, parts of cut ones.
 
 A step changes a weight by about the learning rate. bfloat16 has 8 significant bits: added to a
 weight of 0.1, a change below 0.0002 is lost, and squared gradients of float16 vanish below 0.0002.

@@ -13,7 +13,7 @@ from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.models.attention import OwnStart
 from slidevlm.models.linear import is_plain, narrowed, normalised_linear
-from slidevlm.models.mode import Unit, Group, Recomputing
+from slidevlm.models.mode import Group, Recomputing
 from slidevlm.models.ragged import bags_of
 from slidevlm.registry import Registry
 

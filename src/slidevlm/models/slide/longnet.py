@@ -12,11 +12,11 @@ from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import AttentionPooler, TileLayer
 from slidevlm.models.chunked import attention_with_normaliser
+from slidevlm.models.mode import Unit
 from slidevlm.models.ragged import SCORES_AT_ONCE, bags_of, scripted
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     FourierPositions,
-    Unit,
     Group,
     SlideEncoder,
     TileEmbedding,

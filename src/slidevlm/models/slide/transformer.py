@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import Attend, AttentionPooler, TileLayer
+from slidevlm.models.mode import Unit
 from slidevlm.models.ragged import distance_attention, ragged_self_attention, traced_self_attention
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
-    Unit,
     Group,
     SlideEncoder,
     TileEmbedding,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import CrossAttention, KeyValues, LayerCache, SelfAttentionLayer
-from slidevlm.models.mode import Unit, Group, Recomputing
+from slidevlm.models.mode import Group, Recomputing, Unit
 from slidevlm.registry import Registry
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import LayerCache, SelfAttentionLayer
-from slidevlm.models.mode import Unit, Group
+from slidevlm.models.mode import Group, Unit
 from slidevlm.models.text.base import TEXT_ENCODERS, PositionEmbedding, TextTower
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models.attention import LayerCache, OwnStart
 from slidevlm.models.linear import gelu_linear, norm_linear
-from slidevlm.models.mode import Unit, Group
+from slidevlm.models.mode import Group, Unit
 from slidevlm.models.text.base import (
     TEXT_ENCODERS,
     PositionEmbedding,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import LayerCache
-from slidevlm.models.mode import Unit, Group
+from slidevlm.models.mode import Group, Unit
 from slidevlm.models.text.base import TEXT_ENCODERS, QueryPool, TextTower
 
 # Models whose first token was trained to stand for the text.
