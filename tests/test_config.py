@@ -167,6 +167,21 @@ def test_when_reports_are_searched_with_beams(words: list[str], beams: bool) -> 
             {"ddp_static_graph": True, "skip_bad_specimens": True},
             "--ddp-static-graph needs a batch on every process; leave --skip-bad-specimens out",
         ),
+        *(
+            ({"fsdp": True, name: value}, f"--fsdp goes without --{name.replace('_', '-')}")
+            for name, value in {
+                "horovod": True,
+                "ddp_static_graph": True,
+                "use_bn_sync": True,
+                "skip_bad_specimens": True,
+                "torchcompile": True,
+                "torchscript": True,
+                "use_bnb_linear": "SwitchBackLinearGlobal",
+                "precision": "bf16",
+                "opt": "lamb",
+            }.items()
+        ),
+        ({"fsdp": True, "precision": "fp16"}, "use pure_fp16, amp_bf16 or fp32"),
         ({"horovod": True, "use_bn_sync": True}, "--use-bn-sync is torch.distributed's; leave it"),
         ({"horovod": True, "dist_url": "tcp://a:1"}, "--dist-url is torch.distributed's; leave"),
         ({"horovod": True, "dist_backend": "gloo"}, "--dist-backend is torch.distributed's; leave"),

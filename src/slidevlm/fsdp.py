@@ -98,16 +98,28 @@ def shard(model: nn.Module, units: Iterable[Unit], device: torch.device) -> None
         device: of the model.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     _show_tensors_of_outputs()
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     numbers = {p for p in model.parameters() if p.ndim == 0}
+    narrow = any(p.dtype.itemsize < 4 for p in model.parameters())
+    sums = MixedPrecisionPolicy(reduce_dtype=torch.float32 if narrow else None)
     for module, methods in (*units, (model, ())):
         # The root, too, is cut again after its forward pass: whatever moves the weights between two
         # passes (the optimizer, an average) is seen by the next one.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=numbers)
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=True,
+            mp_policy=sums,
+            ignored_params=numbers,
+        )
         cut: Any = module
         cut.set_gradient_divide_factor(1.0)  # the gradient of the whole batch is a sum
         cut.set_force_sum_reduction_for_comms(True)  # gloo has no product beside a sum
