@@ -43,11 +43,11 @@ def part(tensor: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """What of a whole tensor belongs into this process's part of `like`."""
+    """What of a whole tensor belongs into this process's part of `like`, in memory of its own."""
     if not is_cut(like):
         return tensor
     rows = math.ceil(len(tensor) / dist.world_size())  # as torch.chunk cuts, and so DTensor
-    return tensor[rows * dist.rank() : rows * (dist.rank() + 1)]
+    return tensor[rows * dist.rank() : rows * (dist.rank() + 1)].clone()
 
 
 def whole(mine: Tensor, like: Tensor) -> Tensor:

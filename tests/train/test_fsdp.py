@@ -388,7 +388,7 @@ def resumed() -> dict[str, Any]:
         other.load_state_dict(box[0])
         others(other)
         again, mean = step_for(other, case), Average(other, 0.9)
-        load_state(again.optimizer, box[1])
+        load_state(again.optimizer, copy.deepcopy(box[1]))  # torch does not copy all of it
         mean.load_state(box[2])
         moved(again, case, range(2, 4))
         mean.update(2)
@@ -576,9 +576,9 @@ def test_weights_of_16_bits_are_moved_in_float32(two) -> None:
         assert found["cut"].keys() == found["plain"].keys()
         for name, gradient in found["plain"].items():
             assert found["cut"][name].dtype == torch.float32
-            # The sum over processes is rounded to bfloat16 once more.
+            # The sum over processes is rounded to bfloat16 once more, for each micro-batch.
             error = (found["cut"][name] - gradient).abs().max()
-            assert error <= 2**-8 * gradient.abs().max(), name
+            assert error <= 2**-6 * gradient.abs().max(), name
         assert found["cut moved"] == found["plain moved"] > 20
     main = two[0]["16 bits"]
     assert main["cut saved"] == main["plain saved"]
