@@ -179,7 +179,7 @@ def test_going_on_without_it_in_one_process_and_with_it_from_there(
     alone = begun(logs, cut, "alone")
     train(with_values(Config(), one))
     assert "--fsdp does nothing: this is one process" in capsys.readouterr().err
-    same(alone, cut, 1e-5)
+    same(alone, cut, 5e-5)
     folder = begun(logs, plain, "after plain")
     torchrun(settings, "--fsdp", name="after plain", resume="latest")
     same(folder, plain, 1e-6)
