@@ -328,3 +328,9 @@ def test_usage_has_brackets_where_a_word_may_be_left_out(capsys) -> None:
     assert capsys.readouterr().out.splitlines()[0] == (
         "usage: prog RUN [OTHER] [FOLDER] [--argument value ...]"
     )
+
+
+def test_a_missing_word_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"required: RUN\nsee prog --help"):
+        parse([], "prog", {"arguments": _Places}, "what it does")
+    assert parse(["a"], "prog", {"arguments": _Places}, "what it does") == {"run": "a"}

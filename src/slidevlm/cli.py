@@ -235,8 +235,6 @@ examples:
 
 def _report(argv: Sequence[str]) -> None:
     a = parse_into(_ReportArguments, argv, "slidevlm report", REPORT_HELP, REPORT_EPILOG)
-    if not a.run:
-        raise ConfigError("give the folder of a run: slidevlm report RUN")
     if not a.attention:
         given = {"--device": a.device, "--slide-files": a.slide_files, "--mpp": a.mpp}
         for flag in (flag for flag, value in given.items() if value):

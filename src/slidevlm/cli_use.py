@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slidevlm.config import arg
-from slidevlm.errors import ConfigError
 from slidevlm.flags import parse_into
 
 if TYPE_CHECKING:
@@ -302,8 +301,6 @@ def attention(argv: Sequence[str]) -> None:
     a = parse_into(
         _AttentionArguments, argv, "slidevlm attention", ATTENTION_HELP, ATTENTION_EPILOG
     )
-    if not a.model or not a.source:
-        raise ConfigError("give a model and a slide: slidevlm attention RUN FEATURES")
     from slidevlm.page_commands import Attending
     from slidevlm.page_commands import attention as run
 

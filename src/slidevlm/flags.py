@@ -45,10 +45,14 @@ class Argument:
     may_be_none: bool = False
 
     @property
+    def required(self) -> bool:
+        """Of a positional: whether the command cannot do without it."""
+        return self.default == "" and not self.may_be_none
+
+    @property
     def usage(self) -> str:
-        """A positional in a line of usage: in brackets where the command works without it."""
-        required = self.default == "" and not self.may_be_none
-        return self.flag if required else f"[{self.flag}]"
+        """A positional in a line of usage: in brackets where it may be left out."""
+        return self.flag if self.required else f"[{self.flag}]"
 
 
 def kind_of(annotation: Any) -> str:
@@ -103,7 +107,7 @@ def _add(parser: Any, argument: Argument) -> None:
     spec, kind = argument.spec, argument.kind
     options: dict[str, Any] = {"help": _help(argument), "default": argparse.SUPPRESS}
     if spec.positional:
-        if argument.default is not None:
+        if not argument.required:
             options["nargs"] = "?"
         if spec.choices:
             options["choices"] = spec.choices
