@@ -287,13 +287,13 @@ class Few:
 
 def test_a_command_with_arguments_of_its_own() -> None:
     assert parse_into(Few, ["here", "--count", "4", "--loud"], "x", "") == Few("here", 4, 0.5, True)
-    assert parse_into(Few, [], "x", "") == Few()
+    assert parse_into(Few, ["here"], "x", "") == Few("here")
     assert parse(["there"], "x", {"arguments": Few}, "") == {"place": "there"}
 
 
 def test_ranges_hold_there_too_and_all_problems_are_told() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_into(Few, ["--count", "1", "--share", "1"], "x", "")
+        parse_into(Few, ["here", "--count", "1", "--share", "1"], "x", "")
     assert "--count must be at least 2, not 1" in str(caught.value)
     assert "--share must be less than 1, not 1.0" in str(caught.value)
 
