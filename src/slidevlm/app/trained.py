@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from slidevlm import dist
+from slidevlm.app.aligning import align
 from slidevlm.app.cohorts import Data
 from slidevlm.app.pretrained import Pretrained
 from slidevlm.app.weights import Start, differences
@@ -186,6 +187,9 @@ def _first_weights(
             moments = tile_moments(data.store, data.train.cases, seed)
             table = token_table(tokenizer, data.train.reports, rank, seed) if rank else None
             model.start_from(*moments, table)
+            if model.alignment is not None:
+                train = data.train
+                align(model.alignment, data.store, train.cases, train.reports, tokenizer, seed)
     if found is not None:
         load(model, weights, found)
 
@@ -233,7 +237,7 @@ def _of_other_tokens(model: Model, pretrained: Pretrained, tokenizer: Tokenizer)
     state = pretrained.state
     if state is None or Tokenizer.from_json(state.tokenizer).to_json() == tokenizer.to_json():
         return set()
-    of_tokens = ("text.tokens.", "text.model.", "decoder.vocabulary.", "prior.table")
+    of_tokens = ("text.tokens.", "text.model.", "decoder.vocabulary.", "prior.table", "alignment.")
     return {
         name
         for name, tensor in model.state_dict().items()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slidevlm.batch import Bags, Output
 from slidevlm.errors import ConfigError
+from slidevlm.models.alignment import Alignment
 from slidevlm.models.attention import AttentionPooler, LayerCache, initialise
 from slidevlm.models.linear import narrowed
 from slidevlm.models.mode import Resting
@@ -69,6 +70,11 @@ class CoCa(Resting):
         self.prior: TextPrior | None = None
         if config.text.prior_rank:
             self.prior = TextPrior(vocab_size, config.text.prior_rank, config.embed_dim)
+        self.alignment: Alignment | None = None
+        if config.alignment.rank:
+            self.alignment = Alignment(
+                config.alignment, config.tile_width, vocab_size, config.embed_dim
+            )
         self.decoder: ReportDecoder | None = None
         if config.decoder is not None:
             queries = config.decoder.slide_tokens
@@ -106,7 +112,7 @@ class CoCa(Resting):
             deviation: [D], likewise.
             table: [V, prior rank] token vectors, where the configuration has a prior.
         """
-        for module in self.slide.modules():
+        for module in self.modules():
             if isinstance(module, Standardise):
                 module.set(mean, deviation)
         if self.prior is not None:
@@ -158,7 +164,7 @@ class CoCa(Resting):
     def see(self, bags: Bags) -> tuple[Tensor, Tensor]:
         """Bags -> the encoder's tokens [B, N, slide width], and the embedding [B, E]."""
         slide = self.slide(bags)
-        return slide, self._embed_slide(slide)
+        return slide, self._embed_slide(slide, bags)
 
     def read(self, tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
         """tokens, mask [B, L] -> hidden states [B, L, width], and the embedding [B, E]."""
@@ -198,10 +204,12 @@ class CoCa(Resting):
         """Keep the contrastive scale within 1 and 100 after an optimizer step."""
         self.log_scale.clamp_(0.0, MAX_LOG_SCALE)
 
-    def _embed_slide(self, slide: Tensor) -> Tensor:
+    def _embed_slide(self, slide: Tensor, bags: Bags) -> Tensor:
         pooled = slide[:, 0] if self.slide_pooler is None else self.slide_pooler(slide)[:, 0]
         if self.slide_project is not None:
             pooled = self.slide_project(pooled)
+        if self.alignment is not None:
+            pooled = self.alignment.image(bags.features, bags.lengths, pooled)
         return F.normalize(wide(pooled), dim=-1)
 
     def _embed_text(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -210,6 +218,8 @@ class CoCa(Resting):
             embedding = self.text_project(embedding)
         if self.prior is not None:
             embedding = self.prior(tokens, mask, embedding)
+        if self.alignment is not None:
+            embedding = self.alignment.text(tokens, mask, embedding)
         return F.normalize(wide(embedding), dim=-1)
 
     def _write(
@@ -240,8 +250,9 @@ class CoCa(Resting):
         """What the slide's embedding [B, E] adds to every token's logits: [B, V], or nothing."""
         if self.words is None:
             return None
-        assert self.prior is not None, "the schema has made sure of a prior"
-        return self.words * self.prior.words(image)
+        knows = self.prior or self.alignment
+        assert knows is not None, "the schema has made sure of one of them"
+        return self.words * knows.words(image)
 
     def _view(self, slide: Tensor) -> list[tuple[Tensor, Tensor]]:
         assert self.decoder is not None

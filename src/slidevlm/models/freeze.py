@@ -52,7 +52,7 @@ def lock_image(model: CoCa, unlocked: int, *, freeze_statistics: bool) -> None:
     groups = image_groups(model)
     locked = _locked(groups, unlocked, "--lock-image-unlocked-groups", "image")
     _freeze(locked, spared=())
-    resting = list(_resting([model.slide, *_image_end(model)], groups[len(locked) :]))
+    resting = list(_resting([model.slide, *_modules(_image_end(model))], groups[len(locked) :]))
     norms = [m for m in resting if isinstance(m, _BatchNorm)]
     if freeze_statistics and not norms:
         raise ConfigError(
@@ -75,7 +75,7 @@ def lock_text(model: CoCa | LanguageModel, unlocked: int, *, freeze_layer_norm: 
     groups = text_groups(model)
     locked = _locked(groups, unlocked, "--lock-text-unlocked-layers", "text")
     _freeze(locked, spared=() if freeze_layer_norm else NORMS)
-    model.rest(_resting([model.text, *_text_end(model)], groups[len(locked) :]))
+    model.rest(_resting([model.text, *_modules(_text_end(model))], groups[len(locked) :]))
 
 
 def nothing_to_train(model: CoCa | LanguageModel, *, with_captions: bool) -> bool:
@@ -88,17 +88,25 @@ def nothing_to_train(model: CoCa | LanguageModel, *, with_captions: bool) -> boo
     )
 
 
-def _image_end(model: CoCa) -> Iterator[nn.Module]:
+def _image_end(model: CoCa) -> Iterator[nn.Module | nn.Parameter]:
     for part in (model.slide_pooler, model.slide_project):
         if part is not None:
             yield part
+    if model.alignment is not None:
+        yield model.alignment.image_gate
 
 
-def _text_end(model: CoCa | LanguageModel) -> Iterator[nn.Module]:
+def _text_end(model: CoCa | LanguageModel) -> Iterator[nn.Module | nn.Parameter]:
     if isinstance(model, CoCa):
         for part in (model.text_project, model.prior):
             if part is not None:
                 yield part
+        if model.alignment is not None:
+            yield model.alignment.text_gate
+
+
+def _modules(parts: Iterable[nn.Module | nn.Parameter]) -> Iterator[nn.Module]:
+    return (part for part in parts if isinstance(part, nn.Module))
 
 
 def _locked(groups: Sequence[Group], unlocked: int, flag: str, tower: str) -> Sequence[Group]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from slidevlm.errors import ConfigError
+from slidevlm.models.alignment import AlignmentConfig
 from slidevlm.models.lora import LoRAConfig
 from slidevlm.models.slide import SLIDE_ENCODERS
 from slidevlm.models.text import DECODERS, TEXT_ENCODERS
@@ -40,6 +41,7 @@ class ModelConfig:
     # reads the other tokens.
     pooling: str = "attentional"
     lora: tuple[LoRAConfig, ...] = ()
+    alignment: AlignmentConfig = AlignmentConfig()
 
     def to_dict(self) -> dict[str, Any]:
         """The form of the JSON files; `from_dict` reads it back."""
@@ -59,6 +61,8 @@ class ModelConfig:
             content["decoder"] = {"type": self.decoder_type, **asdict(self.decoder)}
         if self.lora:
             content["lora"] = [asdict(entry) for entry in self.lora]
+        if self.alignment.rank:
+            content["alignment"] = asdict(self.alignment)
         return content
 
 
@@ -73,6 +77,7 @@ class _File:
     tile_width: Any = "auto"
     pooling: str = "attentional"
     lora: list[Any] = field(default_factory=list)
+    alignment: Mapping[str, Any] = field(default_factory=dict)
     description: str = field(default="")
 
 
@@ -109,6 +114,7 @@ def from_dict(content: Any, where: str) -> ModelConfig:
         tile_width=None if top.tile_width == "auto" else top.tile_width,
         pooling=top.pooling,
         lora=tuple(build(LoRAConfig, entry, f"{where}: lora") for entry in top.lora),
+        alignment=build(AlignmentConfig, top.alignment, f"{where}: alignment"),
     )
     _check(config, where)
     return config
@@ -116,17 +122,24 @@ def from_dict(content: Any, where: str) -> ModelConfig:
 
 def _check(config: ModelConfig, where: str) -> None:
     """What the parts ask of each other."""
-    decoder, text = config.decoder, config.text
+    decoder, text, rank = config.decoder, config.text, config.alignment.rank
     if decoder is not None:
         if not TEXT_ENCODERS[config.text_type].causal:
             raise ConfigError(
                 f"{where}: no decoder can stand on a text tower of type {config.text_type}, whose "
                 "states know the words to come; make it a clip model, or take another text type"
             )
-        if decoder.words and not text.prior_rank:
+        if decoder.words and not (text.prior_rank or rank):
             raise ConfigError(
-                f"{where}: decoder.words needs a text prior; set text.prior_rank above 0"
+                f"{where}: decoder.words needs a text prior; set text.prior_rank or "
+                "alignment.rank above 0"
             )
+    if rank and (text.prior_rank or config.family == "lm" or rank > config.embed_dim):
+        raise ConfigError(
+            f"{where}: an alignment stands in the place of a text prior (set text.prior_rank to "
+            "0), in a model of family coca or clip, with a rank of at most embed_dim "
+            f"({config.embed_dim}), not {rank}"
+        )
     if config.family == "lm" and (text.prior_rank or decoder.gist or decoder.words):
         raise ConfigError(
             f"{where}: text.prior_rank, decoder.gist and decoder.words are about the slide's "
