@@ -66,27 +66,21 @@ def _features(store: CaseStore, case: Case, draw: np.random.Generator) -> Tensor
     return features if len(features) else None
 
 
-# A report's known words: hash of the word that each token is of, and the tokens; 0 for no word.
+# A report's n words: their numbers [n], and [2, m] places of words and the tokens they are made of.
 Words = tuple[np.ndarray, np.ndarray]
 
 
 def _words(alignment: Alignment, tokenizer: TextTokenizer, report: str) -> Words:
-    """Hashes [n] of a report's words, and [2, m] the place of a word and each token it has."""
-    tokens = torch.tensor([tokenizer.tokens(report)], dtype=torch.int64)
-    if not tokens.shape[1]:
-        return np.zeros(0, np.int64), np.zeros((2, 0), np.int64)
-    hashes, ends = alignment.word_hashes(tokens, torch.ones_like(tokens, dtype=torch.bool))
-    last = ends[0].nonzero()[:, 0].numpy()
-    spelled = tokens[0].numpy()
-    pairs, begins = [], alignment.begins[tokens[0]].numpy() | (alignment.lengths[tokens[0]] == 0).numpy()
-    letters = (alignment.lengths[tokens[0]] > 0).numpy()
-    for place, end in enumerate(last):
-        at = int(end)
-        pairs.append((place, spelled[at]))
-        while not begins[at] and at and letters[at - 1]:
-            at -= 1
-            pairs.append((place, spelled[at]))
-    return hashes[0][last].numpy(), np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    tokens = np.array(tokenizer.tokens(report), dtype=np.int64)
+    given = torch.from_numpy(tokens)[None]
+    if not len(tokens):
+        return tokens, np.zeros((2, 0), dtype=np.int64)
+    hashes, ends, starts = alignment.word_hashes(given, torch.ones_like(given, dtype=torch.bool))
+    last = ends[0].nonzero()[:, 0]
+    spans = [range(a, b + 1) for a, b in zip(starts[0][last].tolist(), last.tolist(), strict=True)]
+    places = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
+    made_of = tokens[np.array([i for span in spans for i in span], dtype=np.int64)]
+    return hashes[0][last].numpy(), np.stack([places, made_of])
 
 
 def analyse(config: AlignmentConfig, x: Tensor, words: Sequence[Words], vocab_size: int) -> Aligned:
@@ -95,10 +89,11 @@ def analyse(config: AlignmentConfig, x: Tensor, words: Sequence[Words], vocab_si
     Statistics: standardised, each kind (mean and deviation; random features) scaled to a mean
     squared length of 1, ridge `image_penalty`. Reports: tf-idf of `(1 + log count)`, normalised,
     their first `components` singular vectors, centred; ridge `text_penalty` times the largest
-    eigenvalue. A report's ridge regression from the statistics is, in the whitened text space,
-    diagonal along the canonical directions, with the squared correlations rho^2; the text's
-    coordinate along each is scaled by rho^power, the image's prediction by rho^(power - 1), so
-    that directions which features tell nothing of count for nothing.
+    eigenvalue. The canonical variates of both sides are scaled by their correlation to `power`, so
+    that directions of which features tell nothing count for nothing.
+
+    Computed as the ridge regression of the whitened reports from the statistics: along the
+    canonical directions it is diagonal, and multiplies by the squared correlations.
 
     Args:
         config: the model's.
@@ -120,7 +115,7 @@ def analyse(config: AlignmentConfig, x: Tensor, words: Sequence[Words], vocab_si
     idf = torch.from_numpy(np.log((1 + n) / (1 + frequency)) + 1)
     text = torch.from_numpy(np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0.0)) * idf
     text = text / text.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    right = torch.linalg.svd(text, full_matrices=False).Vh[: config.components].T  # [W, c]
+    right = _right_vectors(text, config.components)  # [W, c]
     seen = text @ right
     middle = seen.mean(0)
     seen = seen - middle
@@ -158,6 +153,14 @@ def analyse(config: AlignmentConfig, x: Tensor, words: Sequence[Words], vocab_si
         wide(middle @ into),
         wide(_of_pieces(table, words, inverse, chosen, vocab_size)),
     )
+
+
+def _right_vectors(matrix: Tensor, count: int) -> Tensor:
+    """[n, W] -> [W, c]: the first right singular vectors, c at most `count` and the rank."""
+    values, left = torch.linalg.eigh(matrix @ matrix.T)
+    order = values.argsort(descending=True)[:count]
+    order = order[values[order] > 1e-9 * values[-1]]
+    return matrix.T @ left[:, order] * values[order].rsqrt()
 
 
 def _of_pieces(

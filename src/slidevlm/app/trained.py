@@ -233,12 +233,18 @@ def _plain_weights(pretrained: Pretrained) -> dict[str, torch.Tensor]:
 
 
 def _of_other_tokens(model: Model, pretrained: Pretrained, tokenizer: Tokenizer) -> set[str]:
-    """Tensors with a row for each token, where the weights were made with another tokenizer."""
+    """Tensors with a row for each token, where the weights were made with another tokenizer.
+
+    And those of an alignment, which are one whole, where a part of it does not fit.
+    """
+    own = {n: t for n, t in model.state_dict().items() if n.startswith("alignment.")}
+    given = pretrained.weights
+    fits = all(n in given and given[n].shape == t.shape for n, t in own.items())
     state = pretrained.state
     if state is None or Tokenizer.from_json(state.tokenizer).to_json() == tokenizer.to_json():
-        return set()
-    of_tokens = ("text.tokens.", "text.model.", "decoder.vocabulary.", "prior.table", "alignment.")
-    return {
+        return set() if fits else set(own)
+    of_tokens = ("text.tokens.", "text.model.", "decoder.vocabulary.", "prior.table")
+    return set(own) | {
         name
         for name, tensor in model.state_dict().items()
         if name.startswith(of_tokens) and tensor.ndim and len(tensor) == tokenizer.vocab_size

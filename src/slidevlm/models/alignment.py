@@ -1,4 +1,4 @@
-"""A joint space that is there before training: what features and words of reports tell of each other.
+"""A joint space that is there before training: what tiles and words of reports tell of each other.
 
 Canonical correlation analysis (Hotelling, 1936), regularised on both sides (Vinod, 1976), finds
 the directions of a bag's statistics and of a report's words that correlate over the training
@@ -42,7 +42,7 @@ class AlignmentConfig:
     # mean embedding (Muandet et al., 2017; Rahimi and Recht, 2007). 0: mean and deviation alone.
     random_features: int = 1024
     frequency: float = 0.7  # their standard deviation, times the square root of the tile width
-    image_penalty: float = 1.5  # ridge on statistics scaled to a mean squared length of 1
+    image_penalty: float = 3.0  # ridge on statistics scaled to a mean squared length of 1
     text_penalty: float = 0.15  # ridge on words, in shares of their largest eigenvalue
     power: float = 1.5  # directions count by their squared correlation to this power
     dropout: float = 0.5  # of a bag's statistics, in training: they fit the training split too well
@@ -208,7 +208,7 @@ class Alignment(OwnStart):
 
     def _known(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tf-idf over the known words, normalised and centred, in the joint space: [B, r]."""
-        hashes, ends = self.word_hashes(tokens, mask)
+        hashes, ends, _ = self.word_hashes(tokens, mask)
         rows = torch.searchsorted(self.hashes, hashes).clamp_max(len(self.hashes) - 1)
         here = ends & (self.hashes[rows] == hashes)
         same = (rows[:, :, None] == rows[:, None, :]) & here[:, None, :]
@@ -219,10 +219,10 @@ class Alignment(OwnStart):
         squares = (count * (weight * self.idf[rows]).square()).sum(1, keepdim=True)
         return pooled / squares.sqrt().clamp_min(1e-6) - self.text_centre
 
-    def word_hashes(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Number of the word up to each token, and whether a word ends there: [B, L] each.
+    def word_hashes(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The word up to each token, whether a word ends there, and where it began: [B, L] each.
 
-        Words with fewer letters than `shortest_word` are none.
+        A word is told by its number. Those with fewer letters than `shortest_word` are none.
         """
         lengths = self.lengths[tokens] * mask
         letters = lengths > 0
@@ -236,7 +236,7 @@ class Alignment(OwnStart):
         through = value.cumsum(1)
         hashes = through - (through - value).gather(1, start)
         ends = letters & ~F.pad(joins[:, 1:], (0, 1))
-        return hashes, ends & (offset + lengths >= self.config.shortest_word)
+        return hashes, ends & (offset + lengths >= self.config.shortest_word), start
 
     def words(self, embedding: Tensor) -> Tensor:
         """How far each token's words point the way of an embedding: [B, E] -> [B, V]."""
