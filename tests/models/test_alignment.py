@@ -114,7 +114,9 @@ def reference(config: AlignmentConfig, x: np.ndarray) -> tuple[np.ndarray, np.nd
     texts = text @ whitener(text, config.text_penalty * largest)
     left, rho, right = np.linalg.svd(images.T @ texts)
     r = config.rank
-    return images @ left[:, :r] * rho[:r] ** config.power, texts @ right[:r].T * rho[:r] ** config.power
+    return images @ left[:, :r] * rho[:r] ** config.power, texts @ right[:r].T * rho[
+        :r
+    ] ** config.power
 
 
 def found_for(tokenizer: Tokenizer, x: torch.Tensor, alignment: Alignment) -> Aligned:
@@ -186,9 +188,7 @@ def test_before_it_is_set_it_is_silent() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(bags), other.encode_image(bags))
         # Nothing is known of words either: every report is at minus the centre, 0.
-        torch.testing.assert_close(
-            model.encode_text(tokens, mask), other.encode_text(tokens, mask)
-        )
+        torch.testing.assert_close(model.encode_text(tokens, mask), other.encode_text(tokens, mask))
 
 
 def test_neither_batch_nor_padding_nor_pieces_change_an_embedding(

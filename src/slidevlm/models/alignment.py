@@ -183,7 +183,9 @@ class Alignment(OwnStart):
         """[N, D] -> [F], the mean over tiles."""
 
         def total(rows: Tensor) -> Tensor:
-            return (F.layer_norm(rows, rows.shape[1:]) @ self.frequencies + self.phases).cos().sum(0)
+            return (
+                (F.layer_norm(rows, rows.shape[1:]) @ self.frequencies + self.phases).cos().sum(0)
+            )
 
         if outside_autograd():  # a trace would repeat the number of pieces
             return total(tiles) / tiles.shape[0]

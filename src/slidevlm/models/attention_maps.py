@@ -114,7 +114,7 @@ def report_attention(model: CoCa, bags: Bags, tokens: Tensor, parts: Tensor) -> 
         raise ConfigError("this model has no decoder: a clip model writes no reports")
     with evaluation_mode(model), torch.inference_mode():
         steps, slide = _trace(model.slide, bags)
-        seen = _decoder_weights(model, slide, tokens[None])  # [L - 1, view]
+        seen = _decoder_weights(model, bags, slide, tokens[None])  # [L - 1, view]
         weights = parts.to(seen) @ seen
         if model.report_pooler is not None:
             of = slide[:, 1:] if _skips_first(model, slide) else slide
@@ -129,7 +129,7 @@ def _skips_first(model: CoCa, slide: Tensor) -> bool:
     return model.slide_pooler is None and slide.shape[1] > 1
 
 
-def _decoder_weights(model: CoCa, slide: Tensor, tokens: Tensor) -> Tensor:
+def _decoder_weights(model: CoCa, bags: Bags, slide: Tensor, tokens: Tensor) -> Tensor:
     """[L - 1, view tokens], the mean over layers and heads of the cross-attention."""
     assert model.decoder is not None
     found: list[Tensor] = []
@@ -153,7 +153,7 @@ def _decoder_weights(model: CoCa, slide: Tensor, tokens: Tensor) -> Tensor:
         )
     hooks = [reader.register_forward_pre_hook(note) for reader in readers]
     try:
-        image = model._embed_slide(slide)
+        image = model._embed_slide(slide, bags)
         hidden = model.text(tokens, torch.ones_like(tokens, dtype=torch.bool))
         model._write(hidden[:, :-1], image, model._view(slide), None)
     finally:

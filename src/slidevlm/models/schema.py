@@ -41,7 +41,7 @@ class ModelConfig:
     # reads the other tokens.
     pooling: str = "attentional"
     lora: tuple[LoRAConfig, ...] = ()
-    alignment: AlignmentConfig = AlignmentConfig()
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """The form of the JSON files; `from_dict` reads it back."""
