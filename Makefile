@@ -7,7 +7,7 @@ DEMO ?= demo
 TEST_PROCESSES ?= 2
 SEED := $(shell date +%s)
 
-.PHONY: help setup demo test faults hard lint types docs site clean
+.PHONY: help setup demo test faults hard quality lint types docs site clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -38,6 +38,8 @@ hard: $(STAMP) ## faults, damaged and harmful files, ten minutes of fuzzing, two
 	SLIDEVLM_CORRUPTIONS=5000 SLIDEVLM_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q tests/data/formats/test_damage.py
 	$(MAKE) faults
 	SLIDEVLM_SOAK_SECONDS=7200 $(BIN)/python -m pytest -q -s tests/hard/test_soak.py
+quality: $(STAMP) ## train and evaluate on ../shared/data/tcga and the demo cohort, 3 seeds, beside baselines
+	$(BIN)/python -m benchmarks.quality --out build/quality
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check src tests benchmarks scripts examples
