@@ -38,6 +38,7 @@ hard: $(STAMP) ## faults, damaged and harmful files, ten minutes of fuzzing, two
 	SLIDEVLM_CORRUPTIONS=5000 SLIDEVLM_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q tests/data/formats/test_damage.py
 	$(MAKE) faults
 	SLIDEVLM_SOAK_SECONDS=7200 $(BIN)/python -m pytest -q -s tests/hard/test_soak.py
+
 quality: $(STAMP) ## train and evaluate on ../shared/data/tcga and the demo cohort, 3 seeds, beside baselines
 	$(BIN)/python -m benchmarks.quality --out build/quality
 

@@ -125,7 +125,7 @@ def retrieved(run: Path, data: Path, cohort: Cohort) -> list[str]:
         slidevlm("embed", run, data / "tcga.h5", "--split", data / "test.txt",
                  "--output", vectors)  # fmt: skip
     with np.load(vectors) as file:
-        slides = dict(zip(file["ids"].tolist(), file["embeddings"], strict=True))
+        slides = dict(zip(file["specimen_ids"].tolist(), file["image_embedding"], strict=True))
     reports = cohort.texts("train")
     texts = load(run).embed_text(reports)
     images = np.stack([slides[i] for i in cohort.ids["test"]])
