@@ -7,10 +7,10 @@ DEMO ?= demo
 TEST_PROCESSES ?= 2
 SEED := $(shell date +%s)
 
-.PHONY: help setup demo test faults hard quality lint types docs site clean
+.PHONY: help setup demo test faults hard quality bench bench-check bench-gpu lint types docs site clean
 
 help: ## list the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(STAMP) ## make .venv and install slidevlm with everything for development
 
@@ -41,6 +41,15 @@ hard: $(STAMP) ## faults, damaged and harmful files, ten minutes of fuzzing, two
 
 quality: $(STAMP) ## train and evaluate on ../shared/data/tcga and the demo cohort, 3 seeds, beside baselines
 	$(BIN)/python -m benchmarks.quality --out build/quality
+
+bench: $(STAMP) ## every benchmark, into docs/performance.md and benchmarks/recorded.json; wants a quiet machine
+	$(BIN)/python benchmarks/all.py
+
+bench-check: $(STAMP) ## the same again: are the ratios still those that were recorded?
+	$(BIN)/python benchmarks/all.py --check
+
+bench-gpu: $(STAMP) ## one GPU: training steps, memory, generation, evaluation
+	$(BIN)/python -m benchmarks.gpu
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check src tests benchmarks scripts examples
