@@ -96,6 +96,11 @@ def read_table(content: str, path: Path) -> tuple[list[str], list[dict[str, str]
         table = list(csv.reader(io.StringIO(content, newline=""), delimiter=delimiter))
     except csv.Error as error:
         raise DataError(f"{path} is not a CSV ({error}); check its quotes") from error
+    return by_header(table)
+
+
+def by_header(table: Sequence[Sequence[str]]) -> tuple[list[str], list[dict[str, str]]]:
+    """Header and rows of cells, as `read_table` gives them."""
     names = [name.strip().lower() for name in table[0]] if table else []
     rows = [
         {name: row[i] if i < len(row) else "" for i, name in enumerate(names)}

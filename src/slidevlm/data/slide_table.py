@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slidevlm.data.reports import read_table, read_utf8
+from slidevlm.data.reports import by_header, read_table, read_utf8
 from slidevlm.errors import ConfigError, DataError
 
 PATIENT_COLUMNS = ("patient", "patient_id", "patient_barcode")
@@ -124,13 +124,7 @@ def _xlsx(path: Path) -> tuple[list[str], list[dict[str, str]]]:
             f"{path} cannot be read as XLSX ({type(error).__name__}: {error}); save it again, or "
             "as CSV"
         ) from error
-    names = [name.strip().lower() for name in table[0]] if table else []
-    rows = [
-        {name: row[i] if i < len(row) else "" for i, name in enumerate(names)}
-        for row in table[1:]
-        if any(cell.strip() for cell in row)
-    ]
-    return names, rows
+    return by_header(table)
 
 
 def _sheet(book: Any) -> Iterable[tuple[Any, ...]]:
