@@ -26,7 +26,7 @@ from slidevlm.eval.prompts import Prompts, prompts_of, read_prompts
 from slidevlm.eval.tasks.zero_shot import ClassTexts, embed_prompts
 from slidevlm.models import CoCa
 from slidevlm.models.cast import cast_weights
-from slidevlm.models.generate import Decoding, Draft, draft
+from slidevlm.models.generate import Decoding, Draft, Lookup, draft
 from slidevlm.precision import Precision, for_use
 from slidevlm.precision import resolve as resolve_precision
 
@@ -173,6 +173,7 @@ class SlideModel:
         self.trained = trained
         self.precision = precision
         self.image_features_cutoff = image_features_cutoff
+        self._lookup = Lookup()  # of what it has written
         self._class_texts = lru_cache(maxsize=8)(self._embed_prompts)
 
     @property
@@ -484,7 +485,7 @@ class SlideModel:
                 finished(number, reports(drafts))
 
         with torch.inference_mode(), self.precision.autocast():
-            found = draft(self.trained.model, bags, names, decoding, words, told)
+            found = draft(self.trained.model, bags, names, decoding, words, told, self._lookup)
         return [reports(drafts) for drafts in found]
 
     def _coca(self) -> CoCa:

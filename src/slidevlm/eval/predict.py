@@ -17,7 +17,7 @@ from slidevlm.batch import Batch, Predictions
 from slidevlm.errors import DataError
 from slidevlm.losses import caption_loss_sum
 from slidevlm.models import Model
-from slidevlm.models.generate import Decoding, generate
+from slidevlm.models.generate import Decoding, Lookup, generate
 from slidevlm.models.mode import evaluation_mode
 from slidevlm.precision import Precision
 
@@ -94,6 +94,7 @@ def _share(
     ids: list[np.ndarray] = []
     images: list[Tensor] = []
     texts: list[Tensor] = []
+    lookup = Lookup()
     for cpu_batch in batches:
         if not len(cpu_batch):  # all its specimens were bad
             continue
@@ -110,7 +111,9 @@ def _share(
             part.caption_tokens += int(cpu_batch.token_mask[:, 1:].sum())
         if writing is not None:
             with precision.autocast():
-                rows = generate(model, batch.bags, batch.specimen_ids, writing.decoding)
+                rows = generate(
+                    model, batch.bags, batch.specimen_ids, writing.decoding, lookup=lookup
+                )
             part.generated += [writing.decode(row) for row in rows]
         part.specimens += batch.specimen_ids
         part.patients += batch.patient_ids

@@ -168,16 +168,28 @@ class CrossAttention(nn.Module):
 
 
 class LayerCache:
-    """Keys and values of the tokens so far, [B, H, capacity, d], of which `length` are filled."""
+    """Keys and values of the tokens so far, [B, H, capacity, d], of which `length` are filled.
+
+    After `place_next`, sequences may have different lengths: then `places` [B, n] is where the next
+    tokens go, `mask` [B, 1, n, length] what each of them sees, and `length` counts them too.
+    """
 
     # Written out, as torch.jit.script has no source of what @dataclass makes.
     def __init__(self, key: Tensor, value: Tensor, length: int = 0) -> None:
         self.key = key
         self.value = value
         self.length = length
+        self.places: Tensor | None = None
+        self.mask: Tensor | None = None
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new [B, H, n, d] and return all so far."""
+        places = self.places
+        if places is not None:
+            rows = torch.arange(key.shape[0], device=key.device)[:, None]
+            self.key[rows, :, places] = key.transpose(1, 2)
+            self.value[rows, :, places] = value.transpose(1, 2)
+            return self.key[:, :, : self.length], self.value[:, :, : self.length]
         end = self.length + key.shape[2]
         self.key[:, :, self.length : end] = key
         self.value[:, :, self.length : end] = value
@@ -195,6 +207,33 @@ class LayerCache:
             part.copy_(part.index_select(0, rows))
 
 
+def place_next(caches: Sequence[LayerCache], lengths: Sequence[int], count: int) -> None:
+    """The next `count` tokens of sequence i go after its first `lengths[i]`.
+
+    What stands there, of tokens that were not kept, is written over.
+    """
+    end, device = max(lengths), caches[0].key.device
+    places: Tensor | None = None
+    mask: Tensor | None = None
+    if count > 1 or min(lengths) < end:
+        end += count
+        places = torch.tensor(lengths, device=device)[:, None] + torch.arange(count, device=device)
+        mask = (torch.arange(end, device=device) <= places[..., None])[:, None]
+    for cache in caches:
+        cache.length, cache.places, cache.mask = end, places, mask
+
+
+def next_places(tokens: Tensor, caches: list[LayerCache] | None) -> Tensor:
+    """Where tokens [B, n] stand in their sequences: [n], or [B, n] after `place_next`."""
+    start = 0
+    if caches is not None and len(caches) > 0:
+        places = caches[0].places
+        if places is not None:
+            return places
+        start = caches[0].length
+    return torch.arange(start, start + tokens.shape[1], device=tokens.device)
+
+
 class SelfAttention(_Projecting):
     """Residual branch of self-attention, causal or full, with a cache for generation."""
 
@@ -207,22 +246,28 @@ class SelfAttention(_Projecting):
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x [B, L, width] -> [B, L, width].
 
-        With a cache, x are the tokens after those cached; more than one only when it is empty.
+        With a cache, x are the tokens after those cached; more than one only when it is empty or
+        has been told their places.
         """
         batch, length, width = x.shape
         projected = self._projected(x).view(batch, length, 3, self.heads, -1)
         query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
         causal = self.causal and (cache is None or length > 1)
+        mask: Tensor | None = None
         if cache is not None:
-            assert length == 1 or cache.length == 0, "a prompt goes into an empty cache"
+            mask = cache.mask
+            causal = causal and mask is None
+            assert not causal or cache.length == 0, "a prompt goes into an empty cache"
             key, value = cache.append(key, value)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal
+        )
         return self.dropout(self.out(attended.transpose(1, 2).reshape(batch, length, width)))
 
     def new_cache(self, batch: int, capacity: int, like: Tensor) -> LayerCache:
-        """An empty cache of `like`'s type and device."""
+        """An empty cache of `like`'s type and device; zeros, as what is masked must be finite."""
         shape = (batch, self.heads, capacity, self.project.in_features // self.heads)
-        return LayerCache(like.new_empty(shape), like.new_empty(shape))
+        return LayerCache(like.new_zeros(shape), like.new_zeros(shape))
 
 
 class SelfAttentionLayer(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags, Output
 from slidevlm.errors import ConfigError
 from slidevlm.models.alignment import Alignment
-from slidevlm.models.attention import AttentionPooler, LayerCache, initialise
+from slidevlm.models.attention import AttentionPooler, LayerCache, initialise, place_next
 from slidevlm.models.linear import narrowed
 from slidevlm.models.mode import Resting
 from slidevlm.models.schema import ModelConfig
@@ -186,6 +187,14 @@ class CoCa(Resting):
 
     def step(self, tokens: Tensor, cache: CoCaCache) -> Tensor:
         """tokens [R, n] after those in the cache -> logits [R, V] of the next token."""
+        return self._predict(self._read_on(tokens, cache)[:, -1:], cache)[:, 0]
+
+    def steps(self, tokens: Tensor, cache: CoCaCache) -> Tensor:
+        """tokens [R, n] after those in the cache -> logits [R, n, V] after each of them."""
+        return self._predict(self._read_on(tokens, cache), cache)
+
+    def _read_on(self, tokens: Tensor, cache: CoCaCache) -> Tensor:
+        """tokens [R, n] after those in the cache -> the decoder's states [R, n, width]."""
         assert self.decoder is not None, "a clip model has no decoder"
         hidden = self.text(tokens, caches=cache.encoder)
         beams = len(tokens) // len(cache.image)
@@ -193,10 +202,15 @@ class CoCa(Resting):
             gist = self.gist(narrowed(cache.image, self.gist.weight)).repeat_interleave(beams, 0)
             hidden = hidden + gist[:, None]
         seen = cache.decoder
-        states = self.decoder.states(hidden, seen.slide, seen.text)[:, -1]
+        return self.decoder.states(hidden, seen.slide, seen.text)
+
+    def _predict(self, states: Tensor, cache: CoCaCache) -> Tensor:
+        """States [R, n, width] -> logits [R, n, V]."""
+        assert self.decoder is not None, "a clip model has no decoder"
         logits: Tensor = self.decoder.vocabulary(states)
         if cache.words is not None:
-            logits = logits + cache.words.repeat_interleave(beams, 0)
+            beams = len(states) // len(cache.image)
+            logits = logits + cache.words.repeat_interleave(beams, 0)[:, None]
         return logits
 
     @torch.no_grad()
@@ -289,6 +303,10 @@ class CoCaCache:
         for cache in self.encoder:
             cache.keep(rows)
         self.decoder.keep(rows, slides)
+
+    def place(self, lengths: Sequence[int], count: int) -> None:
+        """The next `count` tokens of sequence i go after its first `lengths[i]`."""
+        place_next([*self.encoder, *self.decoder.text], lengths, count)
 
     def reorder(self, rows: Tensor, since: int) -> None:
         """Sequence i becomes a copy of sequence `rows[i]`, which it equals before place `since`."""

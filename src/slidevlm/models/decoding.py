@@ -150,13 +150,15 @@ def ranked(drafts: Iterable[Draft]) -> list[Draft]:
     return list(once.values())
 
 
-def log_probabilities(logits: Tensor, seen: Tensor, written: int, decoding: Decoding) -> Tensor:
+def log_probabilities(
+    logits: Tensor, seen: Tensor, written: int | Tensor, decoding: Decoding
+) -> Tensor:
     """What the next token may be, and how likely.
 
     Args:
         logits: [R, V].
-        seen: [R, t] the tokens so far, BOS left out.
-        written: how many of them are generated.
+        seen: [R, t] the tokens so far, BOS left out; where some rows have fewer, BOS on the left.
+        written: how many of them are generated; [R] where that differs.
         decoding: penalties and bans.
 
     Returns:
@@ -170,7 +172,10 @@ def log_probabilities(logits: Tensor, seen: Tensor, written: int, decoding: Deco
         logits.scatter_(1, seen, torch.where(there > 0, there / penalty, there * penalty))
     if decoding.no_repeat_ngram and seen.shape[1] >= decoding.no_repeat_ngram:
         _ban_repeats(logits, seen, decoding.no_repeat_ngram)
-    if written < decoding.min_tokens:
+    if isinstance(written, Tensor):
+        early = written < decoding.min_tokens
+        logits[:, decoding.eos_id].masked_fill_(early, _BANNED)
+    elif written < decoding.min_tokens:
         logits[:, decoding.eos_id] = _BANNED
     stuck = ~logits.isfinite().any(1)
     logits[:, decoding.eos_id].masked_fill_(stuck, 0.0)

@@ -9,6 +9,7 @@ its keys and values where they lie.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ from slidevlm.models.decoding import (
 )
 from slidevlm.models.few_rows import few_rows
 from slidevlm.models.language import LanguageModel
+from slidevlm.models.lookup import NOTHING, Guess, Lookup
 from slidevlm.models.mode import evaluation_mode
 
-__all__ = ["Decoding", "Draft", "choose", "draft", "generate"]
+__all__ = ["Decoding", "Draft", "Lookup", "choose", "draft", "generate"]
 
 
 def generate(
@@ -40,13 +42,15 @@ def generate(
     specimen_ids: Sequence[str],
     decoding: Decoding,
     prompt: Sequence[int] = (),
+    lookup: Lookup | None = None,
 ) -> list[list[int]]:
     """Write one report a bag, the best one: see `draft`.
 
     Returns:
         B lists of the generated token ids, without BOS, prompt and EOS.
     """
-    return [list(d[0].tokens) for d in draft(model, bags, specimen_ids, decoding, prompt)]
+    found = draft(model, bags, specimen_ids, decoding, prompt, lookup=lookup)
+    return [list(drafts[0].tokens) for drafts in found]
 
 
 @torch.no_grad()
@@ -57,6 +61,7 @@ def draft(
     decoding: Decoding,
     prompt: Sequence[int] = (),
     finished: Finished | None = None,
+    lookup: Lookup | None = None,
 ) -> list[list[Draft]]:
     """Write the `decoding.best` best reports of each bag.
 
@@ -67,6 +72,9 @@ def draft(
         decoding: how to choose tokens.
         prompt: token ids that every report begins with, after BOS.
         finished: is told of each bag, by its number, as soon as its reports are there.
+        lookup: guesses tokens, so that one pass writes several; the reports are the same, but for
+            rounding where two tokens are as good as equally likely. Not used with beams, nor in 16
+            bits.
 
     Returns:
         B lists, the best draft first; fewer than asked for where no more different ones came up.
@@ -99,7 +107,9 @@ def draft(
             search(model, cache, logits, given[:, 1:], decoding, steps, keep)
         else:
             draws = draws_for(specimen_ids, steps, decoding).to(device)
-            _write(model, cache, logits, given[:, 1:], draws, decoding, keep)
+            # With 16 bits two tokens are often equally likely, and rounding would decide.
+            ahead = lookup if logits.dtype.itemsize >= 4 else None
+            _write(model, cache, logits, prompt, draws, decoding, keep, ahead)
     return found
 
 
@@ -107,56 +117,118 @@ def _write(
     model: CoCa | LanguageModel,
     cache: Any,
     logits: Tensor,
-    prompt: Tensor,
+    prompt: Sequence[int],
     draws: Tensor,
     decoding: Decoding,
     finished: Finished,
+    lookup: Lookup | None,
 ) -> None:
-    """Greedily or by drawing: logits [B, V] after the prompt [B, P], draws [B * best, steps]."""
-    slides, each, steps = len(logits), decoding.best, draws.shape[1]
-    device = logits.device
-    rows = torch.arange(slides * each, device=device)  # those that have not left the batch
+    """Greedily or by drawing: logits [B, V] after the prompt, draws [B * best, steps]."""
+    each, steps = decoding.best, draws.shape[1]
+    alive = list(range(len(logits)))
     if each > 1:
-        cache.keep(rows // each)
-    prompt_length = prompt.shape[1]
-    logits, prompt = logits[rows // each], prompt[rows // each]
-    seen = torch.cat([prompt, torch.full_like(draws, decoding.eos_id, dtype=torch.int64)], dim=1)
-    likely = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    length = torch.zeros(len(rows), dtype=torch.int64, device=device)
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    alive = list(range(slides))
+        rows = torch.arange(len(draws), device=logits.device) // each
+        cache.keep(rows)
+        logits = logits[rows]
+    active = [_Writing(i, [decoding.bos_id, *prompt], steps) for i in range(len(draws))]
+    room, logits = 1 + len(prompt) + steps, logits[:, None]
+    while True:
+        _go_on(active, logits, draws, decoding, lookup)
+        over = [all(w.over for w in active[i : i + each]) for i in range(0, len(active), each)]
+        for i, slide in enumerate(alive):
+            if over[i]:
+                mine = active[i * each : (i + 1) * each]
+                finished(slide, ranked(w.draft(len(prompt) + 1, decoding) for w in mine))
+        if all(over):
+            return
+        if any(over):
+            going = [i for i, done in enumerate(over) if not done]
+            kept = [i * each + j for i in going for j in range(each)]
+            alive, active = [alive[i] for i in going], [active[i] for i in kept]
+            cache.keep(*(torch.tensor(x, device=logits.device) for x in (kept, going)))
+        # A report's last token is in its text, but not yet in the cache.
+        count = 1
+        if lookup is not None:
+            lengths = [len(w.text) - 1 for w in active]
+            for w in active:
+                w.guess = NOTHING if w.over else lookup.guess(w.text)
+            most = room - 1 - max(lengths)
+            count = lookup.worth([w.guess for w in active], most)
+            cache.place(lengths, count)
+        # Of several draws of a slide, those that have ended wait for the others.
+        ahead = [[w.text[-1], *w.guess.tokens[: count - 1]] for w in active]
+        padded = [[*t, *[decoding.eos_id] * (count - len(t))] for t in ahead]
+        tokens = torch.tensor(padded, device=logits.device)
+        logits = model.step(tokens, cache)[:, None] if count == 1 else model.steps(tokens, cache)
 
-    def leave(slide: int) -> None:
-        mine = slice(slide * each, (slide + 1) * each)
-        texts = seen[mine, prompt_length:].tolist()
-        parts = (texts, likely[mine].tolist(), length[mine].tolist(), ended[mine].tolist())
-        drafts = [
-            Draft(tuple(text[: n - end]), decoding.score(score, n), end)
-            for text, score, n, end in zip(*parts, strict=True)
-        ]
-        finished(slide, ranked(drafts))
 
-    for step in range(steps):
-        place = prompt_length + step
-        logs = log_probabilities(logits, seen[rows, :place], step, decoding)
-        chosen = choose(logs, draws[rows, step], decoding)
-        # Of several draws of a slide, those that have ended wait for the others, and stay.
-        chosen = torch.where(ended[rows], decoding.eos_id, chosen)
-        seen[rows, place] = chosen
-        likely[rows] += torch.where(ended[rows], 0.0, logs.gather(1, chosen[:, None])[:, 0])
-        length[rows] += ~ended[rows]
-        ended[rows] |= chosen == decoding.eos_id
-        going = (~ended[rows]).view(-1, each).any(1).nonzero()[:, 0]
-        if step + 1 == steps or len(going) == 0:
-            break
-        if len(going) < len(alive):
-            left = going.tolist()
-            for slide in (s for i, s in enumerate(alive) if i not in left):
-                leave(slide)
-            alive = [alive[i] for i in left]
-            kept = (going[:, None] * each + torch.arange(each, device=device)).flatten()
-            rows, chosen = rows[kept], chosen[kept]
-            cache.keep(kept, going)
-        logits = model.step(chosen[:, None], cache)
-    for slide in alive:
-        leave(slide)
+@dataclass
+class _Writing:
+    """A report that is being written."""
+
+    row: int  # of the draws
+    text: list[int]  # BOS and prompt first
+    left: int  # tokens that may still come
+    likely: float = 0.0
+    ended: bool = False
+    guess: Guess = NOTHING
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more comes."""
+        return self.ended or not self.left
+
+    def draft(self, start: int, decoding: Decoding) -> Draft:
+        """The finished report, whose own tokens begin at `start`."""
+        tokens = self.text[start:]
+        score = decoding.score(self.likely, len(tokens))
+        return Draft(tuple(tokens[: len(tokens) - self.ended]), score, self.ended)
+
+
+def _go_on(
+    active: Sequence[_Writing],
+    logits: Tensor,
+    draws: Tensor,
+    decoding: Decoding,
+    lookup: Lookup | None,
+) -> None:
+    """Choose the next tokens: logits [R, n, V] after the last one and after n - 1 guessed ones.
+
+    Each token is chosen as if it came alone, from what stands before it and with the draw of its
+    place. The guess was right up to the first one that is chosen otherwise.
+    """
+    count, steps = logits.shape[1], draws.shape[1]
+    start = torch.tensor([steps - w.left for w in active], device=logits.device)
+    place = (start[:, None] + torch.arange(count, device=logits.device)).flatten()
+    rows = torch.tensor([w.row for w in active], device=logits.device).repeat_interleave(count)
+    logs = log_probabilities(
+        logits.flatten(0, 1), _seen(active, count, decoding, logits.device), place, decoding
+    )
+    # Beyond a report's end nothing is taken of what is chosen.
+    chosen = choose(logs, draws[rows, place.clamp_max(steps - 1)], decoding)
+    likely = logs.gather(1, chosen[:, None])[:, 0]
+    found = torch.stack([chosen.double(), likely.double()]).view(2, -1, count).tolist()
+    for w, tokens, values in zip(active, *found, strict=True):
+        before = len(w.text)
+        guessed = [*w.guess.tokens[: count - 1], None]
+        for token, value, ahead in zip(map(int, tokens), values, guessed, strict=False):
+            if w.over:
+                break
+            w.text.append(token)
+            w.left, w.likely, w.ended = w.left - 1, w.likely + value, token == decoding.eos_id
+            if token != ahead:
+                break
+        if lookup is not None and len(w.text) > before:
+            lookup.learn(w.guess, w.text, len(w.text) - before)
+
+
+def _seen(
+    active: Sequence[_Writing], count: int, decoding: Decoding, device: torch.device
+) -> Tensor:
+    """Tokens before each of `count` places of each report, BOS on the left: [R * count, t]."""
+    if decoding.repetition_penalty == 1 and not decoding.no_repeat_ngram:
+        return torch.zeros(len(active) * count, 0, dtype=torch.int64, device=device)
+    texts = [[*w.text[1:], *w.guess.tokens[:n]] for w in active for n in range(count)]
+    most = max(map(len, texts))
+    padded = [[decoding.bos_id] * (most - len(text)) + text for text in texts]
+    return torch.tensor(padded, dtype=torch.int64, device=device).view(len(texts), most)

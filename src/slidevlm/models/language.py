@@ -5,13 +5,14 @@ What a model of the family coca writes beyond this it must have seen in the slid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from slidevlm.batch import Bags, Output
-from slidevlm.models.attention import LayerCache, initialise
+from slidevlm.models.attention import LayerCache, initialise, place_next
 from slidevlm.models.mode import Resting
 from slidevlm.models.schema import ModelConfig
 from slidevlm.models.text import DECODERS, TEXT_ENCODERS, DecoderCache
@@ -71,11 +72,17 @@ class LanguageModel(Resting):
 
     def step(self, tokens: Tensor, cache: LanguageCache) -> Tensor:
         """tokens [R, n] after those in the cache -> logits [R, V] of the next token."""
-        hidden = self.text(tokens, caches=cache.encoder)
-        logits: Tensor = self.decoder.vocabulary(
-            self.decoder.states(hidden, (), cache.decoder.text)[:, -1]
-        )
+        logits: Tensor = self.decoder.vocabulary(self._read_on(tokens, cache)[:, -1])
         return logits
+
+    def steps(self, tokens: Tensor, cache: LanguageCache) -> Tensor:
+        """tokens [R, n] after those in the cache -> logits [R, n, V] after each of them."""
+        logits: Tensor = self.decoder.vocabulary(self._read_on(tokens, cache))
+        return logits
+
+    def _read_on(self, tokens: Tensor, cache: LanguageCache) -> Tensor:
+        hidden = self.text(tokens, caches=cache.encoder)
+        return self.decoder.states(hidden, (), cache.decoder.text)
 
     def clamp_scale(self) -> None:
         """There is no scale to clamp."""
@@ -93,6 +100,10 @@ class LanguageCache:
         for cache in self.encoder:
             cache.keep(rows)
         self.decoder.keep(rows, slides)
+
+    def place(self, lengths: Sequence[int], count: int) -> None:
+        """The next `count` tokens of sequence i go after its first `lengths[i]`."""
+        place_next([*self.encoder, *self.decoder.text], lengths, count)
 
     def reorder(self, rows: Tensor, since: int) -> None:
         """Sequence i becomes a copy of sequence `rows[i]`, which it equals before place `since`."""

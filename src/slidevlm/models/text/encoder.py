@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
-from slidevlm.models.attention import LayerCache, SelfAttentionLayer
+from slidevlm.models.attention import LayerCache, SelfAttentionLayer, next_places
 from slidevlm.models.mode import Group, Unit
 from slidevlm.models.text.base import TEXT_ENCODERS, PositionEmbedding, TextTower
 
@@ -67,9 +67,7 @@ class TextEncoder(TextTower):
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, caches: list[LayerCache] | None = None
     ) -> Tensor:
-        start = caches[0].length if caches else 0
-        places = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        x = self.dropout(self.tokens(tokens) + self.positions(places))
+        x = self.dropout(self.tokens(tokens) + self.positions(next_places(tokens, caches)))
         for i, layer in enumerate(self.layers):
             x = self.run(layer, x, caches[i] if caches else None)
         return x

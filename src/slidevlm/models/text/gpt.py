@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slidevlm.errors import CheckpointError, ConfigError
-from slidevlm.models.attention import LayerCache, OwnStart
+from slidevlm.models.attention import LayerCache, OwnStart, next_places
 from slidevlm.models.linear import gelu_linear, norm_linear
 from slidevlm.models.mode import Group, Unit
 from slidevlm.models.text.base import (
@@ -187,8 +187,10 @@ class GptAttention(nn.Module):
         """[B, N, C] -> key and value, each [B, H, N, d]."""
         return self._split(self.key(context)), self._split(self.value(context))
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
-        """x [B, L, width]; key, value [B, H, N, d] -> [B, L, width].
+    def forward(
+        self, x: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None = None
+    ) -> Tensor:
+        """x [B, L, width]; key, value [B, H, N, d]; mask [B, 1, L, N] -> [B, L, width].
 
         x may also be n B sequences, n after each other for each context (the beams of a slide).
         """
@@ -196,7 +198,12 @@ class GptAttention(nn.Module):
         if beams > 1:  # n L queries of one context, whose keys and values are not copied
             query = query.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
         attended = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=causal
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
         )
         if beams > 1:
             attended = attended.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
@@ -237,11 +244,14 @@ class GptLayer(OwnStart):
         """x [B, L, width], the slide's keys and values -> [B, L, width]."""
         normal = self.self_norm(x)
         key, value = self.self_attention.keys_values(normal)
-        if cache is not None:
-            assert x.shape[1] == 1 or cache.length == 0, "a prompt goes into an empty cache"
-            key, value = cache.append(key, value)
         causal = cache is None or x.shape[1] > 1
-        x = x + self.dropout(self.self_attention(normal, key, value, causal=causal))
+        mask: Tensor | None = None
+        if cache is not None:
+            mask = cache.mask
+            causal = causal and mask is None
+            assert not causal or cache.length == 0, "a prompt goes into an empty cache"
+            key, value = cache.append(key, value)
+        x = x + self.dropout(self.self_attention(normal, key, value, causal=causal, mask=mask))
         if self.cross_attention is not None and self.cross_norm is not None:
             assert slide is not None, "this layer reads a slide"
             read = self.cross_attention(self.cross_norm(x), slide[0], slide[1], causal=False)
@@ -268,7 +278,7 @@ class GptLayer(OwnStart):
         """An empty cache of `like`'s type and device."""
         attention = self.self_attention
         shape = (batch, attention.heads, capacity, attention.query.out_features // attention.heads)
-        return LayerCache(like.new_empty(shape), like.new_empty(shape))
+        return LayerCache(like.new_zeros(shape), like.new_zeros(shape))
 
     def reset(self) -> None:
         """Start as the identity: every branch ends in zeros."""
@@ -311,9 +321,7 @@ class GptTower(TextTower):
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, caches: list[LayerCache] | None = None
     ) -> Tensor:
-        start = caches[0].length if caches else 0
-        places = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        places = places + self.family.position_offset
+        places = next_places(tokens, caches) + self.family.position_offset
         x = self.dropout(self.scale * self.tokens(tokens) + self.positions(places))
         for i, layer in enumerate(self.layers):
             x = self.run(layer, x, None, caches[i] if caches else None)
