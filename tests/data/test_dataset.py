@@ -186,6 +186,20 @@ def test_workers_change_nothing_and_see_the_epoch(write, method):
     assert tiles[0]["s11"] != tiles[1]["s11"]
 
 
+def test_a_worker_sends_two_memories(write):
+    """The bags' features, and everything else together: each costs the training process time."""
+    path = write([5, 8, 300, 7])
+    data = dataset(path)
+    for workers in (0, 1):
+        for batch in make_loader(data, EvalBatches(4, 2), workers):
+            tensors = [batch.tokens, batch.token_mask, batch.report_ids, batch.bags.positions]
+            tensors = [tensor for tensor in tensors if tensor is not None]
+            memories = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+            assert len(memories) == (1 if workers else len(tensors))
+            assert batch.bags.features.untyped_storage().data_ptr() not in memories
+            assert batch.tokens.data_ptr() % 64 == 0 and batch.tokens.is_contiguous()
+
+
 @pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "fork"), (1, "spawn")])
 def test_errors_of_workers_arrive_as_they_are(write, workers, method):
     path = write([4, 4, 4, 4])
