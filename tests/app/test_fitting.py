@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -149,6 +152,37 @@ def test_the_best_checkpoint_is_kept(settings: dict[str, Any], cohort: DemoCohor
     values = [x["val/loss/contrastive"] for x in lines(folder, "evaluation")]
     _, training = ckpt.load(folder / "checkpoints/best.pt")
     assert training.best == {"val/loss/contrastive": max(values)}
+
+
+def test_the_best_checkpoint_where_bad_specimens_are_dropped(
+    settings: dict[str, Any], cohort: DemoCohort, tmp_path: Path, capsys
+) -> None:
+    """Evaluations are of the specimens left, and it is their values that are compared."""
+    damaged = tmp_path / "damaged.h5"
+    shutil.copy(cohort.hdf5, damaged)
+    with h5py.File(damaged, "a") as file:
+        for split in ("train", "val"):
+            specimen = cohort.split(split).read_text().split()[0]
+            found: list[str] = []
+            file.visit(lambda name, s=specimen, f=found: f.append(name) if s in name else None)
+            bags = [n for n in found if isinstance(file[n], h5py.Dataset) and file[n].ndim == 2]
+            for name in (n for n in bags if file[n].dtype.kind == "f"):
+                file[name][0, 0] = np.nan
+    more = {
+        "hdf5_filename": str(damaged),
+        "val_split": (str(cohort.split("val")),),
+        "save_best": "val/loss/contrastive",
+        "skip_bad_specimens": True,
+        "image_features_cutoff": 100000,
+        "epochs": 3,
+        "lr": 0.05,
+    }
+    folder = run(settings, **more)
+    assert "bad specimens were dropped" in capsys.readouterr().err
+    values = [x["val/loss/contrastive"] for x in lines(folder, "evaluation")]
+    _, training = ckpt.load(folder / "checkpoints/best.pt")
+    assert training.best == {"val/loss/contrastive": min(values)}
+    assert training.progress.epoch == values.index(min(values)) + 1
 
 
 def test_the_metrics_to_choose_from_are_known_before_training(
