@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -119,6 +120,47 @@ def test_the_copy_runs_whatever_becomes_of_the_original(
         (evaluation,) = run.glob("evaluation-*")
         assert ran(evaluation)["code"] == str(run / "code" / "slidevlm")
         assert not list(evaluation.glob("code*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["file", "tcp", "slurm"])
+def test_processes_that_no_torchrun_started_run_the_copy(
+    settings: dict[str, Any], tmp_path: Path, way: str
+) -> None:
+    """They meet twice: before there is a copy, and as the copy, at an address of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = {"file": f"file://{tmp_path}/meet", "tcp": f"tcp://127.0.0.1:{port}"}.get(way)
+    given = words(settings | {"epochs": 1, "dist_backend": "gloo"})
+    given += ["--copy-codebase", *([] if url is None else ["--dist-url", url])]
+    started = []
+    for rank in "01":
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        if way == "slurm":  # as srun sets them
+            place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": "2"}
+            place |= {"SLURM_JOB_ID": str(port), "SLURM_STEP_ID": "0"}
+            place |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost"}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "slidevlm", "train", *given],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **place},
+            )
+        )
+    try:
+        for process in started:
+            code, _, err = finish(process)
+            assert code == 0, err
+    finally:
+        for process in started:
+            process.kill()
+    run = tmp_path / "logs" / "run"
+    assert ran(run)["code"] == str(run / "code" / "slidevlm")
+    metrics = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in metrics if x["kind"] == "train"] == [1, 2], "two processes"
 
 
 @pytest.mark.slow
