@@ -35,9 +35,7 @@ def weights(folder: Path, file: str) -> dict[str, torch.Tensor]:
     return ckpt.load(folder / "checkpoints" / file)[0].weights
 
 
-def test_a_run_starts_aligned_and_goes_on_exactly(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_run_starts_aligned_and_goes_on_exactly(settings: dict[str, Any], tmp_path: Path) -> None:
     chosen = {"model": model_file(tmp_path), "warmup": 0, "lr": 1e-2}
     whole = weights(run(settings, name="whole", epochs=2, **chosen), "epoch_2.pt")
     assert whole["alignment.directions"].abs().sum() > 0
