@@ -1,6 +1,7 @@
 """What the training loop costs besides forward, backward and optimizer.
 
     python benchmarks/loop.py [--threads N] [--rounds N] [--workers N] [--batch N] [--width N]
+                              [--specimens N]
 
 A real run (files, workers, run folder, metrics.jsonl, TensorBoard where installed, a log line every
 10 steps) and a bare torch loop over the same batches, already in memory, take turns in one process:
@@ -9,7 +10,8 @@ a step. Printed are the medians over the rounds of milliseconds a step by the cl
 process's processor time, which other work on the machine disturbs less; the ratio of ours to the
 bare loop's, round by round; and what the loop spends where: the step, waiting for an epoch's first
 batch and for the others, and the rest (moving batches, log lines, the bar). "Steps alone" are
-those of `Step` on the bare loop's batches: what it computes beyond the bare loop.
+those of `Step` on the bare loop's batches, each batch through one and then the other, in turns:
+what it computes beyond the bare loop.
 """
 
 from __future__ import annotations
@@ -86,6 +88,18 @@ def stepped(step: Step, batches: Sequence[Batch]) -> Spent:
     return start.since()
 
 
+def in_turns(step: Step, batches: Sequence[Batch]) -> tuple[Spent, Spent]:
+    """Both of these, each batch in one and then the other.
+
+    A whole epoch of one after a whole epoch of the other differs by percents for the order alone.
+    """
+    spent = {bare: Spent(0, 0), stepped: Spent(0, 0)}
+    for number, batch in enumerate(batches):
+        for run in (bare, stepped) if number % 2 else (stepped, bare):
+            spent[run] += run(step, [batch])
+    return spent[bare], spent[stepped]
+
+
 class Clock:
     """A step that is timed."""
 
@@ -131,12 +145,11 @@ def paired(rounds: int) -> Callable[..., Progress]:
         batches.set_epoch(0, 0)
         kept = list(loader)
         step.model.train()
-        bare(step, kept)  # the first allocates, and makes the optimizer's state
+        in_turns(step, kept)  # the first allocates, and makes the optimizer's state
         watcher.epoch = lambda progress: None  # neither evaluation nor checkpoint
         found: dict[str, list[Spent]] = {}
         for number in range(rounds):
-            alone = bare(step, kept)
-            inside = stepped(step, kept)
+            alone, inside = in_turns(step, kept)
             clock: Any = Clock(step)
             waits: Any = Waits(loader)
             began = Spent.now()
@@ -187,12 +200,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--width", type=int, default=96, help="of all towers")
+    parser.add_argument("--specimens", type=int, default=2400, help="two thirds of them train")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     print(f"torch {torch.__version__}, {asked.threads} thread(s), {asked.workers} worker(s)")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        cohort = synthesize(folder / "cohort", specimens=600, seed=0)
+        cohort = synthesize(folder / "cohort", specimens=asked.specimens, seed=0)
         model = zoo.load("coca_tiny").to_dict()
         model["slide"] |= {"width": asked.width, "latents": asked.width // 4}
         model["text"] |= {"width": asked.width, "layers": 2}

@@ -186,18 +186,20 @@ def test_workers_change_nothing_and_see_the_epoch(write, method):
     assert tiles[0]["s11"] != tiles[1]["s11"]
 
 
-def test_a_worker_sends_two_memories(write):
-    """The bags' features, and everything else together: each costs the training process time."""
+def test_a_worker_sends_one_memory(write):
+    """Each costs the training process time; a single bag has one of its own, and is not copied."""
     path = write([5, 8, 300, 7])
     data = dataset(path)
-    for workers in (0, 1):
-        for batch in make_loader(data, EvalBatches(4, 2), workers):
-            tensors = [batch.tokens, batch.token_mask, batch.report_ids, batch.bags.positions]
-            tensors = [tensor for tensor in tensors if tensor is not None]
-            memories = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-            assert len(memories) == (1 if workers else len(tensors))
-            assert batch.bags.features.untyped_storage().data_ptr() not in memories
-            assert batch.tokens.data_ptr() % 64 == 0 and batch.tokens.is_contiguous()
+    for size in (2, 1):
+        for workers in (0, 1):
+            for batch in make_loader(data, EvalBatches(4, size), workers):
+                tensors = [batch.tokens, batch.token_mask, batch.report_ids, batch.bags.positions]
+                tensors = [batch.bags.features, *(t for t in tensors if t is not None)]
+                memories = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+                sent = 1 if size > 1 else 2
+                assert len(memories) == (sent if workers else len(tensors))
+                assert batch.tokens.data_ptr() % 64 == 0 or not workers
+                assert all(tensor.is_contiguous() for tensor in tensors)
 
 
 @pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "fork"), (1, "spawn")])

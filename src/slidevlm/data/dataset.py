@@ -196,6 +196,8 @@ def pad(rows: Sequence[Sequence[int] | Tensor], pad_id: int) -> tuple[Tensor, Te
 def collate(samples: Sequence[Sample]) -> Batch:
     """Lay bags end to end and pad tokens on the right.
 
+    In a worker all tensors share one memory: who keeps one of them keeps the features.
+
     DataError when widths or units differ, or only some specimens have positions.
     """
     bags = [sample.bag for sample in samples]
@@ -205,14 +207,17 @@ def collate(samples: Sequence[Sample]) -> Batch:
     positions = [bag.positions for bag in bags if bag.positions is not None]
     slides = [bag.slides for bag in bags if bag.slides is not None]
     ids = torch.tensor([sample.report_id for sample in samples], dtype=torch.int64)
-    small = [tokens, mask, ids]
-    for kept in (positions, slides):
-        small += [torch.cat(kept)] if len(kept) == len(bags) else []
-    tokens, mask, ids, *rest = _together(small) if _in_worker() else small
+    parts: list[Sequence[Tensor]] = [[tokens], [mask], [ids]]
+    parts += [kept for kept in (positions, slides) if len(kept) == len(bags)]
+    features = [bag.features for bag in bags]
+    if len(bags) == 1:  # of 400 MB, perhaps, and it lies in memory of its own: no copy
+        joined, (tokens, mask, ids, *rest) = features[0], _joined(parts)
+    else:
+        joined, tokens, mask, ids, *rest = _joined([features, *parts])
     places = iter(rest)
     return Batch(
         Bags(
-            _end_to_end([bag.features for bag in bags]),
+            joined,
             tuple(len(bag.features) for bag in bags),
             next(places) if len(positions) == len(bags) else None,
             next(places) if len(slides) == len(bags) else None,
@@ -229,34 +234,27 @@ def collate(samples: Sequence[Sample]) -> Batch:
 _LINE_BYTES = 64  # of a cache; any type may begin there
 
 
-def _together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies in one memory that the training process can map.
+def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Each part's tensors end to end; in a worker all in one memory that the training process maps.
 
-    Each memory that a worker sends costs the training process a connection to it, 0.3 ms.
+    Every memory that a worker sends costs the training process a connection to it, and a wait
+    while the worker is busy.
     """
-    rooms = [-(-tensor.nbytes // _LINE_BYTES) * _LINE_BYTES for tensor in tensors]
-    parts = new_shared(sum(rooms)).split(rooms)
-    copies = [
-        part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for tensor, part in zip(tensors, parts, strict=True)
-    ]
-    for copied, tensor in zip(copies, tensors, strict=True):
-        copied.copy_(tensor)
-    return copies
+    alike = [len({tensor.dtype for tensor in part}) == 1 for part in parts]
+    if not _in_worker() or not all(alike):
+        return [part[0] if len(part) == 1 else torch.cat(list(part)) for part in parts]
+    sizes = [sum(tensor.nbytes for tensor in part) for part in parts]
+    rooms = new_shared(sum(map(_up, sizes))).split(list(map(_up, sizes)))
+    joined = []
+    for part, size, room in zip(parts, sizes, rooms, strict=True):
+        shape = (sum(len(tensor) for tensor in part), *part[0].shape[1:])
+        joined.append(torch.cat(list(part), out=room[:size].view(part[0].dtype).view(shape)))
+    return joined
 
 
-def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
-    """torch.cat, which would copy a single bag too; it may be of 400 MB.
-
-    A worker lays them into memory that the training process can map, which saves another copy.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    if not _in_worker() or len({part.dtype for part in parts}) > 1:
-        return torch.cat(list(parts))
-    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-    room = new_shared(math.prod(shape) * parts[0].element_size())
-    return torch.cat(list(parts), out=room.view(parts[0].dtype).view(shape))
+def _up(size: int) -> int:
+    """Bytes up to the next line of a cache; any type may begin there."""
+    return -(-size // _LINE_BYTES) * _LINE_BYTES
 
 
 def _in_worker() -> bool:

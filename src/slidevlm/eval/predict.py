@@ -104,7 +104,7 @@ def _share(
         if output.image_embedding is not None:  # a language model embeds nothing
             images.append(output.image_embedding)
             texts.append(output.text_embedding)
-        ids.append(cpu_batch.report_ids.numpy())
+        ids.append(cpu_batch.report_ids.numpy().copy())  # or it would hold the bags' memory
         if output.logits is not None:
             total = caption_loss_sum(output.logits, batch.tokens, batch.token_mask)
             part.caption_sums.append(total.item())
