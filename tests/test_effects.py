@@ -83,10 +83,6 @@ def test_every_argument_has_its_effect_and_a_test_of_it(effects: dict[str, Any])
     assert list(problems(effects)) == []
 
 
-def test_none_is_still_to_come() -> None:
-    assert not [a.flag for a in ARGUMENTS.values() if a.spec.pending]
-
-
 @pytest.mark.parametrize(
     ("flag", "change", "message"),
     [

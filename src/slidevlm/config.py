@@ -38,7 +38,6 @@ class Spec:
     positional: bool = False
     file: bool = False  # the value names files that must exist
     shipped: bool = False  # the value may be the name of a shipped model configuration
-    pending: bool = False  # the effect comes with a later release: any other value is refused
     extra: bool = False  # not one of the 85 of the specification
 
 
@@ -685,7 +684,7 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: listing every problem found, not only the first.
     """
-    _raise([*_pending(config), *_values(_entries(config)), *_combinations(config)])
+    _raise([*_values(_entries(config)), *_combinations(config)])
 
 
 def validate_data(config: Config) -> None:
@@ -694,7 +693,7 @@ def validate_data(config: Config) -> None:
     Raises:
         ConfigError: listing every problem found, not only the first.
     """
-    problems = [*_pending(config), *_values(_entries(config))]
+    problems = _values(_entries(config))
     _raise([*problems, *_sources(config), *_pairs(config), *_resuming(config)])
 
 
@@ -704,7 +703,7 @@ def validate_evaluation(config: Config) -> None:
     Raises:
         ConfigError: listing every problem found, not only the first.
     """
-    _raise([*_pending(config), *_values(_entries(config)), *_pairs(config)])
+    _raise([*_values(_entries(config)), *_pairs(config)])
 
 
 def validate_arguments(values: Any) -> None:
@@ -714,8 +713,8 @@ def validate_arguments(values: Any) -> None:
         ConfigError: listing every problem found, not only the first.
     """
     entries = (
-        (flag_of(name, spec), getattr(values, name), default, spec)
-        for name, default, spec in declarations(type(values))
+        (flag_of(name, spec), getattr(values, name), spec)
+        for name, _, spec in declarations(type(values))
     )
     _raise(list(_values(entries)))
 
@@ -728,22 +727,16 @@ def _raise(problems: list[str]) -> None:
         raise ConfigError(f"{len(problems)} problems with the arguments:\n{lines}")
 
 
-def _entries(config: Config) -> Iterator[tuple[str, Any, Any, Spec]]:
+def _entries(config: Config) -> Iterator[tuple[str, Any, Spec]]:
     for name, group in GROUPS.items():
         values = getattr(config, name)
-        for key, default, spec in declarations(group):
-            yield flag_of(key, spec), getattr(values, key), default, spec
+        for key, _, spec in declarations(group):
+            yield flag_of(key, spec), getattr(values, key), spec
 
 
-def _pending(config: Config) -> Iterator[str]:
-    for flag, value, default, spec in _entries(config):
-        if spec.pending and value != default:
-            yield f"{flag} is not available yet; leave it out"
-
-
-def _values(entries: Iterable[tuple[str, Any, Any, Spec]]) -> Iterator[str]:
-    for flag, value, default, spec in entries:
-        if value is None or (spec.pending and value == default):
+def _values(entries: Iterable[tuple[str, Any, Spec]]) -> Iterator[str]:
+    for flag, value, spec in entries:
+        if value is None:
             continue
         if spec.choices and value not in spec.choices:
             yield f"{flag} {value!r} is not one of {', '.join(spec.choices)}"

@@ -96,9 +96,7 @@ def _help(argument: Argument) -> str:
     spec = argument.spec
     default = spec.default_text or argument.default
     text = spec.help.replace("%", "%%")
-    if spec.pending:
-        text += " (not available yet)"
-    elif argument.kind != "switch" and default not in (None, "", {}, ()) and not spec.positional:
+    if argument.kind != "switch" and default not in (None, "", {}, ()) and not spec.positional:
         text += f" (default: {default})"
     return text
 
@@ -443,8 +441,7 @@ def markdown_table() -> str:
         "",
         "Generated from `src/slidevlm/config.py` by `python -m slidevlm.flags`; do not edit. At",
         "the end stands where each takes effect, and which tests show it.",
-        "Beside the 85 of the specification there are a few more, marked +. *Later*: refused",
-        "until the release that brings its effect.",
+        "Beside the 85 of the specification there are a few more, marked +.",
     ]
     for group, cls in GROUPS.items():
         parts += ["", f"## {(cls.__doc__ or group).rstrip('.')}", ""]
@@ -452,11 +449,8 @@ def markdown_table() -> str:
         for a in (a for a in arguments() if a.group == group):
             default = a.spec.default_text or ("" if a.default in (None, "", {}) else a.default)
             mark = " +" if a.spec.extra else ""
-            later = "*Later*: " if a.spec.pending else ""
             choices = f" ({', '.join(a.spec.choices)})" if a.spec.choices else ""
-            parts.append(
-                f"| `{a.flag}`{mark} | {a.kind}{choices} | {default} | {later}{a.spec.help} |"
-            )
+            parts.append(f"| `{a.flag}`{mark} | {a.kind}{choices} | {default} | {a.spec.help} |")
     return "\n".join(parts) + "\n"
 
 
