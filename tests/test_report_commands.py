@@ -130,7 +130,7 @@ def test_a_report_is_kept_when_it_is_done(run, cohort, tmp_path, monkeypatch, mo
     whole, output = tmp_path / "whole.json", tmp_path / "part.json"
     assert caption(run, cohort, whole, *more) == 0
 
-    def stopping(model, bags, names: Sequence[str], decoding, prompt, finished):
+    def stopping(model, bags, names: Sequence[str], decoding, prompt, finished, lookup):
         done: list[int] = []
 
         def told(number: int, drafts: list[Draft]) -> None:
@@ -139,7 +139,7 @@ def test_a_report_is_kept_when_it_is_done(run, cohort, tmp_path, monkeypatch, mo
             if len(done) == 3:
                 raise KeyboardInterrupt
 
-        return generate.draft(model, bags, names, decoding, prompt, told)
+        return generate.draft(model, bags, names, decoding, prompt, told, lookup)
 
     with monkeypatch.context() as patch:
         patch.setattr(slide_model, "draft", stopping)

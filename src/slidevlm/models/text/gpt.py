@@ -188,7 +188,7 @@ class GptAttention(nn.Module):
         return self._split(self.key(context)), self._split(self.value(context))
 
     def forward(
-        self, x: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None = None
+        self, x: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None
     ) -> Tensor:
         """x [B, L, width]; key, value [B, H, N, d]; mask [B, 1, L, N] -> [B, L, width].
 
@@ -254,7 +254,8 @@ class GptLayer(OwnStart):
         x = x + self.dropout(self.self_attention(normal, key, value, causal=causal, mask=mask))
         if self.cross_attention is not None and self.cross_norm is not None:
             assert slide is not None, "this layer reads a slide"
-            read = self.cross_attention(self.cross_norm(x), slide[0], slide[1], causal=False)
+            normal = self.cross_norm(x)
+            read = self.cross_attention(normal, slide[0], slide[1], causal=False, mask=None)
             x = x + self.dropout(read)
         if torch.jit.is_scripting():
             added = self._plain(self.inner(self.feed_norm(x)))
