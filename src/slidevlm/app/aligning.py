@@ -104,14 +104,20 @@ def analyse(config: AlignmentConfig, x: Tensor, words: Sequence[Words], vocab_si
     n = len(x)
     known, inverse = np.unique(np.concatenate([h for h, _ in words]), return_inverse=True)
     row = np.repeat(np.arange(n), [len(h) for h, _ in words])
-    counts = np.zeros((n, len(known)))
-    np.add.at(counts, (row, inverse), 1)
-    frequency = (counts > 0).sum(0)
+    # Counted by pairs: a table of all reports by all words would be gigabytes.
+    pairs, times = np.unique(row * len(known) + inverse, return_counts=True)
+    row, word = np.divmod(pairs, len(known))
+    frequency = np.bincount(word, minlength=len(known))
     # A share of very few reports would leave no words; one that is in one report is in every share.
     allowed = np.flatnonzero(frequency <= max(1.0, config.most_reports * n))
     most = allowed[np.argsort(-frequency[allowed], kind="stable")[: config.words]]
     chosen = np.sort(most)  # by hash, as known is
-    counts, frequency = counts[:, chosen], frequency[chosen]
+    place = np.full(len(known), -1)
+    place[chosen] = np.arange(len(chosen))
+    kept = place[word] >= 0
+    counts = np.zeros((n, len(chosen)))
+    counts[row[kept], place[word[kept]]] = times[kept]
+    frequency = frequency[chosen]
     idf = torch.from_numpy(np.log((1 + n) / (1 + frequency)) + 1)
     text = torch.from_numpy(np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0.0)) * idf
     text = text / text.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -151,7 +157,7 @@ def analyse(config: AlignmentConfig, x: Tensor, words: Sequence[Words], vocab_si
         idf.float(),
         wide(table),
         wide(middle @ into),
-        wide(_of_pieces(table, words, inverse, chosen, vocab_size)),
+        wide(_of_pieces(table, words, place[inverse], vocab_size)),
     )
 
 
@@ -163,16 +169,15 @@ def _right_vectors(matrix: Tensor, count: int) -> Tensor:
     return matrix.T @ left[:, order] * values[order].rsqrt()
 
 
-def _of_pieces(
-    table: Tensor, words: Sequence[Words], inverse: np.ndarray, chosen: np.ndarray, vocab_size: int
-) -> Tensor:
-    """[V, r]: the mean vector of the words a token occurs in, scaled to a mean square of 1."""
-    place = np.full(int(inverse.max()) + 1, -1)
-    place[chosen] = np.arange(len(chosen))
+def _of_pieces(table: Tensor, words: Sequence[Words], rows: np.ndarray, vocab_size: int) -> Tensor:
+    """[V, r]: the mean vector of the words a token occurs in, scaled to a mean square of 1.
+
+    `rows`: of the table, for each report's words one after the other; -1 where it has none.
+    """
     first = np.cumsum([0, *(len(h) for h, _ in words)])
     word = np.concatenate([p[0] + begin for (_, p), begin in zip(words, first, strict=False)])
     token = np.concatenate([p[1] for _, p in words])
-    row = place[inverse[word]]
+    row = rows[word]
     total = torch.zeros(vocab_size, table.shape[1], dtype=table.dtype)
     given = torch.where(torch.from_numpy(row >= 0)[:, None], table[torch.from_numpy(row)], 0.0)
     total.index_add_(0, torch.from_numpy(token), given)
