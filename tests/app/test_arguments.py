@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from short_runs import lines, run, weights
 
 from slidevlm import dist
-from slidevlm.app import devices, fitting, preparing, suite, syncing, train
+from slidevlm.app import devices, fitting, preparing, suite, syncing
 from slidevlm.app.cohorts import open_data
 from slidevlm.app.runs import run_all
 from slidevlm.app.suite import Suite
@@ -33,21 +34,6 @@ from slidevlm.train import checkpoint as ckpt
 
 FLAGS = {a.name: a.flag for a in arguments()}
 SETTINGS = {"warmup": 0, "lr": 1e-2}
-
-
-def run(settings: dict[str, Any], **more: Any) -> Path:
-    values = {**settings, **more}
-    train(with_values(Config(), values))
-    return Path(values["logs"]) / values["name"]
-
-
-def lines(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
-    told = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in told if line["kind"] == kind]
-
-
-def weights(folder: Path, epoch: int) -> dict[str, torch.Tensor]:
-    return ckpt.load(folder / "checkpoints" / f"epoch_{epoch}.pt")[0].weights
 
 
 def model_with(settings: dict[str, Any], **parts: Any) -> str:

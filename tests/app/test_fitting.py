@@ -12,29 +12,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from short_runs import lines, run, weights
 
-from slidevlm.app import evaluate_run, train
+from slidevlm.app import evaluate_run
 from slidevlm.config import Config, with_values
 from slidevlm.data.synthetic import DemoCohort
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.train import checkpoint as ckpt
 
 SETTINGS = {"warmup": 0, "lr": 1e-2}
-
-
-def run(settings: dict[str, Any], **more: Any) -> Path:
-    values = {**settings, **more}
-    train(with_values(Config(), values))
-    return Path(values["logs"]) / values["name"]
-
-
-def lines(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
-    told = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in told if line["kind"] == kind]
-
-
-def weights(folder: Path, file: str = "epoch_2.pt") -> dict[str, torch.Tensor]:
-    return ckpt.load(folder / "checkpoints" / file)[0].weights
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -54,7 +40,7 @@ def test_groups_of_parameters_are_told(settings: dict[str, Any], capsys) -> None
     assert {"1", "0.5", "0.25"} < set(re.findall(r"rate x (\S+),", told))
     shown = capsys.readouterr().err
     assert "parameter groups" in shown and all(line in shown for line in told.splitlines())
-    assert not same(weights(plain, "epoch_1.pt"), weights(falling, "epoch_1.pt"))
+    assert not same(weights(plain, 1), weights(falling, 1))
 
 
 def test_another_optimizer_trains_and_goes_on_exactly(settings: dict[str, Any]) -> None:

@@ -7,8 +7,6 @@ This file is also the program of the processes.
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from itertools import product
@@ -17,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from whole_batch import objective, replayed, start_ranks
 
 from slidevlm import dist
 from slidevlm.batch import Bags, Batch, Output
-from slidevlm.losses import caption_loss_sum, contrastive_loss, siglip_loss
 from slidevlm.models import CoCa, build_model, zoo
 from slidevlm.models.freeze import lock_image
 from slidevlm.precision import resolve
@@ -114,14 +112,14 @@ def optimizer_for(model: CoCa) -> torch.optim.AdamW:
 def trained(case: Case, rank: int, world: int) -> dict[str, Tensor]:
     """All weights after five steps of `Step` as one of `world` ranks."""
     model = tiny(case)
-    objective = Objective(
+    wanted = Objective(
         sigmoid_term if case.siglip else softmax_term,
         *case.weights,
         mask_duplicates=True,
         local_loss=case.local_loss,
         gather_with_grad=case.gather_with_grad,
     )
-    step = Step(model, optimizer_for(model), objective, resolve("fp32", CPU), 1.0)
+    step = Step(model, optimizer_for(model), wanted, resolve("fp32", CPU), 1.0)
     losses = []
     for number in range(STEPS):
         torch.manual_seed(1000 * number + rank)
@@ -159,29 +157,9 @@ def dropped(model: CoCa, number: int, case: Case, world: int) -> tuple[list[Outp
     for rank in range(world):
         torch.manual_seed(1000 * number + rank)
         mine = micro_batches(number, rank, world, case)
-        seeds = torch.randint(2**62, (len(mine),)).tolist() if len(mine) > 1 else [None]
-        for batch, seed in zip(mine, seeds, strict=True):
-            if seed is not None:
-                torch.manual_seed(seed)
-            outputs.append(model(batch.bags, batch.tokens, batch.token_mask))
-            batches.append(batch)
+        outputs += replayed(model, mine)
+        batches += mine
     return outputs, batches
-
-
-def objective(case: Case, outputs: list[Output], batches: list[Batch]) -> Tensor:
-    image = torch.cat([o.image_embedding for o in outputs])
-    text = torch.cat([o.text_embedding for o in outputs])
-    ids, scale = torch.cat([b.report_ids for b in batches]), outputs[0].logit_scale
-    if case.siglip:
-        contrastive = siglip_loss(image, text, scale, outputs[0].logit_bias, ids)
-    else:
-        contrastive = contrastive_loss(image, text, scale, ids)
-    pairs = list(zip(outputs, batches, strict=True))
-    sums = [caption_loss_sum(o.logits, b.tokens, b.token_mask) for o, b in pairs]
-    caption = torch.stack(sums).sum() / sum(b.token_mask[:, 1:].sum() for b in batches)
-    terms = zip(case.weights, (contrastive, caption), strict=True)
-    # A term times 0 would leave gradients of 0, with which weight decay moves the weights.
-    return torch.stack([weight * term for weight, term in terms if weight]).sum()
 
 
 def work(folder: Path) -> None:
@@ -244,29 +222,6 @@ def oracles(file: Path) -> dict[str, Tensor]:
 # --- the tests -------------------------------------------------------------------------------
 
 
-def run_ranks(folder: Path, world: int, *more: str) -> list[dict]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), *more],
-            env={**os.environ, **place, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        errors = [process.communicate(timeout=400)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
-
 @pytest.fixture(scope="module")
 def of_world(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
     shared = Path(os.environ.get("SLIDEVLM_SHARED", Path(__file__).resolve().parents[3] / "shared"))
@@ -274,7 +229,7 @@ def of_world(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
     more = [str(file)] if file.is_file() else []
     found = {1: [{i: trained(case, 0, 1) for i, case in enumerate(CASES)}]}
     for world in (2, 4):
-        found[world] = run_ranks(tmp_path_factory.mktemp(f"world{world}"), world, *more)
+        found[world] = start_ranks(__file__, tmp_path_factory.mktemp(f"world{world}"), world, *more)
     return found
 
 

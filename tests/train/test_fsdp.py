@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from whole_batch import objective, replayed, start_ranks
 
 from slidevlm import dist, fsdp
 from slidevlm.batch import Bags, Batch, Output
-from slidevlm.losses import caption_loss_sum, contrastive_loss, siglip_loss
 from slidevlm.models import Model, build_model, from_dict, zoo
 from slidevlm.models.cast import cast_weights
 from slidevlm.models.freeze import lock_image
@@ -165,34 +162,14 @@ def reference(case: Case, world: int) -> dict[str, Tensor]:
         for rank in range(world):
             torch.manual_seed(1000 * number + rank)
             mine = micro_batches(number, rank, world, case)
-            several = len(mine) > 1
-            seeds = torch.randint(2**62, (len(mine),)).tolist() if several else [None]
-            for batch, seed in zip(mine, seeds, strict=True):
-                if seed is not None:
-                    torch.manual_seed(seed)
-                outputs.append(model(batch.bags, batch.tokens, batch.token_mask))
-                batches.append(batch)
+            outputs += replayed(model, mine)
+            batches += mine
         optimizer.zero_grad()
         objective(case, outputs, batches).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimizer.step()
         model.clamp_scale()
     return {**model.state_dict(), "norms": torch.stack(norms)}
-
-
-def objective(case: Case, outputs: list[Output], batches: list[Batch]) -> Tensor:
-    image = torch.cat([o.image_embedding for o in outputs])
-    text = torch.cat([o.text_embedding for o in outputs])
-    ids, scale = torch.cat([b.report_ids for b in batches]), outputs[0].logit_scale
-    if case.siglip:
-        contrastive = siglip_loss(image, text, scale, outputs[0].logit_bias, ids)
-    else:
-        contrastive = contrastive_loss(image, text, scale, ids)
-    pairs = list(zip(outputs, batches, strict=True))
-    sums = [caption_loss_sum(o.logits, b.tokens, b.token_mask) for o, b in pairs]
-    caption = torch.stack(sums).sum() / sum(b.token_mask[:, 1:].sum() for b in batches)
-    terms = zip(case.weights, (contrastive, caption), strict=True)
-    return torch.stack([weight * term for weight, term in terms if weight]).sum()
 
 
 def installed(package: str) -> bool:
@@ -450,37 +427,14 @@ def work(folder: Path) -> None:
 # --- the tests ----------------------------------------------------------------------------------
 
 
-def run_ranks(folder: Path, world: int) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **place, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        errors = [process.communicate(timeout=280)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(tmp_path_factory.mktemp("two"), 2)
+    return start_ranks(__file__, tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(tmp_path_factory.mktemp("three"), 3)
+    return start_ranks(__file__, tmp_path_factory.mktemp("three"), 3)
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float, what: Any) -> None:

@@ -5,9 +5,6 @@ This file is also the program of the two processes.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 from functools import cache
 from itertools import product
@@ -16,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from whole_batch import start_ranks
 
 from slidevlm import dist
 from slidevlm.batch import Bags, Batch
@@ -171,27 +169,7 @@ def reference(count: int, weights: tuple[float, float], siglip: bool) -> dict[st
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**os.environ, **place, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return start_ranks(__file__, tmp_path_factory.mktemp("ranks"), 2)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=str)
