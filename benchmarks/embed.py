@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--threads", type=int, help="of torch; without it one a core")
-    parser.add_argument("--at-once", type=int, help="bags; without it one a core")
+    parser.add_argument("--at-once", type=int, help="bags; without it one, by all cores")
     given = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:

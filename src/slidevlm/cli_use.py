@@ -58,7 +58,7 @@ def _path(name: str | None) -> Path | None:
 
 
 def _using(
-    a: _SourceArguments, output: str, batch_size: int, workers: int, at_once: int | None = 1
+    a: _SourceArguments, output: str, batch_size: int, workers: int, at_once: int = 1
 ) -> Using:
     from slidevlm.app.using import Using
 
@@ -80,10 +80,9 @@ def _using(
 
 
 AT_ONCE = arg(
-    None,
-    "batches computed at the same time, each by a thread of its own, as many as a kill may cost; "
-    "1: one after the other, each by all cores",
-    default_text="one a core on a CPU, else 1",
+    1,
+    "batches computed side by side, each by a thread of its own; as many as the CPU has cores is "
+    "faster than one by all cores, and a kill costs up to so many",
     minimum=1,
 )
 
@@ -176,7 +175,7 @@ class _EmbedArguments(_UseArguments):
     batch_size: int = arg(
         1, "specimens embedded, and kept, at a time; more help on a GPU with small bags", minimum=1
     )
-    at_once: int | None = AT_ONCE
+    at_once: int = AT_ONCE
 
 
 EMBED_HELP = """\
@@ -230,7 +229,7 @@ class _ClassifyArguments(_UseArguments):
         "specimens classified, and kept, at a time; more help on a GPU with small bags",
         minimum=1,
     )
-    at_once: int | None = AT_ONCE
+    at_once: int = AT_ONCE
 
 
 CLASSIFY_HELP = """\

@@ -46,8 +46,8 @@ class Using:
         image_features_cutoff: tiles read of one specimen at most.
         batch_size: specimens that are computed, and kept, at a time.
         workers: reading processes.
-        at_once: batches that are computed at the same time, each by a thread of its own; None: one
-            a core on a CPU, else one. Where it is not 1 each has one of torch's threads.
+        at_once: batches that are computed side by side, each by a thread of its own, which is then
+            the one thread that torch has for it; 1: one after the other, each by all cores.
         device: None: see `load`.
         precision: None: see `load`.
         skip_bad: leave out what cannot be read.
@@ -62,7 +62,7 @@ class Using:
     image_features_cutoff: int = CUTOFF
     batch_size: int = 1
     workers: int = 2
-    at_once: int | None = 1
+    at_once: int = 1
     device: str | None = None
     precision: str | None = None
     skip_bad: bool = False
@@ -78,12 +78,6 @@ class Using:
             )
             assert model.hash, "made once"
         return model
-
-    def threads(self, model: SlideModel) -> int:
-        """Batches that are computed at the same time."""
-        if self.at_once is not None:
-            return self.at_once
-        return torch.get_num_threads() if model.device.type == "cpu" else 1
 
 
 class Cohort:
@@ -182,31 +176,31 @@ def to_terminal(
             print(json.dumps({**record, **about}, ensure_ascii=False), flush=True)
             written += 1
 
-    _compute(cohort.batches(model, cohort.cases, title), use, show, using.threads(model))
+    _compute(cohort.batches(model, cohort.cases, title), use, show, using.at_once)
     return written
 
 
 def _compute(
-    batches: Iterator[Batch], use: Use, keep: Callable[[Record], None], threads: int
+    batches: Iterator[Batch], use: Use, keep: Callable[[Record], None], at_once: int
 ) -> None:
-    """Use each batch, `threads` of them at the same time.
+    """Use each batch, `at_once` of them side by side.
 
     A bag is many short operations: cores that share each of them wait for each other most of the
     time, cores with a bag each never do. At most `_TILES` are held at a time, whatever the number.
     """
-    if threads == 1:
+    if at_once == 1:
         for batch in batches:
             use(batch, keep)
         return
     before = torch.get_num_threads()
     going: dict[Future[None], int] = {}
     try:
-        with ThreadPoolExecutor(threads, "computing", torch.set_num_threads, (1,)) as pool:
+        with ThreadPoolExecutor(at_once, "computing", torch.set_num_threads, (1,)) as pool:
             try:
                 for batch in batches:
                     tiles = sum(batch.bags.lengths)
                     # One more than the threads, so that none waits for the reader.
-                    while going and (len(going) > threads or sum(going.values()) + tiles > _TILES):
+                    while going and (len(going) > at_once or sum(going.values()) + tiles > _TILES):
                         _take(going)
                     going[pool.submit(use, batch, keep)] = tiles
                 while going:
@@ -258,7 +252,7 @@ def collect(
     before = len(partial.records)
     with partial:
         if todo:
-            _compute(cohort.batches(model, todo, title), use, partial.add, using.threads(model))
+            _compute(cohort.batches(model, todo, title), use, partial.add, using.at_once)
     new = len(partial.records) - before
     records |= partial.records
     names = dict.fromkeys([*(r["id"] for r in known), *(c.specimen for c in cohort.cases)])
