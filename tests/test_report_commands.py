@@ -96,6 +96,32 @@ def test_draws_are_seeded_and_any_of_their_settings_asks_for_them(run, cohort, t
     assert found[0] == found[1] and len({tuple(f) for f in found}) == 4
 
 
+@pytest.mark.parametrize("choose", ["consensus", "similarity"])
+def test_the_best_of_candidates(run, cohort, tmp_path, capsys, choose: str) -> None:
+    more = ("--top-k", 5, "--candidates", 4, "--choose", choose, "--best", 2)
+    for name in ("c.json", "c.csv"):
+        assert caption(run, cohort, tmp_path / name, *more) == 0
+    found = json.loads((tmp_path / "c.json").read_text())
+    for record in found:
+        merits = [record["merit"], *(a["merit"] for a in record["alternatives"])]
+        assert len(merits) == 2 and merits == sorted(merits, reverse=True)
+        settings = record["decoding"]
+        assert (settings["form"], settings["candidates"], settings["choose"]) == (
+            "draws",
+            4,
+            choose,
+        )
+    with (tmp_path / "c.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["report"], float(r["merit"])) for r in rows] == [
+        (r["report"], r["merit"]) for r in found
+    ]
+    assert caption(run, cohort, tmp_path / "d.json", "--candidates", 4) == 2
+    assert "not the 4 candidates; use beams or draws" in capsys.readouterr().err
+    assert caption(run, cohort, tmp_path / "d.json", "--top-k", 5, "--choose", choose) == 2
+    assert "give candidates, such as 16" in capsys.readouterr().err
+
+
 def test_goes_on_where_it_was(run, cohort, tmp_path, monkeypatch, capsys) -> None:
     whole = tmp_path / "whole.json"
     assert caption(run, cohort, whole) == 0

@@ -13,6 +13,7 @@ from slidevlm.flags import parse_into
 if TYPE_CHECKING:
     from slidevlm.app.using import Using
 
+CHOICES = ("likelihood", "consensus", "similarity")  # those of `slidevlm.models.decoding`
 JSON = "print a JSON document in the place of text"
 
 
@@ -128,6 +129,15 @@ class _CaptionArguments(_UseArguments):
     repetition_penalty: float = arg(1.0, "above 1, tokens that are there already cost", above=0.0)
     no_repeat_ngram: int = arg(0, "no run of so many tokens twice; 0: any", minimum=0)
     best: int = arg(1, "reports of each specimen", minimum=1)
+    candidates: int = arg(
+        1, "write so many reports of each specimen, by draws or beams, and keep the best", minimum=1
+    )
+    choose: str = arg(
+        "likelihood",
+        "which are the best: by the model's own score, by agreement with the other candidates, or "
+        "by nearness to the slide in the joint space",
+        choices=CHOICES,
+    )
     seed: int = arg(0, "of the draws", minimum=0, maximum=1e18)
 
 
@@ -138,6 +148,7 @@ CAPTION_EPILOG = """\
 examples:
   slidevlm caption logs/first slide.h5 --output - --prompt "Diagnosis:"
   slidevlm caption logs/first features/ --output reports.json --beams 6 --groups 3 --best 3
+  slidevlm caption logs/first features/ --top-p 0.9 --candidates 16 --choose consensus
 """
 
 
@@ -148,7 +159,16 @@ def caption(argv: Sequence[str]) -> None:
         name: getattr(a, name)
         for name in (
             *("max_tokens", "min_tokens", "top_p", "temperature", "repetition_penalty"),
-            *("no_repeat_ngram", "beams", "groups", "diversity", "length_penalty", "best", "seed"),
+            *(
+                "no_repeat_ngram",
+                "beams",
+                "groups",
+                "diversity",
+                "length_penalty",
+                "best",
+                "candidates",
+            ),
+            *("choose", "seed"),
         )
     }
     # Draws are asked for by any of their settings; k is then all tokens where it is not given.

@@ -77,6 +77,7 @@ def _record(specimen: str, drafts: Sequence[Report], best: int) -> Record:
             "report": one.text,
             "score": None if one.score is None else round(one.score, 4),
             "ended": one.ended,
+            **({} if one.merit is None else {"merit": round(one.merit, 4)}),
         }
         for one in drafts
     ]
@@ -94,10 +95,11 @@ def _formatted(records: Sequence[dict[str, Any]], about: dict[str, Any], ending:
     table = Table()
     # A reader of texts takes the first report of a name, so further ones have another.
     best = any("alternatives" in r for r in records)
-    table.writerow(["id", "report", "score", "ended", *(["alternatives"] if best else []),
-                     "model", "decoding"])  # fmt: skip
+    chosen = ["merit"] if any("merit" in r for r in records) else []
+    table.writerow(["id", "report", "score", "ended", *chosen,
+                    *(["alternatives"] if best else []), "model", "decoding"])  # fmt: skip
     for r in records:
         others = [json.dumps(r["alternatives"], ensure_ascii=False)] if best else []
-        table.writerow([r["id"], r["report"], r["score"], r["ended"], *others,
-                         about["model"], json.dumps(about["decoding"])])  # fmt: skip
+        table.writerow([r["id"], r["report"], r["score"], r["ended"], *(r[c] for c in chosen),
+                        *others, about["model"], json.dumps(about["decoding"])])  # fmt: skip
     return table.text()

@@ -115,6 +115,8 @@ def test_settings_for_a_record_are_those_with_an_effect() -> None:
     }
     plain = {"form": "beams", **common, "beams": 4, "groups": 1}
     assert Decoding(BOS, EOS, PAD, beams=4).settings == plain
+    several = {"best": 2, "candidates": 3, "choose": "consensus"}
+    assert Decoding(BOS, EOS, PAD, beams=4, **several).settings == plain | several
     groups = {"groups": 2, "diversity": 0.5}
     assert Decoding(BOS, EOS, PAD, beams=4, groups=2).settings == plain | groups
 
@@ -135,7 +137,12 @@ WRONG = {
     "draws nothing;": {"beams": 4, "top_p": 0.9},
     "do not divide": {"beams": 6, "groups": 4},
     "groups without diversity": {"beams": 6, "groups": 3, "diversity": 0.0},
-    "need as many beams": {"beams": 2, "best": 3},
+    "3 best need as many beams": {"beams": 2, "best": 3},
+    "3 candidates need as many beams": {"beams": 2, "candidates": 3},
+    "not the 3 candidates": {"candidates": 3},
+    "fewer than the 3 best": {"top_k": 5, "candidates": 2, "best": 3},
+    "unknown choose 'consens'; did you mean consensus": {"top_k": 5, "choose": "consens"},
+    "needs several reports to choose from": {"top_k": 5, "choose": "consensus"},
 }
 
 

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
         groups: int
         diversity: float
         length_penalty: float
+        candidates: int
+        choose: str
         seed: int
 
 
@@ -85,11 +87,14 @@ class Report:
         text: the report, with the prompt it begins with.
         score: log-probability / tokens ** length_penalty; None where it is not finite.
         ended: whether the model ended it, rather than the limit of tokens.
+        merit: what it was chosen by: mean agreement with the other candidates (consensus), or
+            cosine with the slide (similarity); None where that is the score.
     """
 
     text: str
     score: float | None
     ended: bool
+    merit: float | None = None
 
 
 def load(
@@ -351,7 +356,8 @@ class SlideModel:
             prompt: words that every report begins with.
             batch_size: bags of a list that are written of at a time.
             decoding: settings of `slidevlm.models.decoding.Decoding`: `max_tokens`, `beams`,
-                `top_k`, `temperature`, `seed`, ...; by default the most likely token each time.
+                `top_k`, `temperature`, `candidates`, `choose`, `seed`, ...; by default the most
+                likely token each time.
 
         Raises:
             DataError: a bag that cannot be read or is not what the model reads.
@@ -476,6 +482,7 @@ class SlideModel:
                     tokenizer.decode([*words, *one.tokens]),
                     one.score if math.isfinite(one.score) else None,
                     one.ended,
+                    one.merit,
                 )
                 for one in drafts
             ]

@@ -123,7 +123,7 @@ def search(
         since = origin.follow(parents)
         if len(going) < len(alive):
             for slide in (s for s in alive if all(s.done)):
-                finished(slide.number, slide.best(decoding.best))
+                finished(slide.number, slide.best(decoding.written))
             alive, kept = [alive[i] for i in going], torch.tensor(going, device=device)
             rows = (kept[:, None] * beams + torch.arange(beams, device=device)).flatten()
             seen, likely = seen[rows], likely[kept]
@@ -134,7 +134,7 @@ def search(
         logits = model.step(seen[:, start + step, None], cache)
     _take_the_rest(alive, seen[:, start : start + step + 1], likely)
     for slide in alive:
-        finished(slide.number, slide.best(decoding.best))
+        finished(slide.number, slide.best(decoding.written))
 
 
 class _Slide:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from slidevlm.errors import ConfigError
+from slidevlm.registry import unknown
 
+CHOICES = ("likelihood", "consensus", "similarity")
 _BANNED = float("-inf")
 
 
@@ -41,6 +43,8 @@ class Decoding:
     diversity: float = 0.5  # logarithm taken off for each earlier group that chose the token
     length_penalty: float = 1.0  # score = log-probability / tokens ** length_penalty
     best: int = 1  # reports returned of each slide
+    candidates: int = 1  # reports written of each slide to choose the best from, where above `best`
+    choose: str = "likelihood"  # how they are ranked: see `slidevlm.models.choosing`
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,10 +60,17 @@ class Decoding:
         return self.top_k != 1
 
     @property
+    def written(self) -> int:
+        """Reports written of each slide."""
+        return max(self.best, self.candidates)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Those that have an effect on what is written, by name, for a record."""
         mine = ["max_tokens", "min_tokens", "repetition_penalty", "no_repeat_ngram"]
         mine += ["length_penalty", "best"]
+        if self.written > 1:
+            mine += ["candidates", "choose"]
         if self.beams > 1:
             form = "beams"
             mine += ["beams", "groups", *(["diversity"] if self.groups > 1 else [])]
@@ -79,6 +90,7 @@ class Decoding:
             "beams": (self.beams, 1),
             "groups": (self.groups, 1),
             "best": (self.best, 1),
+            "candidates": (self.candidates, 1),
             "diversity": (self.diversity, 0.0),
         }
         for name, (value, minimum) in least.items():
@@ -94,6 +106,15 @@ class Decoding:
                 raise ConfigError(f"{name} must be finite, not {getattr(self, name)}")
         if self.min_tokens > self.max_tokens:
             raise ConfigError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
+        if 1 < self.candidates < self.best:
+            raise ConfigError(f"{self.candidates} candidates are fewer than the {self.best} best")
+        if self.choose not in CHOICES:
+            raise ConfigError(unknown("choose", self.choose, CHOICES))
+        if self.choose != "likelihood" and self.written == 1:
+            raise ConfigError(
+                f"choose {self.choose} needs several reports to choose from; give candidates, "
+                "such as 16"
+            )
 
     def _check_alone(self) -> None:
         if self.groups > 1:
@@ -103,10 +124,11 @@ class Decoding:
                 raise ConfigError(
                     "top_p and temperature decide draws, and top_k 1 is greedy; give another top_k"
                 )
-            if self.best > 1:
+            if self.written > 1:
+                what = "candidates" if self.candidates > self.best else "best"
                 raise ConfigError(
-                    f"greedy decoding writes one report, not the {self.best} best; use beams or "
-                    "draws (top_k)"
+                    f"greedy decoding writes one report, not the {self.written} {what}; use beams "
+                    "or draws (top_k)"
                 )
 
     def _check_beams(self) -> None:
@@ -118,8 +140,9 @@ class Decoding:
             raise ConfigError(f"{self.beams} beams do not divide into {self.groups} groups")
         if self.groups > 1 and self.diversity == 0:
             raise ConfigError("groups without diversity are all the same; give it above 0")
-        if self.best > self.beams:
-            raise ConfigError(f"the {self.best} best need as many beams, not {self.beams}")
+        if self.written > self.beams:
+            what = "candidates" if self.candidates > self.best else "best"
+            raise ConfigError(f"the {self.written} {what} need as many beams, not {self.beams}")
 
     def score(self, log_probability: float, tokens: int) -> float:
         """Of a report of so many generated tokens, EOS included."""
@@ -137,6 +160,8 @@ class Draft:
     tokens: tuple[int, ...]  # without BOS, prompt and EOS
     score: float
     ended: bool  # by EOS; otherwise cut off at the greatest length
+    times: int = 1  # it came up
+    merit: float | None = None  # what it was chosen by, where that is not the score
 
 
 Finished = Callable[[int, list[Draft]], None]  # is told of a slide, by its number, when it is done
@@ -146,7 +171,8 @@ def ranked(drafts: Iterable[Draft]) -> list[Draft]:
     """The best first, each text once."""
     once: dict[tuple[int, ...], Draft] = {}
     for each in sorted(drafts, key=lambda d: (-d.score, d.tokens)):
-        once.setdefault(each.tokens, each)
+        known = once.get(each.tokens)
+        once[each.tokens] = each if known is None else replace(known, times=known.times + 1)
     return list(once.values())
 
 
@@ -219,10 +245,10 @@ def choose(log_probabilities: Tensor, draws: Tensor, decoding: Decoding) -> Tens
 
 
 def draws_for(specimen_ids: Sequence[str], steps: int, decoding: Decoding) -> Tensor:
-    """Uniform numbers that depend on the seed and on each name alone: [B * best, steps] float32."""
+    """Uniform numbers that depend on the seed and on each name: [B * written, steps] float32."""
     rows = []
     for specimen in specimen_ids:
-        for i in range(decoding.best):
+        for i in range(decoding.written):
             key = f"{decoding.seed}/{specimen}" + (f"/{i}" if i else "")
             digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

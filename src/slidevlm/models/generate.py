@@ -18,6 +18,7 @@ from torch import Tensor
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models.beams import search
+from slidevlm.models.choosing import Chooser
 from slidevlm.models.coca import CoCa
 from slidevlm.models.decoding import (
     Decoding,
@@ -80,7 +81,8 @@ def draft(
         B lists, the best draft first; fewer than asked for where no more different ones came up.
 
     Raises:
-        ConfigError: the model has no decoder, or the prompt leaves no room in its context.
+        ConfigError: the model has no decoder, the prompt leaves no room in its context, or drafts
+            are chosen by similarity and the model is a language model.
     """
     if model.decoder is None:
         raise ConfigError("this model has no decoder: a clip model cannot write reports")
@@ -93,14 +95,16 @@ def draft(
         )
     found: list[list[Draft]] = [[] for _ in specimen_ids]
 
-    def keep(bag: int, drafts: list[Draft]) -> None:
-        found[bag] = drafts
-        if finished is not None:
-            finished(bag, drafts)
-
     with evaluation_mode(model), few_rows(model.text, model.decoder):
         device = bags.features.device
-        cache: Any = model.start(bags, 1 + len(prompt) + steps)[1]
+        image, cache = model.start(bags, 1 + len(prompt) + steps)
+        chooser = Chooser(model, image, prompt, decoding)
+
+        def keep(bag: int, drafts: list[Draft]) -> None:
+            found[bag] = chooser.best(bag, drafts)
+            if finished is not None:
+                finished(bag, found[bag])
+
         given = torch.tensor([[decoding.bos_id, *prompt]], device=device).repeat(len(bags), 1)
         logits = model.step(given, cache)
         if decoding.beams > 1:
@@ -123,8 +127,8 @@ def _write(
     finished: Finished,
     lookup: Lookup | None,
 ) -> None:
-    """Greedily or by drawing: logits [B, V] after the prompt, draws [B * best, steps]."""
-    each, steps = decoding.best, draws.shape[1]
+    """Greedily or by drawing: logits [B, V] after the prompt, draws [B * written, steps]."""
+    each, steps = decoding.written, draws.shape[1]
     alive = list(range(len(logits)))
     if each > 1:
         rows = torch.arange(len(draws), device=logits.device) // each
