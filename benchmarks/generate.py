@@ -35,7 +35,7 @@ SIZES: dict[str, dict[str, int]] = {
     "small": {"width": 512, "layers": 2, "heads": 8, "vocabulary": 8_192, "tokens": 128},
     "large": {"width": 1_024, "layers": 12, "heads": 16, "vocabulary": 42_384, "tokens": 64},
 }
-FORMS: dict[str, dict[str, int]] = {"greedy": {}, "beams": {"beams": 6, "groups": 3}}
+FORMS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"beams": 6, "groups": 3}}
 TILES, TILE_WIDTH = 2_000, 512
 
 

@@ -24,7 +24,7 @@ from slidevlm.batch import Bags
 from slidevlm.models import CoCa
 from slidevlm.models.generate import Decoding, draft
 
-FORMS: dict[str, dict[str, int]] = {"greedy": {}, "6 beams in 3 groups": {"beams": 6, "groups": 3}}
+FORMS: dict[str, dict[str, Any]] = {"greedy": {}, "6 beams in 3 groups": {"beams": 6, "groups": 3}}
 TOKENS, WORDS = 64, 256  # generated for a report; of a report that is read
 VOCABULARY = 42_384
 

@@ -97,7 +97,8 @@ def draft(
 
     with evaluation_mode(model), few_rows(model.text, model.decoder):
         device = bags.features.device
-        image, cache = model.start(bags, 1 + len(prompt) + steps)
+        begun: tuple[Any, Any] = model.start(bags, 1 + len(prompt) + steps)
+        image, cache = begun
         chooser = Chooser(model, image, prompt, decoding)
 
         def keep(bag: int, drafts: list[Draft]) -> None:
