@@ -2,7 +2,7 @@
 
     make quality
     python -m benchmarks.quality [--seeds 0 1 2] [--data ../shared/data/tcga] [--out quality]
-        [--no-demo]
+        [--no-demo] [--at-once 2]
 
 For each seed: trains examples/tcga.yaml, evaluates the test split (retrieval, zero-shot, few-shot,
 probe, intervals of 1,000 resamples of patients), writes its reports with the recommended decoding
@@ -11,18 +11,25 @@ benchmarks/tcga.py and benchmarks/reports.py are computed in the same run. Besid
 the model writes stand those that it finds: of each slide the training report whose embedding is
 nearest to the slide's.
 
-Everything goes to `--out`, the tables to `--out`/quality.md: mean and standard deviation over
-seeds, the interval of the first seed, the bar. What is there already is not computed again, so a
-run that was stopped goes on.
+Seeds run side by side, `--at-once` of them, and share the cores: a step on bags this small leaves
+a second thread little to do. Everything goes to `--out`, the tables to `--out`/quality.md: mean and
+standard deviation over seeds, the interval of the first seed, the bar, the seconds of each part;
+what a command says to `--out`/NAME.log. What is there already is not computed again, so a run that
+was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +59,61 @@ DEMO_ROWS = ("image_to_text/R@10", "zero_shot/diagnosis/balanced_accuracy",
              "captions/bleu_4", "captions/rouge_l")  # fmt: skip
 
 
-def slidevlm(*words: object) -> None:
-    """Run a command; its failure ends the benchmark."""
-    subprocess.run([sys.executable, "-m", "slidevlm", *map(str, words)], check=True)
+class Commands:
+    """Runs `slidevlm` with a share of the cores, and keeps what it says and its seconds.
+
+    Args:
+        out: gets the logs.
+        at_once: commands that run at a time.
+    """
+
+    def __init__(self, out: Path, at_once: int) -> None:
+        self.out = out
+        threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, *words: object) -> None:
+        """Run one command.
+
+        Raises:
+            RuntimeError: it failed; with the end of its log.
+        """
+        log = self.out / f"{name}.log"
+        began = time.perf_counter()
+        with log.open("w") as file:
+            code = subprocess.run(
+                [sys.executable, "-m", "slidevlm", *map(str, words)],
+                stdout=file, stderr=subprocess.STDOUT, env=self.environment, check=False,
+            ).returncode  # fmt: skip
+        if code:
+            raise RuntimeError(
+                f"{name} ended with {code}; the end of {log}:\n{log.read_text()[-2000:]}"
+            )
+        self.seconds[name] = time.perf_counter() - began
+        print(f"{name}: {self.seconds[name]:.0f} s", flush=True)
 
 
-def tcga_run(seed: int, data: Path, out: Path) -> Path:
-    """Train, evaluate and caption with one seed; the run's folder."""
+def side_by_side(tasks: Sequence[Callable[[], Path]], at_once: int) -> list[Path]:
+    """The tasks' results, in order. After a failure no other task begins."""
+    failed = threading.Event()
+
+    def unless_failed(task: Callable[[], Path]) -> Path:
+        if failed.is_set():
+            raise CancelledError
+        try:
+            return task()
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(at_once) as pool:
+        # Tasks begin in order, so the first that raises here is one that failed.
+        return list(pool.map(unless_failed, tasks))
+
+
+def tcga_run(seed: int, data: Path, out: Path, slidevlm: Commands) -> Path:
+    """Train, evaluate, caption and embed with one seed; the run's folder."""
     run = out / f"tcga-{seed}"
     paths = [
         "--hdf5_filename", data / "tcga.h5", "--train-split", data / "train.txt",
@@ -67,26 +122,30 @@ def tcga_run(seed: int, data: Path, out: Path) -> Path:
         "--zsc-specimen-class-mapping", data / "specimen_class.json",
     ]  # fmt: skip
     if not (run / "test.json").exists():
-        slidevlm("train", "--config", RECIPE, *paths, "--logs", out, "--name", run.name,
-                 "--seed", seed, "--no-save-captions")  # fmt: skip
+        slidevlm(f"train-{run.name}", "train", "--config", RECIPE, *paths, "--logs", out,
+                 "--name", run.name, "--seed", seed, "--no-save-captions",
+                 "--workers", 0)  # fmt: skip
     if not list(run.glob("evaluation-*/metrics.json")):
         examples = [data / f"few_shot_{k}.json" for k in (1, 4, 16)]
-        slidevlm("evaluate", run, "--probe", "--eval-metric-bootstraps", 1000, "--no-save-captions",
-                 "--few-shot-examples", *examples)  # fmt: skip
+        slidevlm(f"evaluate-{run.name}", "evaluate", run, "--probe", "--eval-metric-bootstraps",
+                 1000, "--no-save-captions", "--few-shot-examples", *examples)  # fmt: skip
     if not (run / "reports.json").exists():
-        slidevlm("caption", run, data / "tcga.h5", "--split", data / "test.txt",
-                 "--output", run / "reports.json", *DECODING)  # fmt: skip
+        slidevlm(f"caption-{run.name}", "caption", run, data / "tcga.h5", "--split",
+                 data / "test.txt", "--output", run / "reports.json", "--workers", 0,
+                 *DECODING)  # fmt: skip
+    if not (run / "slides.npz").exists():
+        slidevlm(f"embed-{run.name}", "embed", run, data / "tcga.h5", "--split",
+                 data / "test.txt", "--output", run / "slides.npz", "--workers", 0)  # fmt: skip
     return run
 
 
-def demo_run(seed: int, out: Path) -> dict[str, float]:
-    """Metrics of a demo's test split."""
+def demo_run(seed: int, out: Path, slidevlm: Commands) -> Path:
+    """A demo; the file of its metrics."""
     folder = out / f"demo-{seed}"
     metrics = folder / "runs" / "demo" / "metrics.json"
     if not metrics.exists():
-        slidevlm("demo", folder, "--seed", seed)
-    found = json.loads(metrics.read_text())["metrics"]
-    return {name: found[f"test/{name}"]["value"] for name in DEMO_ROWS}
+        slidevlm(folder.name, "demo", folder, "--seed", seed)
+    return metrics
 
 
 def spread(values: list[float]) -> str:
@@ -118,13 +177,9 @@ def table_of_tasks(runs: list[Path], cohort: Cohort) -> list[str]:
     return lines
 
 
-def retrieved(run: Path, data: Path, cohort: Cohort) -> list[str]:
+def retrieved(run: Path, cohort: Cohort) -> list[str]:
     """The training report nearest to each test slide in the model's joint space."""
-    vectors = run / "slides.npz"
-    if not vectors.exists():
-        slidevlm("embed", run, data / "tcga.h5", "--split", data / "test.txt",
-                 "--output", vectors)  # fmt: skip
-    with np.load(vectors) as file:
+    with np.load(run / "slides.npz") as file:
         slides = dict(zip(file["specimen_ids"].tolist(), file["image_embedding"], strict=True))
     reports = cohort.texts("train")
     texts = load(run).embed_text(reports)
@@ -132,7 +187,16 @@ def retrieved(run: Path, data: Path, cohort: Cohort) -> list[str]:
     return [reports[i] for i in (images @ texts.T).argmax(1)]
 
 
-def table_of_reports(runs: list[Path], data: Path, cohort: Cohort) -> list[str]:
+def table_of_demos(files: list[Path]) -> list[str]:
+    """Test metrics of the demo cohorts."""
+    found = [json.loads(file.read_text())["metrics"] for file in files]
+    rows = [
+        f"| {name} | {spread([m[f'test/{name}']['value'] for m in found])} |" for name in DEMO_ROWS
+    ]
+    return [f"| test split | mean ± sd of {len(files)} seeds |", "|---|---|", *rows]
+
+
+def table_of_reports(runs: list[Path], cohort: Cohort) -> list[str]:
     """Scores of the model's reports, written and found, beside those of two baselines."""
     ids, truth = cohort.ids["test"], cohort.texts("test")
     patients = [specimen[:12] for specimen in ids]
@@ -144,7 +208,7 @@ def table_of_reports(runs: list[Path], data: Path, cohort: Cohort) -> list[str]:
         content = json.loads((run / "reports.json").read_text())
         written = {r["id"]: r["report"] for r in content}
         texts[f"{run.name} written"] = [written[i] for i in ids]
-        texts[f"{run.name} found"] = retrieved(run, data, cohort)
+        texts[f"{run.name} found"] = retrieved(run, cohort)
     counted = {name: Scoring().count(reports, truth) for name, reports in texts.items()}
     values = {name: c.scores() for name, c in counted.items()}
     bootstrap = Bootstrap(1000)
@@ -181,18 +245,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/tcga"))
     parser.add_argument("--out", type=Path, default=Path("quality"))
     parser.add_argument("--no-demo", action="store_true")
+    parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
     args = parser.parse_args()
     began = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
-    runs = [tcga_run(seed, args.data, args.out) for seed in args.seeds]
+    commands = Commands(args.out, args.at_once)
+    tasks = [partial(tcga_run, seed, args.data, args.out, commands) for seed in args.seeds]
+    if not args.no_demo:
+        tasks += [partial(demo_run, seed, args.out, commands) for seed in args.seeds]
+    found = side_by_side(tasks, args.at_once)
+    runs, demos = found[: len(args.seeds)], found[len(args.seeds) :]
     cohort = Cohort(args.data)
     lines = ["## tcga", "", *table_of_tasks(runs, cohort), "", "## tcga: reports", "",
-             *table_of_reports(runs, args.data, cohort)]  # fmt: skip
-    if not args.no_demo:
-        found = [demo_run(seed, args.out) for seed in args.seeds]
-        lines += ["", "## Demo cohort", "", "| test split | mean ± sd |", "|---|---|"]
-        lines += [f"| {name} | {spread([m[name] for m in found])} |" for name in DEMO_ROWS]
-    lines += ["", f"{time.perf_counter() - began:.0f} s in all, seeds {args.seeds}"]
+             *table_of_reports(runs, cohort)]  # fmt: skip
+    if demos:
+        lines += ["", "## Demo cohort", "", *table_of_demos(demos)]
+    lines += ["", "| computed now | seconds |", "|---|---|"]
+    lines += [f"| {name} | {seconds:.0f} |" for name, seconds in commands.seconds.items()]
+    lines += [f"| all, {args.at_once} at once | {time.perf_counter() - began:.0f} |"]
     text = "\n".join(lines) + "\n"
     (args.out / "quality.md").write_text(text)
     print(text)

@@ -42,9 +42,9 @@ class AlignmentConfig:
     # mean embedding (Muandet et al., 2017; Rahimi and Recht, 2007). 0: mean and deviation alone.
     random_features: int = 1024
     frequency: float = 0.7  # their standard deviation, times the square root of the tile width
-    image_penalty: float = 3.0  # ridge on statistics scaled to a mean squared length of 1
+    image_penalty: float = 2.0  # ridge on statistics scaled to a mean squared length of 1
     text_penalty: float = 0.15  # ridge on words, in shares of their largest eigenvalue
-    power: float = 1.5  # directions count by their squared correlation to this power
+    power: float = 1.25  # directions count by their squared correlation to this power
     dropout: float = 0.5  # of a bag's statistics, in training: they fit the training split too well
 
     def __post_init__(self) -> None:
