@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from slidevlm.app.using import Using
 
 CHOICES = ("likelihood", "consensus", "similarity")  # those of `slidevlm.models.decoding`
+_MODELS = "the model's, else {}"
 JSON = "print a JSON document in the place of text"
 
 
@@ -104,38 +105,72 @@ class _CaptionArguments(_UseArguments):
         8, "specimens written of at a time; each is kept when its own report is done", minimum=1
     )
     prompt: str = arg("", "words that every report begins with, such as Diagnosis:")
-    max_tokens: int = arg(
-        100, "tokens generated at most", minimum=1, also=("--caption-val-max-seq-len",)
+    max_tokens: int | None = arg(
+        None,
+        "tokens generated at most",
+        default_text=_MODELS.format(100),
+        minimum=1,
+        also=("--caption-val-max-seq-len",),
     )
-    min_tokens: int = arg(0, "tokens generated at least", minimum=0)
+    min_tokens: int | None = arg(
+        None, "tokens generated at least", default_text=_MODELS.format(0), minimum=0
+    )
     top_k: int | None = arg(
         None,
-        "draw from the k most likely tokens, 0 from all",
-        default_text="greedy",
+        "draw from the k most likely tokens, 0 from all; 1 takes the most likely",
+        default_text=_MODELS.format(1),
         minimum=0,
         also=("--val-gen-top-k",),
     )
-    top_p: float = arg(1.0, "draw from the fewest tokens with this share", above=0.0, maximum=1.0)
-    temperature: float = arg(1.0, "of the draws", above=0.0)
-    beams: int = arg(1, "search with so many beams", minimum=1, also=("--val-gen-num-beams",))
-    groups: int = arg(
-        1,
+    top_p: float | None = arg(
+        None,
+        "draw from the fewest tokens with this share",
+        default_text=_MODELS.format(1.0),
+        above=0.0,
+        maximum=1.0,
+    )
+    temperature: float | None = arg(
+        None, "of the draws", default_text=_MODELS.format(1.0), above=0.0
+    )
+    beams: int | None = arg(
+        None,
+        "search with so many beams",
+        default_text=_MODELS.format(1),
+        minimum=1,
+        also=("--val-gen-num-beams",),
+    )
+    groups: int | None = arg(
+        None,
         "groups of beams, which keep away from each other",
+        default_text=_MODELS.format(1),
         minimum=1,
         also=("--val-gen-num-beam-groups",),
     )
-    diversity: float = arg(0.5, "how far", minimum=0.0)
-    length_penalty: float = arg(1.0, "score = log-probability / tokens ** this")
-    repetition_penalty: float = arg(1.0, "above 1, tokens that are there already cost", above=0.0)
-    no_repeat_ngram: int = arg(0, "no run of so many tokens twice; 0: any", minimum=0)
-    best: int = arg(1, "reports of each specimen", minimum=1)
-    candidates: int = arg(
-        1, "write so many reports of each specimen, by draws or beams, and keep the best", minimum=1
+    diversity: float | None = arg(None, "how far", default_text=_MODELS.format(0.5), minimum=0.0)
+    length_penalty: float | None = arg(
+        None, "score = log-probability / tokens ** this", default_text=_MODELS.format(1.0)
     )
-    choose: str = arg(
-        "likelihood",
+    repetition_penalty: float | None = arg(
+        None,
+        "above 1, tokens that are there already cost",
+        default_text=_MODELS.format(1.0),
+        above=0.0,
+    )
+    no_repeat_ngram: int | None = arg(
+        None, "no run of so many tokens twice; 0: any", default_text=_MODELS.format(0), minimum=0
+    )
+    best: int = arg(1, "reports of each specimen", minimum=1)
+    candidates: int | None = arg(
+        None,
+        "write so many reports of each specimen, by draws or beams, and keep the best",
+        default_text=_MODELS.format(1),
+        minimum=1,
+    )
+    choose: str | None = arg(
+        None,
         "which are the best: by the model's own score, by agreement with the other candidates, or "
         "by nearness to the slide in the joint space",
+        default_text=_MODELS.format("likelihood"),
         choices=CHOICES,
     )
     seed: int = arg(0, "of the draws", minimum=0, maximum=1e18)
@@ -155,25 +190,12 @@ examples:
 def caption(argv: Sequence[str]) -> None:
     """`slidevlm caption`."""
     a = parse_into(_CaptionArguments, argv, "slidevlm caption", CAPTION_HELP, CAPTION_EPILOG)
-    decoding = {
-        name: getattr(a, name)
-        for name in (
-            *("max_tokens", "min_tokens", "top_p", "temperature", "repetition_penalty"),
-            *(
-                "no_repeat_ngram",
-                "beams",
-                "groups",
-                "diversity",
-                "length_penalty",
-                "best",
-                "candidates",
-            ),
-            *("choose", "seed"),
-        )
-    }
-    # Draws are asked for by any of their settings; k is then all tokens where it is not given.
-    drawn = a.top_k is not None or a.top_p < 1 or a.temperature != 1
-    decoding["top_k"] = (a.top_k or None) if drawn else 1
+    names = (
+        *("max_tokens", "min_tokens", "top_k", "top_p", "temperature", "repetition_penalty"),
+        *("no_repeat_ngram", "beams", "groups", "diversity", "length_penalty", "best"),
+        *("candidates", "choose", "seed"),
+    )
+    decoding = {n: getattr(a, n) for n in names if getattr(a, n) is not None}
     from slidevlm.report_commands import Captioning
     from slidevlm.report_commands import caption as run
 

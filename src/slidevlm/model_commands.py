@@ -72,7 +72,11 @@ def show(name: str, tiles: int, tokens: int | None, *, as_json: bool = False) ->
     if config.family != "lm":
         width = "" if known else " (taken from the data; assumed here)"
         print(f"tiles {config.tile_width} wide{width}")
-    print(f"vocabulary {vocabulary(config)}, reports of {config.text.context_length} tokens\n")
+    print(f"vocabulary {vocabulary(config)}, reports of {config.text.context_length} tokens")
+    if config.generation.changed:
+        chosen = (f"{key} {value}" for key, value in config.generation.changed.items())
+        print(f"reports are written with {', '.join(chosen)}")
+    print()
     print(table(("part", "parameters", "trainable"), parts(model)))
     for tower in _TOWERS:
         rows = [(group, _count(_parameters(part))) for group, part in groups(model, tower)]
@@ -91,6 +95,7 @@ def _shown(config: ModelConfig, model: Model, tiles: int, tokens: int) -> dict[s
         "tile_width": config.tile_width,
         "vocabulary": vocabulary(config),
         "context_length": config.text.context_length,
+        "generation": config.generation.changed,
         "parts": {n: {"parameters": p, "trainable": t} for n, p, t in parts(model)},
         "groups": {
             tower: {group: _count(_parameters(part)) for group, part in groups(model, tower)}

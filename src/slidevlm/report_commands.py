@@ -12,7 +12,6 @@ from slidevlm.app.slide_model import Report
 from slidevlm.app.using import Cohort, Record, Using, check_output, collect, tell, to_terminal
 from slidevlm.batch import Batch
 from slidevlm.documents import Table
-from slidevlm.models.generate import Decoding
 from slidevlm.run import configure_logging, write_text
 
 log = logging.getLogger("slidevlm")
@@ -26,7 +25,7 @@ class Captioning:
 
     using: Using
     prompt: str
-    decoding: dict[str, Any]  # of `Decoding`, without the ids of tokens
+    decoding: dict[str, Any]  # settings of `Decoding` that are not left to the model
     as_json: bool = False
 
 
@@ -43,7 +42,6 @@ def caption(asked: Captioning) -> int:
     using = asked.using
     if using.output is not None:
         check_output(using.output, FORMS)
-    Decoding(1, 2, 0, **asked.decoding)  # wrong settings are told before a model is read
     model = using.load()
     decoding = model.decoding(**asked.decoding)
     cohort = Cohort(using)

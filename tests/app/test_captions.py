@@ -9,20 +9,22 @@ from typing import Any
 import pytest
 
 from slidevlm.app import evaluate_run, train
+from slidevlm.app.export import export
+from slidevlm.app.slide_model import load
 from slidevlm.app.trained import restore
 from slidevlm.config import Config, with_values
 from slidevlm.data.cases import open_store
 from slidevlm.data.dataset import BagDataset, collate
 from slidevlm.data.synthetic import DemoCohort
+from slidevlm.models import zoo
 from slidevlm.models.generate import Decoding, generate
 from slidevlm.train import checkpoint as ckpt
 
 SPECIMENS = 60
 
 
-@pytest.fixture(scope="module")
-def run(cohort: DemoCohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An epoch, reports searched with 4 beams in 2 groups."""
+def trained_run(cohort: DemoCohort, logs: Path, **more: Any) -> Path:
+    """An epoch, with reports at its end."""
     values: dict[str, Any] = {
         "hdf5_filename": str(cohort.hdf5),
         "hdf5_feature_attribute": "demo",
@@ -36,16 +38,25 @@ def run(cohort: DemoCohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "lr": 3e-3,
         "precision": "fp32",
         "device": "cpu",
-        "logs": str(tmp_path_factory.mktemp("logs")),
+        "logs": str(logs),
         "name": "run",
         "report_to": "tensorboard",
         "save_captions": True,
-        "caption_val_max_seq_len": 12,
-        "val_gen_num_beams": 4,
-        "val_gen_num_beam_groups": 2,
     }
-    train(with_values(Config(), values))
-    return Path(values["logs"]) / "run"
+    train(with_values(Config(), values | more))
+    return logs / "run"
+
+
+@pytest.fixture(scope="module")
+def run(cohort: DemoCohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Reports searched with 4 beams in 2 groups."""
+    return trained_run(
+        cohort,
+        tmp_path_factory.mktemp("logs"),
+        caption_val_max_seq_len=12,
+        val_gen_num_beams=4,
+        val_gen_num_beam_groups=2,
+    )
 
 
 def expected(run: Path, cohort: DemoCohort, **how: Any) -> list[str]:
@@ -90,6 +101,25 @@ def test_evaluation_generates_in_another_way(run: Path, cohort: DemoCohort) -> N
         found = written(run / f"evaluation-{number}/captions_evaluation.json")
         tokens = given.get("caption_val_max_seq_len", 12)
         assert found == expected(run, cohort, max_tokens=tokens, **how), given
+
+
+def test_a_model_brings_its_own_decoding(cohort: DemoCohort, tmp_path: Path) -> None:
+    """In training, in evaluations and in use, unless other settings are asked for."""
+    wanted = {"max_tokens": 9, "top_k": 5, "candidates": 3, "choose": "similarity"}
+    model = tmp_path / "mine.json"
+    model.write_text(json.dumps({**zoo.load("coca_tiny").to_dict(), "generation": wanted}))
+    mine = trained_run(cohort, tmp_path, model=str(model))
+    found = written(mine / "captions_epoch_1.json")
+    assert found == expected(mine, cohort, **wanted)
+    used = load(mine, device="cpu", precision="fp32")
+    assert used.decoding() == used.decoding(**wanted)
+    greedy = used.decoding(top_k=1, max_tokens=7)
+    assert greedy.settings == Decoding(1, 2, 0, max_tokens=7).settings
+    evaluate_run(mine, with_values(Config(), {"val_gen_top_k": 1, "name": "greedy"}))
+    assert written(mine / "greedy/captions_evaluation.json") == expected(mine, cohort, max_tokens=9)
+    exported = tmp_path / "exported"
+    export(str(mine), exported)
+    assert load(exported, device="cpu").decoding() == used.decoding()
 
 
 def test_examples_are_shown_as_text(run: Path) -> None:

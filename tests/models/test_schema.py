@@ -34,6 +34,18 @@ CASES = {
         "m.json: lora: unknown key 'r'",
     ),
     "other encoder's": (with_value("slide", "branches", 2), "slide: unknown key 'branches'"),
+    "generation": (
+        with_value(None, "generation", {"no_repeat_gram": 3}),
+        "m.json: generation: unknown key 'no_repeat_gram'; did you mean",
+    ),
+    "generation's type": (
+        with_value(None, "generation", {"top_p": "0.9"}),
+        "m.json: generation: top_p must be a number, not '0.9'",
+    ),
+    "generation's sense": (
+        with_value(None, "generation", {"candidates": 16}),
+        "m.json: generation: greedy decoding writes one report, not the 16 candidates",
+    ),
     # missing keys
     "no family": (without(None, "family"), "m.json: missing key 'family'"),
     "no text": (without(None, "text"), "m.json: missing key 'text'"),
@@ -101,3 +113,18 @@ def test_a_file_is_named(tmp_path: Path) -> None:
     file.write_text(json.dumps(wrong))
     with pytest.raises(ConfigError, match=r"mine\.json: text: missing key 'type'"):
         zoo.load(str(file))
+
+
+def test_generation_is_kept_and_needs_a_decoder() -> None:
+    content = zoo.load("coca_tiny").to_dict()
+    assert "generation" not in content, "nothing recommended, nothing said"
+    wanted = {"top_k": 0, "top_p": 0.9, "candidates": 4, "choose": "similarity"}
+    config = from_dict({**content, "generation": wanted}, "m.json")
+    assert config.to_dict()["generation"] == wanted
+    assert from_dict(config.to_dict(), "again") == config
+    clip = {**zoo.load("clip_small").to_dict(), "generation": wanted}
+    with pytest.raises(ConfigError, match="m.json: a model of family clip writes no reports"):
+        from_dict(clip, "m.json")
+    language = {**zoo.load("lm_tiny").to_dict(), "generation": wanted}
+    with pytest.raises(ConfigError, match="generation: choose similarity compares"):
+        from_dict(language, "m.json")

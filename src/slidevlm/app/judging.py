@@ -226,18 +226,17 @@ class Judge:
 
     def _writing(self) -> Writing:
         tokenizer, evaluation = self.trained.tokenizer, self.config.evaluation
-        beams = self.config.beam_search
-        decoding = Decoding(
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            max_tokens=evaluation.caption_val_max_seq_len,
-            top_k=1 if beams else evaluation.val_gen_top_k,
-            beams=evaluation.val_gen_num_beams if beams else 1,
-            groups=evaluation.val_gen_num_beam_groups if beams else 1,
-            seed=evaluation.seed,
-        )
-        return Writing(decoding, tokenizer.decode)
+        own, asked = self.trained.config.generation, self.config.given
+        given: dict[str, Any] = {"seed": evaluation.seed}
+        if not own.changed or "caption_val_max_seq_len" in asked:
+            given["max_tokens"] = evaluation.caption_val_max_seq_len
+        if self.config.beam_search:
+            given["beams"] = evaluation.val_gen_num_beams
+            given["groups"] = evaluation.val_gen_num_beam_groups
+        elif not own.changed or "val_gen_top_k" in asked:
+            given["top_k"] = evaluation.val_gen_top_k
+        ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+        return Writing(Decoding(*ids, **own.with_given(given)), tokenizer.decode)
 
     def _embed_text(self, texts: Sequence[str]) -> np.ndarray:
         return embed_text(self.trained, texts, self.precision)

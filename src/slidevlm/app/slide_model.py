@@ -356,8 +356,9 @@ class SlideModel:
             prompt: words that every report begins with.
             batch_size: bags of a list that are written of at a time.
             decoding: settings of `slidevlm.models.decoding.Decoding`: `max_tokens`, `beams`,
-                `top_k`, `temperature`, `candidates`, `choose`, `seed`, ...; by default the most
-                likely token each time.
+                `top_k`, `temperature`, `candidates`, `choose`, `seed`, ...; by default
+                as the model's configuration says (`generation`), else the most likely token each
+                time.
 
         Raises:
             DataError: a bag that cannot be read or is not what the model reads.
@@ -457,9 +458,13 @@ class SlideModel:
         return result
 
     def decoding(self, **settings: Any) -> Decoding:
-        """`Decoding` with the ids of this model's tokenizer."""
+        """`Decoding` with the ids of this model's tokenizer.
+
+        Settings that are not given are those of the model's configuration.
+        """
         tokenizer = self.trained.tokenizer
-        return Decoding(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, **settings)
+        chosen = self.trained.config.generation.with_given(settings)
+        return Decoding(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, **chosen)
 
     def write(
         self,

@@ -64,7 +64,8 @@ def _another(config: Config, saved: ckpt.ModelState) -> bool:
 def differences(model: str, saved: ckpt.ModelState) -> list[str]:
     """Keys in which a model's configuration differs from that of a checkpoint.
 
-    What is known only when a run begins (the tile width, the shape of an hf tower) is not compared.
+    What is known only when a run begins (the tile width, the shape of an hf tower) is not compared,
+    nor how reports are written.
     """
     # Read and written again, it has the keys that came after the checkpoint.
     had = from_dict(saved.config, "the checkpoint's model").to_dict()
@@ -73,4 +74,5 @@ def differences(model: str, saved: ckpt.ModelState) -> list[str]:
         wanted["tile_width"] = had["tile_width"]
     if wanted["text"].get("architecture", "") is None:
         wanted["text"]["architecture"] = had["text"].get("architecture")
-    return sorted(k for k in wanted.keys() | had.keys() if wanted.get(k) != had.get(k))
+    keys = (wanted.keys() | had.keys()) - {"generation"}
+    return sorted(k for k in keys if wanted.get(k) != had.get(k))

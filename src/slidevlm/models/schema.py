@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.alignment import AlignmentConfig
+from slidevlm.models.decoding import Decoding
+from slidevlm.models.generation import GenerationConfig
 from slidevlm.models.lora import LoRAConfig
 from slidevlm.models.slide import SLIDE_ENCODERS
 from slidevlm.models.text import DECODERS, TEXT_ENCODERS
@@ -42,6 +44,7 @@ class ModelConfig:
     pooling: str = "attentional"
     lora: tuple[LoRAConfig, ...] = ()
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """The form of the JSON files; `from_dict` reads it back."""
@@ -63,6 +66,8 @@ class ModelConfig:
             content["lora"] = [asdict(entry) for entry in self.lora]
         if self.alignment.rank:
             content["alignment"] = asdict(self.alignment)
+        if self.generation.changed:
+            content["generation"] = self.generation.changed
         return content
 
 
@@ -78,6 +83,7 @@ class _File:
     pooling: str = "attentional"
     lora: list[Any] = field(default_factory=list)
     alignment: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
     description: str = field(default="")
 
 
@@ -115,6 +121,7 @@ def from_dict(content: Any, where: str) -> ModelConfig:
         pooling=top.pooling,
         lora=tuple(build(LoRAConfig, entry, f"{where}: lora") for entry in top.lora),
         alignment=build(AlignmentConfig, top.alignment, f"{where}: alignment"),
+        generation=build(GenerationConfig, top.generation, f"{where}: generation"),
     )
     _check(config, where)
     return config
@@ -147,6 +154,23 @@ def _check(config: ModelConfig, where: str) -> None:
         )
     if config.family != "lm" and not config.project_text and config.text_type != "hf":
         _same_width(text.width, config.embed_dim, where)
+    _check_generation(config, where)
+
+
+def _check_generation(config: ModelConfig, where: str) -> None:
+    if config.decoder is None and config.generation.changed:
+        raise ConfigError(
+            f"{where}: a model of family clip writes no reports: leave out generation"
+        )
+    if config.family == "lm" and config.generation.choose == "similarity":
+        raise ConfigError(
+            f"{where}: generation: choose similarity compares reports with the slide's embedding, "
+            "which a model of family lm has not"
+        )
+    try:
+        Decoding(1, 2, 0, **config.generation.settings)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: generation: {error}") from None
 
 
 def _same_width(width: int, embed_dim: int, where: str) -> None:
