@@ -456,11 +456,17 @@ class Evaluation:
         "score them (BLEU, ROUGE-L, METEOR, CIDEr, clinical agreement and more)",
     )
     caption_val_frequency: int = arg(1, "epochs between two such generations", minimum=1)
-    caption_val_max_seq_len: int = arg(100, "tokens generated at most", minimum=1)
+    caption_val_max_seq_len: int = arg(
+        100,
+        "tokens generated at most",
+        default_text="the model's own generation settings, else 100",
+        minimum=1,
+    )
     val_gen_top_k: int = arg(
         50,
         "draw each token from the k most likely, seeded; 1 is greedy, 0 diverse beam search; where "
         "only beam arguments are given, it is beam search",
+        default_text="the model's own generation settings, else 50",
         minimum=0,
     )
     val_gen_num_beams: int = arg(6, "beams of --save-captions", minimum=1)
