@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -68,6 +70,33 @@ def test_decoding_stops_at_the_end():
     ids = [*t.encode("Benign", 9), *t.encode("carcinoma", 9), t.pad_id]
     assert t.decode(ids) == "Benign"
     assert t.decode([t.pad_id, t.bos_id, *t.encode("a  b", 9)[1:-1]]) == "a b"
+
+
+class MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        *((f"before_{number}", ctypes.c_size_t) for number in range(4)),
+        ("mapped", ctypes.c_size_t),
+        *((f"between_{number}", ctypes.c_size_t) for number in range(2)),
+        ("in_arenas", ctypes.c_size_t),
+        *((f"after_{number}", ctypes.c_size_t) for number in range(2)),
+    ]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc since 2.33")
+def test_nothing_stays_of_a_tokenizer_that_is_gone():
+    counts = ctypes.CDLL(None).mallinfo2
+    counts.restype = MallocInfo
+    random = np.random.default_rng(0)
+    text = " ".join("".join(map(chr, word)) for word in random.integers(97, 123, (1000, 8)))
+    content = Tokenizer.train([text], 300).to_json()
+    in_use = []
+    for _ in range(20):
+        Tokenizer.from_json(content).tokens(text)
+        found = counts()
+        in_use.append(found.in_arenas + found.mapped)
+    assert in_use[-1] - in_use[9] < 10 * 20_000  # with the words of each: ten times 300 kB
 
 
 def test_training_is_deterministic_and_checked():
