@@ -13,7 +13,7 @@ from slidevlm.flags import parse_into
 if TYPE_CHECKING:
     from slidevlm.app.using import Using
 
-CHOICES = ("likelihood", "consensus", "similarity")  # those of `slidevlm.models.decoding`
+CHOICES = ("likelihood", "consensus", "similarity", "both")  # those of `slidevlm.models.decoding`
 _MODELS = "the model's, else {}"
 JSON = "print a JSON document in the place of text"
 
@@ -168,8 +168,8 @@ class _CaptionArguments(_UseArguments):
     )
     choose: str | None = arg(
         None,
-        "which are the best: by the model's own score, by agreement with the other candidates, or "
-        "by nearness to the slide in the joint space",
+        "which are the best: by the model's own score, by agreement with the other candidates, by "
+        "nearness to the slide in the joint space, or by both of the last",
         default_text=_MODELS.format("likelihood"),
         choices=CHOICES,
     )

@@ -87,8 +87,9 @@ class Report:
         text: the report, with the prompt it begins with.
         score: log-probability / tokens ** length_penalty; None where it is not finite.
         ended: whether the model ended it, rather than the limit of tokens.
-        merit: what it was chosen by: mean agreement with the other candidates (consensus), or
-            cosine with the slide (similarity); None where that is the score.
+        merit: what it was chosen by: mean agreement with the other candidates (consensus), cosine
+            with the slide (similarity), or their standardised sum (both); None where that is the
+            score.
     """
 
     text: str

@@ -6,10 +6,12 @@
   single draw says by chance, others do not say.
 - similarity: the one whose embedding is nearest to the slide's, as the model's own contrastive side
   has learned it.
+- both: the one with the highest sum of the two, each in standard deviations over the drafts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,6 +24,9 @@ from slidevlm.models.decoding import Decoding, Draft
 from slidevlm.models.language import LanguageModel
 
 _ORDERS = (1, 2, 3, 4)  # lengths of the runs of tokens that are compared
+_RECALL = 0.85  # weight of recall against precision, that of METEOR (Denkowski and Lavie, 2014)
+_TINY = 1e-9
+_SIMILARITY = ("similarity", "both")  # these need an embedding of the slide
 
 
 class Chooser:
@@ -34,7 +39,7 @@ class Chooser:
         decoding: `choose` and `best`.
 
     Raises:
-        ConfigError: similarity is asked of a language model.
+        ConfigError: similarity is asked of a language model, alone or with consensus.
     """
 
     def __init__(
@@ -44,10 +49,10 @@ class Chooser:
         prompt: Sequence[int],
         decoding: Decoding,
     ) -> None:
-        if decoding.choose == "similarity" and image is None:
+        if decoding.choose in _SIMILARITY and image is None:
             raise ConfigError(
-                "choose similarity compares reports with the slide's embedding, which a language "
-                "model has not; choose by consensus or likelihood"
+                f"choose {decoding.choose} compares reports with the slide's embedding, which a "
+                "language model has not; choose by consensus or likelihood"
             )
         self.model, self.image = model, image
         self.prompt, self.decoding = tuple(prompt), decoding
@@ -61,8 +66,16 @@ class Chooser:
         return list(drafts[: self.decoding.best])
 
     def _merits(self, slide: int, drafts: Sequence[Draft]) -> list[float]:
-        if self.decoding.choose == "consensus":
-            return agreement([d.tokens for d in drafts], [d.times for d in drafts])
+        choose, times = self.decoding.choose, [d.times for d in drafts]
+        if choose == "similarity":
+            return self._similarities(slide, drafts)
+        agreements = agreement([d.tokens for d in drafts], times)
+        if choose == "consensus":
+            return agreements
+        parts = (standardised(x, times) for x in (agreements, self._similarities(slide, drafts)))
+        return [sum(pair) for pair in zip(*parts, strict=True)]
+
+    def _similarities(self, slide: int, drafts: Sequence[Draft]) -> list[float]:
         assert self.image is not None, "made sure of at the beginning"
         rows: list[float] = (self._embed(drafts) @ self.image[slide]).tolist()
         return rows
@@ -83,7 +96,9 @@ class Chooser:
 def agreement(texts: Sequence[Sequence[int]], times: Sequence[int]) -> list[float]:
     """How much each of C texts agrees with the others, from 0 to 1.
 
-    Two texts agree by the F1 of their runs of 1, 2, 3 and 4 tokens, averaged over the four.
+    A text agrees with another by the F score of its runs of 1, 2, 3 and 4 tokens, averaged over
+    the four. Recall counts more than precision: what others say and a text leaves out is the
+    greater fault, as in METEOR.
 
     Args:
         texts: different from each other.
@@ -96,11 +111,22 @@ def agreement(texts: Sequence[Sequence[int]], times: Sequence[int]) -> list[floa
     return rows
 
 
+def standardised(values: Sequence[float], times: Sequence[int]) -> list[float]:
+    """Values less their mean, over their standard deviation; each counted so many times.
+
+    All 0 where they are the same.
+    """
+    total = sum(times)
+    mean = sum(v * n for v, n in zip(values, times, strict=True)) / total
+    variance = sum((v - mean) ** 2 * n for v, n in zip(values, times, strict=True)) / total
+    return [(v - mean) / max(math.sqrt(variance), _TINY) for v in values]
+
+
 def _alike(counts: Tensor) -> Tensor:
-    """F1 [C, C] of counts [C, G]: 0 where a text has no run."""
+    """F scores [C, C] of counts [C, G], each row's text against all: 0 where there is no run."""
     totals = counts.sum(1)
     shared = torch.stack([torch.minimum(row, counts).sum(1) for row in counts])
-    return 2 * shared / (totals + totals[:, None]).clamp_min(1)
+    return shared / (_RECALL * totals + (1 - _RECALL) * totals[:, None]).clamp_min(_TINY)
 
 
 def _counts(texts: Sequence[Sequence[int]], order: int) -> Tensor:

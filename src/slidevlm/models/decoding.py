@@ -14,7 +14,7 @@ from torch import Tensor
 from slidevlm.errors import ConfigError
 from slidevlm.registry import unknown
 
-CHOICES = ("likelihood", "consensus", "similarity")
+CHOICES = ("likelihood", "consensus", "similarity", "both")
 _BANNED = float("-inf")
 
 

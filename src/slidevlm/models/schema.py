@@ -162,9 +162,10 @@ def _check_generation(config: ModelConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: a model of family clip writes no reports: leave out generation"
         )
-    if config.family == "lm" and config.generation.choose == "similarity":
+    choose = config.generation.choose
+    if config.family == "lm" and choose in ("similarity", "both"):
         raise ConfigError(
-            f"{where}: generation: choose similarity compares reports with the slide's embedding, "
+            f"{where}: generation: choose {choose} compares reports with the slide's embedding, "
             "which a model of family lm has not"
         )
     try:
