@@ -5,8 +5,8 @@
         [--no-demo] [--at-once 2]
 
 For each seed: trains examples/tcga.yaml, evaluates the test split (retrieval, zero-shot, few-shot,
-probe, intervals of 1,000 resamples of patients), writes its reports with the recommended decoding
-and scores them; then the demo cohort, synthesized by that seed. The baselines of
+probe, intervals of 1,000 resamples of patients), writes its reports as the model's configuration
+says (`generation`) and scores them; then the demo cohort, synthesized by that seed. The baselines of
 benchmarks/tcga.py and benchmarks/reports.py are computed in the same run. Beside the reports that
 the model writes stand those that it finds: of each slide the training report whose embedding is
 nearest to the slide's.
@@ -48,8 +48,6 @@ BARS = {
     "probe/specimen_class/linear/balanced_accuracy": 0.72,
     FEW_SHOT.format("logistic_regression"): 0.60,
 }
-# Of slidevlm caption; chosen on the validation split (docs/results.md).
-DECODING = ("--no-repeat-ngram", "3", "--repetition-penalty", "1.5", "--max-tokens", "130")
 SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "meteor_exact_stem", "cider",
           "cider_plain", "keyword_jaccard", "clinical/site/f1", "clinical/type/f1",
           "repetition_4", "length_ratio")  # fmt: skip
@@ -131,8 +129,7 @@ def tcga_run(seed: int, data: Path, out: Path, slidevlm: Commands) -> Path:
                  1000, "--no-save-captions", "--few-shot-examples", *examples)  # fmt: skip
     if not (run / "reports.json").exists():
         slidevlm(f"caption-{run.name}", "caption", run, data / "tcga.h5", "--split",
-                 data / "test.txt", "--output", run / "reports.json", "--workers", 0,
-                 *DECODING)  # fmt: skip
+                 data / "test.txt", "--output", run / "reports.json", "--workers", 0)  # fmt: skip
     if not (run / "slides.npz").exists():
         slidevlm(f"embed-{run.name}", "embed", run, data / "tcga.h5", "--split",
                  data / "test.txt", "--output", run / "slides.npz", "--workers", 0)  # fmt: skip
