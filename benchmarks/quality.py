@@ -6,7 +6,7 @@
 
 For each seed: trains examples/tcga.yaml, evaluates the test split (retrieval, zero-shot, few-shot,
 probe, intervals of 1,000 resamples of patients), writes its reports as the model's configuration
-says (`generation`) and scores them; then the demo cohort, synthesized by that seed. The baselines of
+says (`generation`) and scores them; then the demo cohort, synthesized by that seed. Baselines of
 benchmarks/tcga.py and benchmarks/reports.py are computed in the same run. Beside the reports that
 the model writes stand those that it finds: of each slide the training report whose embedding is
 nearest to the slide's.
