@@ -20,12 +20,15 @@ WORKER = """
 import os, pathlib, signal, sys, time
 import torch
 from slidevlm import dist
+from slidevlm.train import ranks
 from slidevlm.train.ranks import RankWatch
 
 folder, deed, bad = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 url = sys.argv[4] if len(sys.argv) > 4 else "env://"
 dist.start("gloo", torch.device("cpu"), url)
 rank = dist.rank()
+if deed == "both":  # no watching thread ends a rank that is about to raise
+    ranks._TICK_SECONDS = ranks._ANSWER_SECONDS = 60.0
 try:
     with RankWatch():
         signal.signal(signal.SIGTERM, lambda *_: None)
@@ -50,13 +53,16 @@ finally:
     (folder / f"left{rank}").touch()
     dist.stop()
 """
+# A loaded machine may hold up a healthy process for seconds: only where one is stopped is the limit
+# short.
+LIMITS = {"stop": "10"}
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes of Linux")
 
 
-def environment() -> dict[str, str]:
+def environment(deed: str) -> dict[str, str]:
     gone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     rest = {k: v for k, v in os.environ.items() if k not in gone}
-    return {**rest, "OMP_NUM_THREADS": "1", LIMIT_VARIABLE: "4"}
+    return {**rest, "OMP_NUM_THREADS": "1", LIMIT_VARIABLE: LIMITS.get(deed, "100")}
 
 
 def wait_all(processes: list[subprocess.Popen[str]], folder: Path, world: int) -> None:
@@ -82,7 +88,7 @@ def by_hand(tmp_path: Path, world: int, *words: str) -> tuple[list[int | None], 
         processes = [
             subprocess.Popen(
                 [sys.executable, str(tmp_path / "worker.py"), str(tmp_path), *words],
-                env={**environment(), **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={**environment(words[0]), **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stderr=file,
                 text=True,
             )
@@ -104,7 +110,7 @@ def by_torchrun(tmp_path: Path, *words: str) -> tuple[int | None, str]:
     told = tmp_path / "told"
     with told.open("w") as file:
         agent = subprocess.Popen(
-            command, env=environment(), stderr=file, text=True, start_new_session=True
+            command, env=environment(words[0]), stderr=file, text=True, start_new_session=True
         )
         wait_all([agent], tmp_path, 2)
     code = agent.poll()
@@ -185,7 +191,7 @@ def test_who_is_stopped_takes_the_others_along(tmp_path: Path, bad: int) -> None
     codes, told = by_hand(tmp_path, 3, "stop", str(bad))
     # Rank 0 keeps the store: the others can tell each other nothing more, and it stays stopped.
     assert codes == ([None, 1, 1] if bad == 0 else [1, -9, 1]), told
-    assert ("gives no answer" if bad == 0 else "has given no sign for 4 s") in told
+    assert ("gives no answer" if bad == 0 else "has given no sign for 10 s") in told
 
 
 @pytest.mark.slow

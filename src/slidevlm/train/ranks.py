@@ -32,10 +32,10 @@ LIMIT_SECONDS = 30.0
 
 _TICK_SECONDS = 0.5  # a failure that was told is seen within
 _TICKS_A_SIGN = 4
-_ANSWER_SECONDS = 2.0  # a failing process waits so long for the others, to print last
-_LINGER_SECONDS = 3.0  # and they for its end, so that torchrun sees it fail first
+_ANSWER_SECONDS = 10.0  # a failing process waits so long for the others, to print last
+_LINGER_SECONDS = 12.0  # and they for its end, so that torchrun sees it fail first
 _LEAVE_SECONDS = 30.0  # rank 0 may keep the store, and the others still look at it
-_LOST_SECONDS = 3.0  # a broken connection is explained by then, if anything explains it
+_LOST_SECONDS = 10.0  # a broken connection is explained by then, if anything explains it
 _DONE = "done"
 
 
@@ -134,10 +134,7 @@ class RankWatch:
         try:
             while not (self._over.is_set() or self._ending.locked()):
                 if self._store.check(["failed"]):
-                    failure = Failure(**json.loads(self._store.get("failed")))
-                    if failure.rank == self._rank and failure.own:
-                        return  # the main thread is about to print it
-                    self._end(failure)
+                    self._end(Failure(**json.loads(self._store.get("failed"))))
                 if self._rounds % _TICKS_A_SIGN == 0:
                     self._sign()
                     self._look()
@@ -219,6 +216,8 @@ class RankWatch:
             time.sleep(0.02)
 
     def _end(self, failure: Failure) -> NoReturn:
+        if failure.rank == self._rank and failure.own:  # the main thread is about to print it
+            sys.exit()  # ends this thread alone
         if not self._ending.acquire(blocking=False):  # the other thread is at it
             self._over.wait()
         sibling = failure.place == self._place and failure.pid != os.getpid()
