@@ -42,8 +42,9 @@ def test_each_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         return list(ways)
 
     assert way(512, 64, 8) == ["other side"] and way(512, 64, 9) == ["linear"]
-    assert way(1024, 64, 3) == ["other side"] and way(1024, 64, 4) == ["linear"]
-    assert way(1024, 4096, 4) == ["oneDNN", "linear"] == way(1024, 4096, 1)
+    assert way(1024, 64, 5) == ["other side"] and way(1024, 64, 6) == ["linear"]
+    assert way(1024, 4096, 5) == ["other side"] and way(1024, 4096, 6) == ["oneDNN", "linear"]
+    assert way(1024, 4096, 1) == ["oneDNN", "linear"]
     assert way(1024, 4096, 65) == ["linear"] == way(8, 8, 1)
 
 

@@ -19,7 +19,7 @@ from slidevlm.models.linear import is_plain
 
 MOST = 64  # rows; more are many
 # Measured with MKL 2024.2 and oneDNN 3.12 on AVX2, one thread: `benchmarks/few_rows.py`.
-OTHER_SIDE = 3  # rows for which the product from the other side is the fastest
+OTHER_SIDE = 5  # rows for which the product from the other side is the fastest
 OTHER_SIDE_NARROW, NARROW = 8, 512  # likewise, up to so many inputs
 LARGE = 2**22  # weights beyond what the processor keeps near; from here oneDNN is the faster
 
