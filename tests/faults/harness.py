@@ -30,7 +30,10 @@ from slidevlm.train import checkpoint as ckpt
 
 RANKS, STEPS_AN_EPOCH, EPOCHS = 2, 10, 6
 STEPS = STEPS_AN_EPOCH * EPOCHS
-GONE_SECONDS = 60.0  # after a strike nobody may be left
+# Generous, because a busy machine is slow and not wrong; what hangs does so for ever.
+GONE_SECONDS = 180.0  # after a strike nobody may be left
+PHASE_SECONDS = 600.0  # until the moment of a strike has come
+END_SECONDS = 900.0  # until a start has trained to the end
 MARK = "SLIDEVLM_FAULTS_MARK"
 _FLAGS = {a.name: a.flag for a in arguments()}
 _STEP = re.compile(r" step (\d+)/")
@@ -155,7 +158,7 @@ class Started:
     def _wait_for(self, strike: Strike) -> bool:
         """Until so many steps were made, and then until the phase is seen."""
         folder = self.training.run / "checkpoints"
-        until = time.monotonic() + 150
+        until = time.monotonic() + PHASE_SECONDS
         seen = 0
         while self.agent.poll() is None:
             assert time.monotonic() < until, self.said()
@@ -193,7 +196,7 @@ class Started:
         """Seconds until no process is left.
 
         Raises:
-            AssertionError: some are left, after a minute.
+            AssertionError: some are left, after GONE_SECONDS.
         """
         start = time.monotonic()
         while True:

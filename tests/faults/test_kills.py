@@ -27,7 +27,7 @@ SEED = int(os.environ.get("SLIDEVLM_FAULTS_SEED", "1"))
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(120 + 60 * NUMBER),
+    pytest.mark.timeout(harness.END_SECONDS + 180 * NUMBER),
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes of Linux"),
 ]
 
@@ -37,7 +37,7 @@ def test_strikes_leave_no_trace(tmp_path: Path) -> None:
     model = harness.model_with_dropout(tmp_path)
     undisturbed = harness.training(cohort, tmp_path, "undisturbed", model)
     started = undisturbed.start()
-    assert started.agent.wait(timeout=240) == 0, started.said()
+    assert started.agent.wait(timeout=harness.END_SECONDS) == 0, started.said()
     wanted = harness.final_state(undisturbed)
     wanted_losses = harness.losses(undisturbed)
     assert [step for step, _ in wanted_losses] == list(range(1, harness.STEPS + 1))
@@ -56,12 +56,12 @@ def test_strikes_leave_no_trace(tmp_path: Path) -> None:
                 steps = harness.losses(one)[-1:] if (one.run / "metrics.jsonl").exists() else []
                 print(f"{strike}: gone in {seconds:.1f} s, {saved} checkpoints, at {steps}")
                 continue
-            code = started.agent.wait(timeout=240)
+            code = started.agent.wait(timeout=harness.END_SECONDS)
             assert code == 0, started.said()
             started.wait_until_gone()
         # Struck after its last checkpoint, a run still has its end to make.
         started = one.start()
-        assert started.agent.wait(timeout=240) == 0, started.said()
+        assert started.agent.wait(timeout=harness.END_SECONDS) == 0, started.said()
         assert harness.equal(harness.final_state(one), wanted), f"{one.name} ended elsewhere"
         assert harness.losses(one) == wanted_losses, f"{one.name} logged something else"
         print(f"{one.name}: {one.starts} starts, the same to the last bit")

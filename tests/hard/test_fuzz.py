@@ -56,7 +56,7 @@ from slidevlm.train import checkpoint as ckpt
 
 SECONDS = float(os.environ.get("SLIDEVLM_FUZZ_SECONDS", "12"))
 SEED = int(os.environ.get("SLIDEVLM_FUZZ_SEED", "0"))
-HANG_SECONDS = 60
+HANG_SECONDS = 180  # a busy machine is slow; what hangs does so for ever
 
 # What parsers stumble over.
 WORDS = [
@@ -295,7 +295,7 @@ def _quiet() -> Any:
         yield
 
 
-@pytest.mark.timeout(120 + 4 * SHARE)
+@pytest.mark.timeout(400 + 4 * SHARE)
 @pytest.mark.parametrize("name", TEXTS)
 def test_texts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     valid, parser = TEXTS[name]
@@ -331,7 +331,7 @@ def test_texts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     print(f"{name}: {fuzz(path, valid, parser)} files")
 
 
-@pytest.mark.timeout(240 + 4 * SHARE)
+@pytest.mark.timeout(500 + 4 * SHARE)
 @pytest.mark.parametrize("name", BINARY)
 def test_binaries(name: str, binaries: dict[str, bytes], tmp_path: Path) -> None:
     print(f"{name}: {fuzz(tmp_path / name, binaries[name], BINARY[name])} files")

@@ -32,16 +32,16 @@ from slidevlm.errors import SlideVLMError
 
 SECONDS = float(os.environ.get("SLIDEVLM_SOAK_SECONDS", "75"))
 # A leak grows in a line for ever, an allocator's fragments ever less. So the second half of the
-# rounds counts, there a round's growth and the whole: 0.05 MB a round are found after 60.
+# rounds counts, there a round's growth and the whole: 0.05 MB a round are found after 100.
 MOST_A_ROUND_MB = 0.03
-MOST_MB = 1.5
+MOST_MB = 2.5
 CERTAIN = 3.0  # standard errors of the line's slope
 LEAST_ROUNDS = 6
 ENDS = 3  # rounds at the beginning and the end whose handles are compared
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300 + 3 * SECONDS),
+    pytest.mark.timeout(1200 + 3 * SECONDS),
     pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="processes of Linux"),
 ]
 
@@ -231,7 +231,7 @@ def test_a_process_left_once_would_be_found() -> None:
         one.join()
 
 
-@pytest.mark.parametrize(("kilobytes", "rounds"), [(50, 80), (1000, LEAST_ROUNDS)])
+@pytest.mark.parametrize(("kilobytes", "rounds"), [(50, 120), (1000, LEAST_ROUNDS)])
 def test_memory_left_would_be_found(kilobytes: int, rounds: int) -> None:
     kept = []
     megabytes = []
@@ -257,4 +257,4 @@ def test_fragments_are_no_leak_and_hide_none() -> None:
     levels_off = 300 + 3 * (1 - np.exp(-rounds / 60)) + random.normal(0, 0.3, len(rounds))
     assert leaks(of_memory(levels_off.tolist())) == []
     assert leaks(of_memory((levels_off + 0.05 * rounds).tolist()))
-    assert leaks(of_memory((levels_off + 0.05 * rounds)[:80].tolist()))
+    assert leaks(of_memory((levels_off + 0.05 * rounds)[:120].tolist()))

@@ -27,7 +27,7 @@ ROWS = np.arange(0, COUNT, 3)
 CORRUPTIONS = int(os.environ.get("SLIDEVLM_CORRUPTIONS", "1000"))
 FIRST = int(os.environ.get("SLIDEVLM_FUZZ_SEED", "0")) % 1_000_000_007  # others each time
 HEADER = 1500  # bytes at the beginning that are hit more often than chance would
-HANG_SECONDS = 60
+HANG_SECONDS = 180  # a busy machine is slow; what hangs does so for ever
 
 
 def damaged(content: bytes, seed: int) -> bytes:
@@ -104,7 +104,7 @@ def cases(path: Path, features: np.ndarray, coords: np.ndarray) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(0.3 * max(CORRUPTIONS, 1000))
+@pytest.mark.timeout(100 + 0.6 * max(CORRUPTIONS, 1000))
 @pytest.mark.parametrize(
     "kind",
     [
@@ -124,7 +124,7 @@ def test_damage(tmp_path, makers, kind):
         target=run, args=(tmp_path / "cohort", kind, results)
     )
     child.start()
-    child.join(0.28 * max(CORRUPTIONS, 1000))
+    child.join(0.6 * max(CORRUPTIONS, 1000))
     if child.is_alive():
         child.kill()
     told = json.loads(results.read_text())
