@@ -163,9 +163,39 @@ def test_json_of_commands_without_a_model(tmp_path, capsys) -> None:
     assert scored["reports"] == 2 and scored["scores"]["bleu_4"]["value"] is not None
 
 
-def test_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trian"]) == 2
-    assert "train, evaluate" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["trian"], "no command 'trian'; did you mean train"),
+        (["data", "inspekt", "x"], "no command 'data inspekt'; did you mean data inspect"),
+        (["qqq"], "no command 'qqq'; commands: train, evaluate"),
+    ],
+)
+def test_unknown_command_names_the_known_ones(words, told, capsys) -> None:
+    assert main(words) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["data"], ["data", "--help"], ["help", "data"]])
+def test_a_family_of_commands_tells_its_own(words, capsys) -> None:
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    family = [" ".join(name) for name in COMMANDS if name[0] == "data"]
+    assert all(name in told for name in family) and "models list" not in told
+    assert told.count("\n") == len(family) + 2
+
+
+def test_help_takes_the_name_of_a_command(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["help", "data", "split"])
+    assert "usage: slidevlm data split SOURCE FOLDER" in capsys.readouterr().out
+
+
+def test_help_tells_what_may_be_left_out(capsys) -> None:
+    for command, told in (("report", "beside it (may be left out)"), ("demo", "(default: demo)")):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert told in " ".join(capsys.readouterr().out.split())
 
 
 def test_synthesize(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_an_error_before_the_first_result_leaves_nothing_in_the_way(
     output, wide = tmp_path / "e.npz", tmp_path / "wide.npy"
     np.save(wide, testing.bag(tile_width=8))
     assert use("embed", model, wide, output) == 2
-    assert "width" in capsys.readouterr().err
+    assert f"{wide}: specimen 'wide': the model reads tiles of width" in capsys.readouterr().err
     assert not list(tmp_path.glob("e.npz*"))
     (tmp_path / "e.npz.partial.jsonl").write_text('{"of": "another model"}\n')
     assert use("embed", model, features, output) == 0
@@ -249,6 +249,12 @@ def test_what_cannot_be_embedded(model, features, tmp_path, capsys, monkeypatch)
     assert (tmp_path / "e.npz").read_bytes() == b"something else"
     code = use("embed", tmp_path / "none", features, tmp_path / "x.h5")
     assert "nothing that is here" in failing(capsys, code)
+    code = use("embed", model, features, tmp_path / "e.npz" / "in_a_file.h5")
+    assert f"--output: cannot write into {tmp_path / 'e.npz'}" in failing(capsys, code)
+    np.save(features / "a_nan.npy", np.full((3, testing.bag().shape[1]), np.nan, np.float32))
+    error = failing(capsys, use("embed", model, features, tmp_path / "x.h5"))
+    assert "NaN" in error and "--skip-bad-specimens leaves it out" in error
+    (features / "a_nan.npy").unlink()
     np.save(features / "wide.npy", testing.bag(tile_width=8))
     assert "8" in failing(capsys, use("embed", model, features, tmp_path / "x.h5"))
     language = testing.run(tmp_path / "language", "lm_tiny")

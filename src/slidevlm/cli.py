@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slidevlm import __version__, cli_use
+from slidevlm.cli_use import path_of
 from slidevlm.completion import SHELLS, script
 from slidevlm.config import arg, validate_arguments
 from slidevlm.errors import ConfigError, SlideVLMError
 from slidevlm.flags import declared, parse_config, parse_into
+from slidevlm.registry import nearest
 
 USAGE = """\
 usage: slidevlm COMMAND ...
@@ -48,10 +50,6 @@ exit codes: 0 done, 1 a fault of slidevlm (data check, doctor: errors were found
 arguments, data, checkpoint or machine, 130 Ctrl-C, 141 the reader of the output has gone.
 --debug shows the traceback of an error. docs/commands.md has more.
 """
-
-
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ Evaluate the newest checkpoint of a run on its splits: losses, retrieval, zero-s
 classification, probes, and with --save-captions generated reports; print a table and write files
 into a new folder of the run. The run's own arguments hold unless others are given."""
 EVALUATE_EPILOG = """\
-example:
+examples:
   slidevlm evaluate logs/first --save-captions --val-gen-top-k 1
   slidevlm evaluate logs/first --probe --eval-metric-bootstraps 1000 --compare logs/second
   slidevlm evaluate --predictions logs/first/evaluation-.../predictions.npz --format latex
@@ -110,9 +108,9 @@ def _evaluate(argv: Sequence[str]) -> None:
 
     evaluate(
         Evaluation(
-            _path(arguments.run or None),
-            _path(arguments.predictions),
-            _path(arguments.compare),
+            path_of(arguments.run or None),
+            path_of(arguments.predictions),
+            path_of(arguments.compare),
             arguments.format,
             arguments.json,
         ),
@@ -180,12 +178,12 @@ def _score(argv: Sequence[str]) -> None:
             generated=Path(a.generated),
             references=Path(a.references) if a.references else None,
             bootstrap=Bootstrap(a.bootstraps, a.ci, a.seed, "specimen"),
-            clinical=_path(a.clinical),
-            meteor_data=_path(a.meteor_data),
+            clinical=path_of(a.clinical),
+            meteor_data=path_of(a.meteor_data),
             embedder=a.embedder,
             only_common=a.only_common,
             form=a.format,
-            output=_path(a.output),
+            output=path_of(a.output),
             as_json=a.json,
         )
     )
@@ -248,8 +246,8 @@ def _report(argv: Sequence[str]) -> None:
     report(
         Reporting(
             run=Path(a.run),
-            other=_path(a.other or None),
-            output=_path(a.output),
+            other=path_of(a.other or None),
+            output=path_of(a.output),
             attention=tuple(a.attention),
             device=a.device,
             slide_files=tuple(a.slide_files),
@@ -338,7 +336,7 @@ def _check(argv: Sequence[str]) -> int:
     from slidevlm.data_commands import check
 
     a = _CheckArguments(**others)
-    return 0 if check(config, _path(a.output), as_json=a.json) else 1
+    return 0 if check(config, path_of(a.output), as_json=a.json) else 1
 
 
 @dataclass(frozen=True)
@@ -407,8 +405,8 @@ def _convert(argv: Sequence[str]) -> None:
             Path(arguments.source),
             Path(arguments.target),
             arguments.hdf5_feature_attribute,
-            _path(arguments.slide_table),
-            _path(arguments.text_data_file),
+            path_of(arguments.slide_table),
+            path_of(arguments.text_data_file),
             arguments.feature_attribute,
             arguments.text_attribute or "report",
             arguments.dtype,
@@ -482,11 +480,11 @@ def _split(argv: Sequence[str]) -> None:
             Path(arguments.source),
             Path(arguments.folder),
             arguments.hdf5_feature_attribute,
-            _path(arguments.slide_table),
-            _path(arguments.labels),
+            path_of(arguments.slide_table),
+            path_of(arguments.labels),
             arguments.fractions,
             arguments.by_site,
-            _path(arguments.site_table),
+            path_of(arguments.site_table),
             arguments.site_column or "site",
             arguments.seed,
         ),
@@ -702,21 +700,39 @@ COMMANDS: dict[tuple[str, ...], Command] = {
 }
 
 
+_HELP = ("-h", "--help")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words in (["--version"], ["version"]):
         print(f"slidevlm {__version__}")
         return 0
-    if not words or words[0] in ("-h", "--help", "help"):
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if not words or words[0] in _HELP:
         print(USAGE, end="")
         return 0
     for name, command in COMMANDS.items():
         if tuple(words[: len(name)]) == name:
             return _run(command, words[len(name) :])
-    known = ", ".join(" ".join(name) for name in COMMANDS)
-    print(f"slidevlm: no command {' '.join(words[:2])!r}; commands: {known}", file=sys.stderr)
+    family = [name for name in COMMANDS if len(name) > 1 and name[0] == words[0]]
+    if family and (words[1:] == [] or words[1] in _HELP):
+        print("".join(line for line in USAGE.splitlines(True) if f"  {words[0]} " in line), end="")
+        print(f"\nslidevlm {words[0]} COMMAND --help tells more")
+        return 0
+    print(_no_command(words), file=sys.stderr)
     return 2
+
+
+def _no_command(words: Sequence[str]) -> str:
+    known = [" ".join(name) for name in COMMANDS]
+    families = {name[0] for name in COMMANDS if len(name) > 1}
+    asked = " ".join(words[:2]) if words[0] in families else words[0]
+    near = nearest(asked, known)
+    hint = f"did you mean {near}?" if near else f"commands: {', '.join(known)}"
+    return f"slidevlm: no command {asked!r}; {hint}"
 
 
 def _run(command: Command, argv: list[str]) -> int:

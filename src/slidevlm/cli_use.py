@@ -55,7 +55,8 @@ class _UseArguments(_SourceArguments):
     workers: int = arg(2, "reading processes; 0 reads in one", minimum=0)
 
 
-def _path(name: str | None) -> Path | None:
+def path_of(name: str | None) -> Path | None:
+    """The path that an argument names; None where it was not given."""
     return None if name is None else Path(name)
 
 
@@ -68,9 +69,9 @@ def _using(
         model=a.model,
         source=Path(a.source),
         output=None if output == "-" else Path(output),
-        split=_path(a.split),
+        split=path_of(a.split),
         hdf5_feature_attribute=a.hdf5_feature_attribute,
-        slide_table=_path(a.slide_table),
+        slide_table=path_of(a.slide_table),
         image_features_cutoff=a.image_features_cutoff,
         batch_size=batch_size,
         workers=workers,
@@ -146,7 +147,9 @@ class _CaptionArguments(_UseArguments):
         minimum=1,
         also=("--val-gen-num-beam-groups",),
     )
-    diversity: float | None = arg(None, "how far", default_text=_MODELS.format(0.5), minimum=0.0)
+    diversity: float | None = arg(
+        None, "how far the groups keep away", default_text=_MODELS.format(0.5), minimum=0.0
+    )
     length_penalty: float | None = arg(
         None, "score = log-probability / tokens ** this", default_text=_MODELS.format(1.0)
     )
@@ -250,9 +253,8 @@ class _ClassifyArguments(_UseArguments):
 
     prompts: tuple[str, ...] = arg(
         (),
-        "file of classes and their prompts (JSON, YAML), as in training; or two or more texts, "
-        "each a class",
-        default_text="must be given",
+        "must be given: file of classes and their prompts (JSON, YAML), as in training; or two or "
+        "more texts, each a class",
         also=("--zsc-class-prompt-mapping",),
     )
     ensemble: str = arg(
@@ -351,7 +353,7 @@ def attention(argv: Sequence[str]) -> None:
             output=Path(a.output),
             specimen=a.specimen,
             sentence_wise=a.sentence_wise,
-            slide_file=_path(a.slide_file),
+            slide_file=path_of(a.slide_file),
             mpp=a.mpp,
             tile_size=a.tile_size,
             seed=a.seed,

@@ -96,9 +96,9 @@ def _help(argument: Argument) -> str:
     spec = argument.spec
     default = spec.default_text or argument.default
     text = spec.help.replace("%", "%%")
-    if argument.kind != "switch" and default not in (None, "", {}, ()) and not spec.positional:
-        text += f" (default: {default})"
-    return text
+    if argument.kind != "switch" and default not in (None, "", {}, ()):
+        return f"{text} (default: {default})"
+    return f"{text} (may be left out)" if spec.positional and not argument.required else text
 
 
 def _add(parser: Any, argument: Argument) -> None:

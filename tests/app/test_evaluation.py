@@ -230,6 +230,7 @@ def test_what_was_not_stored_is_said(run: Path, cohort: DemoCohort, capsys) -> N
         (["--predictions", "EMPTY"], "has no stored predictions"),
         (["--predictions", "JUNK"], "cannot be read as stored predictions"),
         (["EMPTY"], "is not of a run: it has no config.yaml"),
+        (["UNTRAINED"], "is a run without a checkpoint"),
         (["JUNK"], "the folder above its own has no config.yaml"),
         (["RUN", "--format", "word"], "invalid choice"),
         (["RUN", "--compare", "EMPTY"], "has no stored predictions"),
@@ -238,12 +239,15 @@ def test_what_was_not_stored_is_said(run: Path, cohort: DemoCohort, capsys) -> N
 )
 def test_bad_requests(run: Path, tmp_path: Path, capsys, words: list[str], message: str) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "untrained").mkdir()
+    (tmp_path / "untrained" / "config.yaml").write_text("epochs: 1\n")
     (tmp_path / "junk" / "in").mkdir(parents=True)
     junk = tmp_path / "junk" / "in" / "predictions.npz"
     junk.write_bytes(b"PK\x03\x04 no archive")
-    places = {"RUN": str(run), "EMPTY": str(tmp_path / "empty"), "JUNK": str(junk)}
+    places = {"RUN": run, "EMPTY": tmp_path / "empty", "JUNK": junk}
+    places["UNTRAINED"] = tmp_path / "untrained"
     before = set(run.iterdir())
-    assert main(["evaluate", *(places.get(w, w) for w in words)]) == 2
+    assert main(["evaluate", *(str(places.get(w, w)) for w in words)]) == 2
     assert message in capsys.readouterr().err
     assert set(run.iterdir()) == before
 

@@ -231,6 +231,8 @@ def test_what_cannot_be_used(
     refused(damaged, CheckpointError, "damaged or no safetensors")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", CheckpointError, "neither a run folder .* nor a Hugging Face")
+    (tmp_path / "empty" / "model.json").write_text("{}")
+    refused(tmp_path / "empty", CheckpointError, "is a run that has no checkpoint")
     refused("nowhere", ConfigError, "nothing that is here .* tag of")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -97,8 +97,9 @@ def test_what_is_no_such_file(tmp_path: Path, kind: str) -> None:
         arrays["content"] = np.frombuffer(json.dumps(content).encode(), np.uint8)
         np.savez(path, **arrays)
     message = "has form 99" if kind == "form" else "cannot be read as stored predictions"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as raised:
         load(path)
+    assert "pickle" not in str(raised.value), "no advice to load it all the same"
 
 
 def test_some_rows() -> None:

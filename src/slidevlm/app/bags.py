@@ -102,10 +102,7 @@ def sample_of(trained: Trained, store: CaseStore, case: Case, place: str, cutoff
         training=False,
     )
     sample = dataset[0]
-    try:
-        same_data(trained, sample.bag.features.shape[1], sample.bag.unit)
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from None
+    same_data(trained, sample.bag.features.shape[1], sample.bag.unit, place)
     return sample
 
 

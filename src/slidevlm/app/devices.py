@@ -24,7 +24,7 @@ def choose_device(config: Config) -> torch.device:
     asked = _named(name)
     if asked.type == "cuda" and "device" not in config.given and not torch.cuda.is_available():
         if dist.local_rank() == 0:
-            log.warning("no CUDA device here; training on the CPU")
+            log.warning("no CUDA device here; using the CPU")
         return torch.device("cpu")
     index = 0 if config.distributed.no_set_device_rank else dist.local_rank()
     return _there(asked, name, index)

@@ -84,7 +84,7 @@ def attention_of(files: RunFiles, wanted: Wanted) -> dict[str, Any]:
         for done, case in enumerate(cases):
             split = Split("attention", (case,), ("",))
             sample = bag_dataset(config, store, split, model.trained, training=False)[0]
-            same_data(model.trained, sample.bag.features.shape[1], sample.bag.unit)
+            same_data(model.trained, sample.bag.features.shape[1], sample.bag.unit, case.specimen)
             seen = attend(model.trained, model.precision, sample, sentences=sentences)
             checked = faithfulness(model.trained, model.precision, sample, seen, range(SEEDS))
             one = attended(

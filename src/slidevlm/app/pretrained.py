@@ -133,6 +133,8 @@ def _folder(path: Path, name: str, argument: str) -> Pretrained:
             raise CheckpointError(f"{argument}: no checkpoint in {path / CHECKPOINTS}")
         return Pretrained(name, found[1].weights, found[1])
     if not any((path / file).is_file() for file in hub.WEIGHTS):
+        if (path / "model.json").is_file():
+            raise CheckpointError(f"{argument} {name} is a run that has no checkpoint; train it on")
         raise CheckpointError(
             f"{argument} {name} is neither a run folder ({CHECKPOINTS}/ is missing) nor a "
             f"Hugging Face folder (one of {', '.join(hub.WEIGHTS)} is missing)"

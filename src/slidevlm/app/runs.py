@@ -38,7 +38,15 @@ from slidevlm.errors import ConfigError
 from slidevlm.flags import read_yaml, to_yaml
 from slidevlm.precision import Precision
 from slidevlm.precision import resolve as resolve_precision
-from slidevlm.run import Run, WandbSettings, configure_logging, environment, log_to, working
+from slidevlm.run import (
+    CHECKPOINTS,
+    Run,
+    WandbSettings,
+    configure_logging,
+    environment,
+    log_to,
+    working,
+)
 from slidevlm.train.interrupt import Interrupts
 from slidevlm.train.launcher import LauncherWatch
 from slidevlm.train.ranks import RankWatch
@@ -96,7 +104,7 @@ def with_run_settings(run: Path, overrides: Config) -> Config:
     """The arguments of an evaluation of a run: the run's own where `overrides` gives no others.
 
     Raises:
-        ConfigError: `run` is neither a run folder nor a checkpoint of one.
+        ConfigError: `run` is neither a run folder nor a checkpoint of one, or has no checkpoint.
     """
     checkpoint = None
     if run.is_file():
@@ -109,6 +117,12 @@ def with_run_settings(run: Path, overrides: Config) -> Config:
             "weights with `slidevlm train --test --pretrained FILE`"
         )
     values, given = read_yaml(saved), given_values(overrides)
+    others = {"resume", "pretrained"} & given.keys()
+    if checkpoint is None and not others and not (run / CHECKPOINTS).is_dir():
+        raise ConfigError(
+            f"{run} is a run without a checkpoint; train it on, or give other weights by "
+            "--pretrained"
+        )
     # What belongs to training alone would be refused, or evaluate the training split unasked.
     unwanted = {"device", "train_split", "num_samples", "copy_codebase", *_SYNCING}
     if given.get("probe"):  # it learns from the training split, which is not evaluated
@@ -118,7 +132,7 @@ def with_run_settings(run: Path, overrides: Config) -> Config:
         unwanted |= decoding
     values = {k: v for k, v in values.items() if k not in unwanted}
     place = {"logs": str(run), "name": _evaluation_name(run)}
-    if "resume" not in given and "pretrained" not in given:
+    if not others:
         values["pretrained"] = str(checkpoint or run)
     return with_values(Config(), {**values, **place, **given, "test": True})
 

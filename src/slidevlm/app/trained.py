@@ -118,20 +118,25 @@ def _same_model(config: Config, saved: ckpt.ModelState) -> None:
         )
 
 
-def same_data(trained: Trained, width: int, unit: str | None) -> None:
-    """DataError where a model cannot read tiles of this width, or positions in this unit."""
+def same_data(trained: Trained, width: int, unit: str | None, place: str | None = None) -> None:
+    """DataError where a model cannot read tiles of this width, or positions in this unit.
+
+    `place` is where they are from; None: all of the data.
+    """
     if trained.config.family == "lm":  # reads no tiles
         return
+    where = "" if place is None else f"{place}: "
     if trained.config.tile_width != width:
         raise DataError(
-            f"the model reads tiles of width {trained.config.tile_width}, this data's are {width} "
-            "wide; use the features of the same tile encoder"
+            f"{where}the model reads tiles of width {trained.config.tile_width}, this data's "
+            f"are {width} wide; use the features of the same tile encoder"
         )
     if trained.unit != unit:
         wants = f"positions in {trained.unit}" if trained.unit else "data without positions"
         has = f"positions in {unit}" if unit else "no positions"
         raise DataError(
-            f"the model was trained on {wants}, this data has {has}; convert or add the positions"
+            f"{where}the model was trained on {wants}, this data has {has}; convert or add the "
+            "positions"
         )
 
 

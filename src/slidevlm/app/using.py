@@ -123,7 +123,8 @@ class Cohort:
         try:
             for batch in loader:
                 if len(batch):
-                    same_data(model.trained, batch.bags.features.shape[1], batch.bags.unit)
+                    place = f"{using.source}: specimen {batch.specimen_ids[0]!r}"
+                    same_data(model.trained, batch.bags.features.shape[1], batch.bags.unit, place)
                     yield batch.to(model.device)
                 done += len(batch)
                 bar.update(done)
@@ -263,7 +264,7 @@ class Partial:
     """Records so far: a line of JSON each, under a line that says what they come from.
 
     Raises:
-        ConfigError: the file comes from something else.
+        ConfigError: the file comes from something else, or cannot be written.
     """
 
     def __init__(self, output: Path, about: Mapping[str, Any]) -> None:
@@ -291,10 +292,16 @@ class Partial:
         self.records = {record["id"]: record for record in found}
 
     def __enter__(self) -> Partial:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [json.dumps(r, ensure_ascii=False) for r in self.records.values()]
-        write_text(self.path, "\n".join([json.dumps(self._about), *kept]) + "\n")
-        self._file = self.path.open("a", encoding="utf-8")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, "\n".join([json.dumps(self._about), *kept]) + "\n")
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--output: cannot write into {self.path.parent} ({error.strerror}); choose "
+                "another place"
+            ) from error
         return self
 
     def add(self, record: Record) -> None:

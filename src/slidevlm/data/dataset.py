@@ -329,7 +329,8 @@ class StopAtBad:
 
     def add(self, failure: Failure) -> None:
         """Raise it as the DataError it was in the worker."""
-        raise DataError(failure.message)
+        hint = "" if failure.specimen is None else " (--skip-bad-specimens leaves it out)"
+        raise DataError(failure.message + hint)
 
 
 class BagLoader(DataLoader[Any]):

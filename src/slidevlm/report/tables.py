@@ -89,7 +89,7 @@ def _terminal(header: Row, rows: Sequence[Row], width: int) -> str:
     lines, above = [_line(("metric", *header[2:]), widths)], ""
     lines.append("-" * (widths[0] + rest))
     for row, mine in zip(rows, cells, strict=True):
-        task = f"{row[0]}: {row[1].rpartition('/')[0]}"
+        task = ": ".join(filter(None, (row[0], row[1].rpartition("/")[0])))
         if task != above:
             lines.append(_short(task, max(width, widths[0] + rest)))
             above = task

@@ -90,4 +90,4 @@ def open_folder(root: Path, slide_table: Sequence[SlideRow] | None = None) -> Ca
         if FOLDERS[name].recognises(root):
             return FOLDERS[name](root, slide_table)
     forms = "; ".join(f"{name}: {FOLDERS[name].description}" for name in FOLDERS)
-    raise DataError(f"--root-dir {root} has none of the known forms; they are: {forms}")
+    raise DataError(f"{root} has none of the known forms; they are: {forms}")

@@ -302,7 +302,8 @@ def formats() -> list[tuple[str, SlideFormat]]:
 @cache
 def extensions() -> tuple[str, ...]:
     """Extensions of all formats, the longest first."""
-    return tuple(sorted({e for _, f in formats() for e in f.extensions}, key=len, reverse=True))
+    found = {e for _, f in formats() for e in f.extensions}
+    return tuple(sorted(found, key=lambda e: (-len(e), e)))
 
 
 def bag_name(file: str) -> str:
