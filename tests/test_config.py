@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from slidevlm.config import Config, validate, with_adam_defaults, with_values
+from slidevlm.config import Config, validate, with_adam_defaults, with_values, without_effect
 from slidevlm.errors import ConfigError
 from slidevlm.flags import arguments, parse_config, parse_key_values, to_yaml
 
@@ -297,6 +298,35 @@ def test_one_message_lists_every_problem() -> None:
         "no data",
     ):
         assert part in text
+
+
+VAL, TEST = {"val_split": ("v.txt",)}, {"test_split": "t.txt"}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, []),
+        ({**VAL, **TEST, "save_captions": True, "val_gen_top_k": 0, "val_frequency": 2}, []),
+        ({"save_captions": True}, ["--save-captions: .*give --val-split or --test-split"]),
+        ({"save_captions": False}, []),
+        ({"zsc_ensemble": "mean", "val_gen_top_k": 0}, ["--val-gen-top-k, --zsc-ensemble: "]),
+        ({**TEST, "val_frequency": 2, "eval_grace_period": 1}, ["--val-f.*, --eval-g.*--val-sp"]),
+        ({**VAL, "eval_grace_period": 32}, ["--eval-grace-period: .*no epoch comes after it"]),
+        ({**VAL, "save_embeddings": True}, ["--save-embeddings: .*give --test-split"]),
+        ({**VAL, "val_gen_num_beams": 6}, ["--val-gen-num-beams: .*belong to --save-captions"]),
+        ({**VAL, "eval_metric_ci": 0.9}, ["--eval-metric-ci: .*give --eval-metric-bootstraps"]),
+        ({**VAL, "zsc_ensemble": "mean"}, ["--zsc-ensemble: .*there are no prompts"]),
+        ({"logs": "None", "report_to": "tensorboard"}, ["--report-to: .*--logs None"]),
+        ({"logs": "None", "report_to": "", "log_local": True}, ["--log-local: .*--logs None"]),
+        ({"test": True, "save_captions": True, "logs": "None", "log_local": True}, []),
+    ],
+)
+def test_what_has_no_effect_is_told(values: dict[str, Any], told: list[str]) -> None:
+    found = without_effect(with_values(Config(), values))
+    assert len(found) == len(told)
+    for text, pattern in zip(found, told, strict=True):
+        assert re.match(pattern, text) and "without effect" in text
 
 
 def test_one_prompt_file_serves_several_label_files() -> None:

@@ -65,7 +65,6 @@ def test_without_a_folder_nothing_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with Run(None, ["tensorboard"], 3) as run:
-        assert run.checkpoints is None
         run.log("train", 1, {"loss": 1.0})
         run.text("report", 1, "text")
         run.write("a.txt", "text")
@@ -77,7 +76,6 @@ def test_texts_and_json(tmp_path: Path) -> None:
     with Run(tmp_path) as run:
         run.write("sub/a.txt", "Größe 3 µm\n")
         run.write_json("a.json", {"b": [1, None], "ü": "ß"})
-        assert run.checkpoints == tmp_path / "checkpoints"
     assert (tmp_path / "sub/a.txt").read_text(encoding="utf-8") == "Größe 3 µm\n"
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {
         "b": [1, None],

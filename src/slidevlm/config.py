@@ -602,6 +602,21 @@ GROUPS: dict[str, type] = {
 # Forms of --precision in which weights have 16 bits.
 SIXTEEN_BITS = frozenset(("bf16", "fp16", "pure_bf16", "pure_fp16"))
 
+# Arguments that serve others, for `without_effect`.
+_VALIDATION = ("val_frequency", "eval_grace_period", "caption_val_frequency")
+_CAPTIONS = (
+    "caption_val_max_seq_len",
+    "val_gen_top_k",
+    "val_gen_num_beams",
+    "val_gen_num_beam_groups",
+)
+_INTERVALS = ("eval_metric_ci", "bootstrap_unit")
+_PROMPTS = ("zsc_class_prompt_mapping", "zsc_ensemble")
+_KEEPING = (
+    *("save_frequency", "save_most_recent", "save_every_n_steps", "delete_previous_checkpoint"),
+    *("log_local", "report_to", "save_embeddings"),
+)
+
 BEAM_ARGUMENTS = frozenset(("val_gen_num_beams", "val_gen_num_beam_groups"))
 
 # --use-bnb-linear -> what is done; bitsandbytes' own classes by their names.
@@ -691,6 +706,44 @@ def validate(config: Config) -> None:
         ConfigError: listing every problem found, not only the first.
     """
     _raise([*_values(_entries(config)), *_combinations(config)])
+
+
+def without_effect(config: Config) -> list[str]:
+    """What a user gave and a training does not need, in words: nothing is wrong, but nothing comes
+    of it either. Of an evaluation, which has the arguments of its run, nothing is said.
+    """
+    if config.evaluation.test:
+        return []
+    data, evaluation = config.data, config.evaluation
+    judged = bool(data.val_split or data.test_split)
+    reasons: dict[str, tuple[str, ...]] = {}
+    if not judged:
+        reasons["no split is evaluated: give --val-split or --test-split"] = (
+            *_CAPTIONS, *_INTERVALS, *_PROMPTS, "save_captions", "eval_metric_bootstraps",
+            "zsc_specimen_class_mapping", "few_shot_examples",
+        )  # fmt: skip
+    if not data.val_split:
+        reasons["they are about validation: give --val-split"] = _VALIDATION
+    if data.val_split and evaluation.eval_grace_period >= config.optim.epochs:
+        reasons["no epoch comes after it"] = ("eval_grace_period",)
+    if not data.test_split:
+        reasons["it is done with the test split: give --test-split"] = ("save_embeddings",)
+    if judged and not evaluation.save_captions:
+        reasons["they belong to --save-captions"] = (*_CAPTIONS, "caption_val_frequency")
+    if judged and evaluation.eval_metric_bootstraps <= 1:
+        reasons["there are no intervals: give --eval-metric-bootstraps"] = _INTERVALS
+    if judged and not evaluation.zsc_class_prompt_mapping:
+        reasons["there are no prompts"] = ("zsc_ensemble",)
+    if config.logs is None:
+        reasons["--logs None writes nothing"] = _KEEPING
+    values = all_values(config)
+    given = {n for n in config.given if values[n] not in ("", ()) and values[n] is not None}
+    given -= {n for n in given if values[n] is False}  # which --no-NAME has undone
+    return [
+        f"{', '.join('--' + name.replace('_', '-') for name in named)}: without effect; {reason}"
+        for reason, names in reasons.items()
+        if (named := [name for name in names if name in given])
+    ]
 
 
 def validate_data(config: Config) -> None:

@@ -171,11 +171,6 @@ class Run:
         self._handler = _log_file(folder / "out.log")
         log.addHandler(self._handler)
 
-    @property
-    def checkpoints(self) -> Path | None:
-        """Folder of the checkpoints."""
-        return None if self.folder is None else self.folder / CHECKPOINTS
-
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Send numbers to every sink."""
         for sink in self._sinks:

@@ -89,6 +89,7 @@ def test_the_first_of_the_split_that_can_be_used(
     assert [case.specimen for case in train_split.cases] == wanted
     folder = run(settings, epochs=1)
     assert (folder / "missing_train.txt").read_text().splitlines() == lacking
+    assert (folder / "without_report_train.txt").read_text() == f"{names[0]}\n"
 
 
 # --- the model ----------------------------------------------------------------------------------

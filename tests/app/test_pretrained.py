@@ -301,3 +301,9 @@ def test_what_a_language_model_cannot_do(cohort: DemoCohort, tmp_path: Path) -> 
     ):
         with pytest.raises(ConfigError, match=words):
             train(settings_of(cohort, tmp_path, model="lm_tiny", name="x", **more))
+
+
+def test_a_clip_model_has_no_caption_loss_to_weigh(cohort: DemoCohort, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a clip model writes none; leave it out"):
+        more = {"coca_caption_loss_weight": 3.0}
+        train(settings_of(cohort, tmp_path, model="clip_small", name="x", **more))

@@ -315,6 +315,15 @@ def _objective(config: Config, trained: Trained) -> Objective:
             "--coca-contrastive-loss-weight 0 leaves a clip model nothing to learn; "
             "train a coca model or give a weight"
         )
+    if (
+        family == "clip"
+        and loss.coca_caption_loss_weight
+        and "coca_caption_loss_weight" in config.given
+    ):
+        raise ConfigError(
+            "--coca-caption-loss-weight is about reports that a model writes, and a clip model "
+            "writes none; leave it out"
+        )
     if family == "lm":
         if loss.siglip or (contrastive and "coca_contrastive_loss_weight" in config.given):
             raise ConfigError(

@@ -32,10 +32,12 @@ from slidevlm.config import (
     validate,
     with_adam_defaults,
     with_values,
+    without_effect,
 )
 from slidevlm.data.dataset import BadSpecimens, StopAtBad
 from slidevlm.errors import ConfigError
 from slidevlm.flags import read_yaml, to_yaml
+from slidevlm.models import zoo
 from slidevlm.precision import Precision
 from slidevlm.precision import resolve as resolve_precision
 from slidevlm.run import (
@@ -71,6 +73,7 @@ def train(config: Config) -> dict[str, float]:
 def run_all(config: Config) -> Outcome:
     """`train`, with everything that the last evaluation found."""
     validate(config)
+    zoo.load(config.model.model)  # an unknown name is told before data is opened
     codebase.check(config)
     config = with_adam_defaults(config)
     device = choose_device(config)
@@ -181,6 +184,9 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
         for split in data.splits:
             if split.missing:
                 run.write(f"missing_{split.name}.txt", "\n".join(split.missing) + "\n")
+            if split.without_text:
+                names = "\n".join(split.without_text) + "\n"
+                run.write(f"without_report_{split.name}.txt", names)
         dist.from_main(copies.begin)
         parameters = sum(p.numel() for p in trained.model.parameters())
         log.info(
@@ -192,6 +198,8 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
             precision.device,
         )
         if dist.is_main():
+            for told in without_effect(config):
+                log.warning("%s", told)
             _tell_truncated(config, data, trained)
         bad = BadSpecimens() if config.data.skip_bad_specimens else StopAtBad()
         judge = Judge(config, data.store, judged, precision, run, bad, weights)
