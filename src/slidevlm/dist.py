@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -133,6 +133,44 @@ def stop() -> None:
         _horovod = None
     if td.is_initialized():
         td.destroy_process_group()
+
+
+class Alone:
+    """Notes that the main thread does something that waits for no other process and no device.
+
+    There alone a process that stands still can be told from one that waits for another
+    (train/idle.py). Not to be nested.
+    """
+
+    def __init__(self) -> None:
+        self.mark = 0  # grows at every entry and exit
+
+    @staticmethod
+    def within(mark: int) -> bool:
+        """Whether this mark was made at an entry."""
+        return mark % 2 == 1
+
+    def __enter__(self) -> None:
+        self.mark += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.mark += 1
+
+    def each(self, values: Iterable[T]) -> Iterator[T]:
+        """The same values, each fetched within."""
+        with self:
+            iterator = iter(values)
+        while True:
+            with self:
+                try:
+                    value = next(iterator)
+                except StopIteration:
+                    return
+            yield value
+            del value  # or a batch would stay in memory while the next one is read
+
+
+alone = Alone()
 
 
 def rank() -> int:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from slidevlm.errors import ConfigError
-from slidevlm.train.ranks import LIMIT_VARIABLE, RankWatch, limit_of
+from slidevlm.train.ranks import IDLE_VARIABLE, LIMIT_VARIABLE, RankWatch, limit_of
 
 # The others do what a process within an NCCL collective does: they wait, and heed no SIGTERM.
 WORKER = """
-import os, pathlib, signal, sys, time
+import multiprocessing, os, pathlib, signal, sys, time
 import torch
 from slidevlm import dist
 from slidevlm.train import ranks
@@ -27,6 +27,22 @@ folder, deed, bad = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 url = sys.argv[4] if len(sys.argv) > 4 else "env://"
 dist.start("gloo", torch.device("cpu"), url)
 rank = dist.rank()
+long = 3 * float(os.environ["SLIDEVLM_HANG_SECONDS"])
+
+
+def compute():
+    until = time.monotonic() + long
+    while time.monotonic() < until:
+        sum(range(10000))
+
+
+def read_slowly():
+    with open("/dev/zero", "rb", buffering=0) as file:
+        for _ in range(int(long)):
+            time.sleep(1)
+            file.read(10)
+
+
 if deed == "both":  # no watching thread ends a rank that is about to raise
     ranks._TICK_SECONDS = ranks._ANSWER_SECONDS = 60.0
 try:
@@ -42,6 +58,22 @@ try:
         elif deed == "lose":
             if rank == bad:
                 os.kill(os.getpid(), signal.SIGKILL)
+            dist.barrier()
+        elif deed in ("compute", "read"):
+            with dist.alone:
+                if rank != bad:
+                    pass
+                elif deed == "compute":
+                    compute()
+                else:
+                    child = multiprocessing.get_context("fork").Process(target=read_slowly)
+                    child.start()
+                    child.join()
+            dist.barrier()
+        elif deed == "hang":
+            if rank == bad:
+                with dist.alone:
+                    time.sleep(600)
             dist.barrier()
         elif rank != bad:
             time.sleep(600)
@@ -62,7 +94,12 @@ linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="process
 def environment(deed: str) -> dict[str, str]:
     gone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     rest = {k: v for k, v in os.environ.items() if k not in gone}
-    return {**rest, "OMP_NUM_THREADS": "1", LIMIT_VARIABLE: LIMITS.get(deed, "100")}
+    return {
+        **rest,
+        "OMP_NUM_THREADS": "1",
+        LIMIT_VARIABLE: LIMITS.get(deed, "100"),
+        IDLE_VARIABLE: "8",
+    }
 
 
 def wait_all(processes: list[subprocess.Popen[str]], folder: Path, world: int) -> None:
@@ -199,6 +236,26 @@ def test_a_broken_collective_names_its_cause(tmp_path: Path) -> None:
     codes, told = by_hand(tmp_path, 2, "lose", "1")
     assert codes == [1, -9], told
     assert "was killed" in last_line(told) or "lost another process" in last_line(told)
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_main_thread_that_hangs_ends_all_and_is_told_last(tmp_path: Path, bad: int) -> None:
+    codes, told = by_hand(tmp_path, 2, "hang", str(bad))
+    assert codes == [1, 1], told
+    assert last_line(told).startswith(f"slidevlm: rank {bad} stands still: for ")
+    assert "worker.py:" in last_line(told) and IDLE_VARIABLE in last_line(told)
+    assert f"slidevlm: rank {1 - bad} ends, because rank {bad} has failed" in told
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("deed", ["compute", "read"])
+def test_who_works_or_waits_for_one_that_does_stands_not_still(tmp_path: Path, deed: str) -> None:
+    codes, told = by_hand(tmp_path, 2, deed, "1")
+    assert codes == [0, 0], told
+    assert "slidevlm:" not in told
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def _share(
     images: list[Tensor] = []
     texts: list[Tensor] = []
     lookup = Lookup()
-    for cpu_batch in batches:
+    for cpu_batch in dist.alone.each(batches):
         if not len(cpu_batch):  # all its specimens were bad
             continue
         batch = cpu_batch.to(precision.device)

@@ -122,7 +122,7 @@ def _groups(loader: DataLoader[Batch], size: int) -> Iterator[list[Batch]]:
     """
     group: list[Batch] = []
     count = 0
-    for count, batch in enumerate(loader, 1):
+    for count, batch in enumerate(dist.alone.each(loader), 1):
         if len(batch):
             group.append(batch)
         if count % size == 0:

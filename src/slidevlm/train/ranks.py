@@ -5,12 +5,15 @@ timeout, and SIGTERM, which torchrun then sends, is only noted while a collectiv
 thread of each process gives a sign every two seconds and looks after the next process's, over a
 connection of its own to where the processes have met: whatever its number, a process costs the
 store two or three small messages a second.
+
+Such a thread lives on where the main thread hangs. Each process judges that of itself (idle.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -26,9 +29,12 @@ from typing import Any, NoReturn
 
 from slidevlm import dist
 from slidevlm.errors import ConfigError, TrainingError
+from slidevlm.train import idle
 
 LIMIT_VARIABLE = "SLIDEVLM_HEARTBEAT_SECONDS"
 LIMIT_SECONDS = 30.0
+IDLE_VARIABLE = "SLIDEVLM_HANG_SECONDS"
+IDLE_SECONDS = 40.0
 
 _TICK_SECONDS = 0.5  # a failure that was told is seen within
 _TICKS_A_SIGN = 4
@@ -51,19 +57,26 @@ class Failure:
     hangs: bool = False  # it gives no sign, and cannot be relied on to end by itself
 
 
-def limit_of(environment: Mapping[str, str]) -> float:
-    """Seconds without a sign after which a process counts as lost; 0 in the environment: never.
+def limit_of(
+    environment: Mapping[str, str], name: str = LIMIT_VARIABLE, seconds: float = LIMIT_SECONDS
+) -> float:
+    """Seconds of a variable, after which a process counts as lost; 0 in the environment: never.
+
+    Args:
+        environment: where the variable may be.
+        name: of the variable.
+        seconds: without it.
 
     Raises:
-        ConfigError: SLIDEVLM_HEARTBEAT_SECONDS is not such a number.
+        ConfigError: it is not such a number.
     """
-    text = environment.get(LIMIT_VARIABLE, str(LIMIT_SECONDS))
+    text = environment.get(name, str(seconds))
     try:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
     if not seconds >= 0:
-        raise ConfigError(f"{LIMIT_VARIABLE}={text!r} must be a number of seconds, or 0 for never")
+        raise ConfigError(f"{name}={text!r} must be a number of seconds, or 0 for never")
     return seconds or float("inf")
 
 
@@ -79,6 +92,7 @@ class RankWatch:
 
     def __init__(self) -> None:
         self._limit = limit_of(os.environ)
+        self._idle_limit = limit_of(os.environ, IDLE_VARIABLE, IDLE_SECONDS)
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
         self._store: Any = None
@@ -95,8 +109,8 @@ class RankWatch:
         self._rank, self._world = dist.rank(), dist.world_size()
         self._next = (self._rank + 1) % self._world
         self._place = _place()
-        for work in (self._watch, self._guard):
-            thread = threading.Thread(target=work, name="rank watch", daemon=True)
+        for work in (self._watch, self._guard, self._watch_itself):
+            thread = threading.Thread(target=work, name=idle.OWN, daemon=True)
             thread.start()
             self._threads.append(thread)
         return self
@@ -153,6 +167,38 @@ class RankWatch:
             rounds = self._rounds
             if silent > self._limit:
                 self._exit(f"where the processes met gives no answer for {silent:.0f} s")
+
+    def _watch_itself(self) -> None:
+        """A main thread that hangs says nothing of it."""
+        if not idle.is_seen() or self._idle_limit == float("inf"):
+            return
+        stands = idle.Standstill()
+        while not self._over.wait(1.0):
+            seconds = stands.seconds()
+            if seconds >= self._idle_limit and self._ending.acquire(blocking=False):
+                self._end_itself(seconds)
+
+    def _end_itself(self, seconds: float) -> NoReturn:
+        workers = multiprocessing.active_children()
+        told = (
+            f"rank {self._rank} stands still: for {seconds:.0f} s it and its data workers have "
+            f"neither computed, read nor written; its main thread is at {idle.where()}; "
+            f"data workers: {', '.join(str(w.pid) for w in workers) or 'none'}"
+        )
+        advice = f"go on with --resume latest ({IDLE_VARIABLE}=0: this is not looked at)"
+        self._lingers = True
+        mine = Failure(self._rank, told, os.getpid(), self._place)
+        for worker in workers:  # one that hangs would not notice that this process ends
+            worker.kill()
+        with contextlib.suppress(RuntimeError):  # of the store; what was to be told is printed
+            first = self._first(mine)
+            if first != mine:
+                self._message = told
+                self._follow(first)
+            _write_error_file(TrainingError(told))
+            self._wait_for("ended", self._world - 1, _ANSWER_SECONDS)
+        self._say(f"{told}; {advice}")
+        os._exit(1)
 
     def _sign(self) -> None:
         self._signs += 1
@@ -216,10 +262,13 @@ class RankWatch:
             time.sleep(0.02)
 
     def _end(self, failure: Failure) -> NoReturn:
+        if not self._ending.acquire(blocking=False):  # another thread is at it
+            self._over.wait()
         if failure.rank == self._rank and failure.own:  # the main thread is about to print it
             sys.exit()  # ends this thread alone
-        if not self._ending.acquire(blocking=False):  # the other thread is at it
-            self._over.wait()
+        self._follow(failure)
+
+    def _follow(self, failure: Failure) -> NoReturn:
         sibling = failure.place == self._place and failure.pid != os.getpid()
         if failure.hangs and sibling and _lives(failure.pid):
             os.kill(failure.pid, signal.SIGKILL)  # a stopped process heeds nothing else
