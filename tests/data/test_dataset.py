@@ -5,11 +5,13 @@ import os
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from slidevlm.data.dataset import BadSpecimens, BagDataset, collate, make_loader
 from slidevlm.data.formats.hdf5_cases import CaseWriter, Hdf5Cases
@@ -200,6 +202,29 @@ def test_a_worker_sends_one_memory(write):
                 assert len(memories) == (sent if workers else len(tensors))
                 assert batch.tokens.data_ptr() % 64 == 0 or not workers
                 assert all(tensor.is_contiguous() for tensor in tensors)
+
+
+def test_one_batch_is_received_ahead_and_a_loop_left_early_begins_anew(write, monkeypatch):
+    loader = make_loader(dataset(write([4] * 12)), EvalBatches(12, 1), 1)
+    received: SimpleQueue[str] = SimpleQueue()
+    fetch = _MultiProcessingDataLoaderIter._next_data
+
+    def noted(self):
+        loaded = fetch(self)
+        received.put(loaded.batch.specimen_ids[0])
+        return loaded
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", noted)
+    batches = iter(loader)
+    assert next(batches).specimen_ids == ("s0",)
+    assert [received.get(timeout=60) for _ in range(2)] == ["s0", "s1"], "by itself"
+    batches.close()
+    again = [batch.specimen_ids[0] for batch in loader]
+    assert again == [f"s{i}" for i in range(12)], "what was received ahead is not lost"
+    assert [received.get(timeout=60) for _ in again] == again, "and no more than one was"
+    assert loader._receiver is not None
+    loader._receiver.join(60)
+    assert not loader._receiver.is_alive()
 
 
 @pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "fork"), (1, "spawn")])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -341,13 +343,60 @@ class BagLoader(DataLoader[Any]):
     """
 
     bad: BadSpecimens | StopAtBad
+    _receiver: threading.Thread | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for loaded in super().__iter__():
+        for loaded in self._received():
             for failure in loaded.failures:
                 self.bad.add(failure)
             yield loaded.batch
             del loaded  # or the bags would stay in memory while the next ones are read
+
+    def _received(self) -> Iterator[_Loaded]:
+        """What the workers send, each received while the one before is in use.
+
+        To receive a batch costs a connection to its worker, and the wait until that answers: a
+        millisecond in which training would stand still. Pinning has such a thread of torch's.
+        """
+        if self._receiver is not None:  # of a loop that was left early, still at its last batch
+            self._receiver.join()
+        batches = super().__iter__()
+        if not self.num_workers or self.pin_memory:
+            yield from batches
+            return
+        asked: SimpleQueue[bool] = SimpleQueue()
+        answers: SimpleQueue[_Loaded | BaseException] = SimpleQueue()
+        # A worker that never answers must not keep the process from ending: a daemon.
+        words = (batches, asked, answers)
+        self._receiver = threading.Thread(target=_receive, args=words, name="batches", daemon=True)
+        self._receiver.start()
+        try:
+            asked.put(True)
+            while True:
+                loaded = answers.get()
+                if isinstance(loaded, StopIteration):
+                    return
+                if isinstance(loaded, BaseException):
+                    raise loaded
+                asked.put(True)
+                yield loaded
+                del loaded
+        finally:
+            asked.put(False)
+
+
+def _receive(
+    batches: Iterator[_Loaded],
+    asked: SimpleQueue[bool],
+    answers: SimpleQueue[_Loaded | BaseException],
+) -> None:
+    """Fetch one whenever asked; an error, or the end, is an answer and the last one."""
+    while asked.get():
+        try:
+            answers.put(next(batches))
+        except BaseException as error:
+            answers.put(error)
+            return
 
 
 _GRACE_SECONDS = 30  # a worker lives on after SIGTERM, at most
