@@ -213,6 +213,7 @@ def test_without_a_run_folder_there_is_no_place_for_it(
 
 def test_an_evaluation_of_the_run_does_not_copy(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("copy-codebase: true\nseed: 3\n")
+    (tmp_path / "checkpoints").mkdir()
     for given in ({}, {"probe": True}):
         config = with_run_settings(tmp_path, with_values(Config(), given))
         assert not config.logging.copy_codebase and config.evaluation.seed == 3
