@@ -12,11 +12,12 @@ from pathlib import Path
 import h5py
 import pytest
 
+from slidevlm import cli_use
 from slidevlm.app import slide_model
 from slidevlm.cli import main
 from slidevlm.data.synthetic import DemoCohort, synthesize
 from slidevlm.eval.text_metrics.scoring import Scoring
-from slidevlm.models import generate
+from slidevlm.models import decoding, generate
 from slidevlm.models.decoding import Draft
 
 
@@ -290,3 +291,8 @@ def test_what_cannot_be_scored(files, tmp_path, capsys) -> None:
     assert "no file" in failing(["score", ours, true, "--clinical", "no.yaml"], capsys)
     assert "meteor-1.5.jar" in failing(["score", ours, true, "--meteor-data", tmp_path], capsys)
     assert "cannot be read" in failing(["score", tmp_path / "no.json", true], capsys)
+
+
+def test_the_command_offers_the_ways_to_choose_that_there_are() -> None:
+    """It names them itself, so that its help starts without torch."""
+    assert cli_use.CHOICES == decoding.CHOICES

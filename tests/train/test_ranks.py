@@ -181,6 +181,10 @@ def test_the_limit_is_a_number() -> None:
     for text in ("x", "-1", "nan"):
         with pytest.raises(ConfigError, match=LIMIT_VARIABLE):
             limit_of({LIMIT_VARIABLE: text})
+    assert limit_of({LIMIT_VARIABLE: "3", IDLE_VARIABLE: "7"}, IDLE_VARIABLE, 40) == 7
+    assert limit_of({LIMIT_VARIABLE: "3"}, IDLE_VARIABLE, 40) == 40
+    with pytest.raises(ConfigError, match=IDLE_VARIABLE):
+        limit_of({IDLE_VARIABLE: "soon"}, IDLE_VARIABLE, 40)
 
 
 def test_what_one_raises_ends_all_and_is_told_last(tmp_path: Path) -> None:

@@ -102,22 +102,8 @@ def analyse(config: AlignmentConfig, x: Tensor, words: Sequence[Words], vocab_si
         vocab_size: V.
     """
     n = len(x)
-    known, inverse = np.unique(np.concatenate([h for h, _ in words]), return_inverse=True)
-    row = np.repeat(np.arange(n), [len(h) for h, _ in words])
-    # Counted by pairs: a table of all reports by all words would be gigabytes.
-    pairs, times = np.unique(row * len(known) + inverse, return_counts=True)
-    row, word = np.divmod(pairs, len(known))
-    frequency = np.bincount(word, minlength=len(known))
-    # A share of very few reports would leave no words; one that is in one report is in every share.
-    allowed = np.flatnonzero(frequency <= max(1.0, config.most_reports * n))
-    most = allowed[np.argsort(-frequency[allowed], kind="stable")[: config.words]]
-    chosen = np.sort(most)  # by hash, as known is
-    place = np.full(len(known), -1)
-    place[chosen] = np.arange(len(chosen))
-    kept = place[word] >= 0
-    counts = np.zeros((n, len(chosen)))
-    counts[row[kept], place[word[kept]]] = times[kept]
-    frequency = frequency[chosen]
+    hashes, columns, counts = _table_of(words, config)
+    frequency = (counts > 0).sum(0)
     idf = torch.from_numpy(np.log((1 + n) / (1 + frequency)) + 1)
     text = torch.from_numpy(np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0.0)) * idf
     text = text / text.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -153,12 +139,40 @@ def analyse(config: AlignmentConfig, x: Tensor, words: Sequence[Words], vocab_si
     return Aligned(
         centre.float(),
         wide(directions),
-        torch.from_numpy(known[chosen]),
+        torch.from_numpy(hashes),
         idf.float(),
         wide(table),
         wide(middle @ into),
-        wide(_of_pieces(table, words, place[inverse], vocab_size)),
+        wide(_of_pieces(table, words, columns, vocab_size)),
     )
+
+
+def _table_of(
+    words: Sequence[Words], config: AlignmentConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which words count, and how often each is in each of the n reports.
+
+    Returns:
+        Hashes [W] of the words that count, ascending; for every word of all reports, end to end,
+        its place among them, -1 where it does not count; and counts [n, W] float64.
+    """
+    n = len(words)
+    known, inverse = np.unique(np.concatenate([h for h, _ in words]), return_inverse=True)
+    row = np.repeat(np.arange(n), [len(h) for h, _ in words])
+    # Counted by pairs: a table of all reports by all words would be gigabytes.
+    pairs, times = np.unique(row * len(known) + inverse, return_counts=True)
+    row, word = np.divmod(pairs, len(known))
+    frequency = np.bincount(word, minlength=len(known))
+    # A share of very few reports would leave no words; one that is in one report is in every share.
+    allowed = np.flatnonzero(frequency <= max(1.0, config.most_reports * n))
+    most = allowed[np.argsort(-frequency[allowed], kind="stable")[: config.words]]
+    chosen = np.sort(most)  # by hash, as known is
+    place = np.full(len(known), -1)
+    place[chosen] = np.arange(len(chosen))
+    kept = place[word] >= 0
+    counts = np.zeros((n, len(chosen)))
+    counts[row[kept], place[word[kept]]] = times[kept]
+    return known[chosen], place[inverse], counts
 
 
 def _right_vectors(matrix: Tensor, count: int) -> Tensor:
