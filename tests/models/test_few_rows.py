@@ -30,13 +30,14 @@ def test_the_numbers_are_those_of_the_layer(inputs: int, outputs: int, bias: boo
 def test_each_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of `benchmarks/few_rows.py`, in three shapes."""
     ways: list[str] = []
-    mm, linear, dense = torch.mm, module.F.linear, torch.Tensor.to_mkldnn
-    monkeypatch.setattr(torch, "mm", lambda *a: (ways.append("other side"), mm(*a))[1])
+    mm, linear, dense = torch.addmm, module.F.linear, torch.Tensor.to_mkldnn
+    monkeypatch.setattr(torch, "addmm", lambda *a: (ways.append("other side"), mm(*a))[1])
     monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda *a: (ways.append("oneDNN"), dense(*a))[1])
     monkeypatch.setattr(module.F, "linear", lambda *a: (ways.append("linear"), linear(*a))[1])
 
-    def way(inputs: int, outputs: int, rows: int) -> list[str]:
+    def way(inputs: int, outputs: int, rows: int, threads: int = 1) -> list[str]:
         ways.clear()
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         with torch.inference_mode():
             FewRows(nn.Linear(inputs, outputs))(torch.zeros(rows, inputs))
         return list(ways)
@@ -44,8 +45,17 @@ def test_each_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert way(512, 64, 8) == ["other side"] and way(512, 64, 9) == ["linear"]
     assert way(1024, 64, 5) == ["other side"] and way(1024, 64, 6) == ["linear"]
     assert way(1024, 4096, 5) == ["other side"] and way(1024, 4096, 6) == ["oneDNN", "linear"]
-    assert way(1024, 4096, 1) == ["oneDNN", "linear"]
-    assert way(1024, 4096, 65) == ["linear"] == way(8, 8, 1)
+    assert way(1024, 4096, 1) == ["other side"] == way(8, 8, 1)
+    assert way(1024, 4096, 65) == ["linear"] == way(8, 8, 0)
+    assert way(2048, 64, 1) == ["linear"] and way(2048, 64, 1, threads=2) == ["other side"]
+
+
+def test_what_comes_from_the_other_side_lies_side_by_side() -> None:
+    """Or attention falls back to its slow form: it asks for a last dimension of stride 1."""
+    for rows in (1, 4):
+        with torch.inference_mode():
+            y = FewRows(nn.Linear(64, 48))(torch.randn(rows, 1, 64))
+        assert y.is_contiguous()
 
 
 def test_layers_are_as_before_also_after_an_error() -> None:

@@ -1,9 +1,10 @@
 """Linear layers on a few rows, as generation has them: a row for each sequence that is written.
 
 Such a product takes the time of reading the weight. On a CPU the library that multiplies matrices
-is slow at it for all but one row, since it first copies the weight into the order in which it
-reads large products. Two ways around it, chosen by shape alone: the product from the other side,
-and oneDNN's. The numbers are those of the layer to rounding.
+is slow at it: one row it reads at half the speed that a core can, on one core however many there
+are; for a few it first copies the weight into the order in which it reads large products. Two ways
+around it, chosen by shape and number of threads alone: the product from the other side, for which
+a single row is taken twice, and oneDNN's. The numbers are those of the layer to rounding.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from slidevlm.models.linear import is_plain
 
 MOST = 64  # rows; more are many
-# Measured with MKL 2024.2 and oneDNN 3.12 on AVX2, one thread: `benchmarks/few_rows.py`.
+# Measured with MKL 2024.2 and oneDNN 3.12 on two processors: `benchmarks/few_rows.py`.
 OTHER_SIDE = 5  # rows for which the product from the other side is the fastest
 OTHER_SIDE_NARROW, NARROW = 8, 512  # likewise, up to so many inputs
+WIDE = 1536  # inputs above which one thread is slower from the other side
 LARGE = 2**22  # weights beyond what the processor keeps near; from here oneDNN is the faster
 
 
@@ -67,15 +69,23 @@ class FewRows:
     def __init__(self, linear: nn.Linear) -> None:
         self.weight, self.bias = linear.weight, linear.bias
         self.other_side = OTHER_SIDE_NARROW if linear.in_features <= NARROW else OTHER_SIDE
+        if linear.in_features > WIDE and torch.get_num_threads() == 1:
+            self.other_side = 0
         self.large = linear.weight.numel() >= LARGE
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         rows = x.numel() // x.shape[-1]
-        if 1 < rows <= self.other_side:
-            columns = torch.mm(self.weight, x.reshape(rows, -1).T)  # [out, rows]
-            y = columns.T.reshape(*x.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias
+        if 0 < rows <= self.other_side:
+            flat = x.reshape(rows, -1)
+            if rows == 1:
+                flat = torch.cat([flat, flat])
+            if self.bias is None:
+                columns = torch.mm(self.weight, flat.T)  # [out, rows]
+            else:
+                columns = torch.addmm(self.bias[:, None], self.weight, flat.T)
+            # Attention and GELU are slow on what does not lie side by side.
+            return columns.T[:rows].contiguous().view(*x.shape[:-1], -1)
         if self.large and rows <= MOST and rows:
             flat = x.reshape(rows, -1).to_mkldnn()
             y = F.linear(flat, self.weight, self.bias).to_dense()
