@@ -135,12 +135,8 @@ def stop() -> None:
         td.destroy_process_group()
 
 
-class Alone:
-    """Notes that the main thread does something that waits for no other process and no device.
-
-    There alone a process that stands still can be told from one that waits for another
-    (train/idle.py). Not to be nested.
-    """
+class Region:
+    """Notes that the main thread is within some part of the program. Not to be nested."""
 
     def __init__(self) -> None:
         self.mark = 0  # grows at every entry and exit
@@ -155,6 +151,14 @@ class Alone:
 
     def __exit__(self, *_: object) -> None:
         self.mark += 1
+
+
+class Alone(Region):
+    """What waits for no other process and no device.
+
+    There alone a process that stands still can be told from one that waits for another by itself
+    (train/idle.py).
+    """
 
     def each(self, values: Iterable[T]) -> Iterator[T]:
         """The same values, each fetched within."""
@@ -171,6 +175,15 @@ class Alone:
 
 
 alone = Alone()
+stepping = Region()  # a batch goes through the model, and the processes wait for each other
+
+
+def collectives() -> int:
+    """How many collectives this process has begun; of two that wait, the earlier has fewer."""
+    if _horovod is not None or not td.is_initialized():
+        return 0
+    group: Any = td.distributed_c10d._get_default_group()
+    return int(group._get_sequence_number_for_group())
 
 
 def rank() -> int:

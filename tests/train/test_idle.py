@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +49,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(idle.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(idle, "tasks_of_all", lambda: {1: TASK})
     monkeypatch.setattr(dist, "alone", dist.Alone())
+    monkeypatch.setattr(dist, "stepping", dist.Region())
+    monkeypatch.setattr(idle, "_main_seconds", lambda: 1.0)
     return now
 
 
@@ -67,6 +70,41 @@ def test_it_is_counted_within_one_thing_alone(clock: list[float]) -> None:
     with dist.alone:
         assert look(stands, clock, 1) == 0.0, "another thing"
     assert look(stands, clock, 5) == 0.0, "not within"
+
+
+def test_it_is_counted_within_one_step_while_no_collective_begins(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stands = Standstill()
+    with dist.stepping:
+        assert look(stands, clock, 11) == 9.0 and not stands.alone
+        monkeypatch.setattr(dist, "collectives", lambda: 7)
+        assert look(stands, clock, 1) == 0.0, "another one has begun"
+        assert look(stands, clock, 4) == 3.0
+        monkeypatch.setattr(idle, "tasks_of_all", lambda: {1: replace(TASK, state="D")})
+        assert look(stands, clock, 1) == 0.0, "it waits for a device"
+    assert look(stands, clock, 5) == 0.0, "not within"
+    with dist.alone:
+        assert look(stands, clock, 11) == 9.0 and stands.alone, "storage that hangs is told"
+
+
+def test_a_main_thread_that_computes_is_not_looked_at_further(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = iter(float(i) for i in range(100))
+    monkeypatch.setattr(idle, "_main_seconds", lambda: next(used))
+    monkeypatch.setattr(idle, "tasks_of_all", lambda: pytest.fail("looked at"))
+    stands = Standstill()
+    with dist.stepping:
+        assert look(stands, clock, 11) == 0.0
+
+
+def test_the_main_threads_time_on_the_processor() -> None:
+    before = idle._main_seconds()
+    until = time.process_time() + 0.1
+    while time.process_time() < until:
+        pass
+    assert 0.05 < idle._main_seconds() - before < 0.5
 
 
 def test_a_process_that_was_stopped_begins_anew(clock: list[float]) -> None:

@@ -75,6 +75,22 @@ try:
                 with dist.alone:
                     time.sleep(600)
             dist.barrier()
+        elif deed == "step":
+            with dist.stepping:
+                if rank == bad:
+                    time.sleep(600)
+                for wait in [dist.begin_sum(torch.ones(1)) for _ in range(rank + 1)]:
+                    wait()
+        elif deed == "slow step":
+            with dist.stepping:
+                if rank == bad:
+                    compute()
+                dist.barrier()
+        elif deed == "slow device":  # all have begun the same
+            with dist.stepping:
+                dist.barrier()
+                time.sleep(long)
+            dist.barrier()
         elif rank != bad:
             time.sleep(600)
         elif deed == "raise":
@@ -255,7 +271,18 @@ def test_a_main_thread_that_hangs_ends_all_and_is_told_last(tmp_path: Path, bad:
 
 @pytest.mark.slow
 @linux
-@pytest.mark.parametrize("deed", ["compute", "read"])
+@pytest.mark.parametrize("bad", [0, 2])
+def test_who_hangs_in_a_step_is_told_from_those_that_wait_for_it(tmp_path: Path, bad: int) -> None:
+    """All stand still; those that wait have begun 1, 2 or 3 collectives more."""
+    codes, told = by_hand(tmp_path, 3, "step", str(bad))
+    assert codes == [1, 1, 1], told
+    assert last_line(told).startswith(f"slidevlm: rank {bad} stands still: for "), told
+    assert told.count("stands still") == 1
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("deed", ["compute", "read", "slow step", "slow device"])
 def test_who_works_or_waits_for_one_that_does_stands_not_still(tmp_path: Path, deed: str) -> None:
     codes, told = by_hand(tmp_path, 2, deed, "1")
     assert codes == [0, 0], told
@@ -272,7 +299,7 @@ def test_processes_that_met_at_a_file_are_watched_too(tmp_path: Path) -> None:
 @pytest.mark.slow
 @linux
 @pytest.mark.parametrize("bad", [0, 1])
-@pytest.mark.parametrize("deed", ["raise", "stop", "kill"])
+@pytest.mark.parametrize("deed", ["raise", "stop", "kill", "step"])
 def test_torchrun_ends_in_time(tmp_path: Path, deed: str, bad: int) -> None:
     code, told = by_torchrun(tmp_path, deed, str(bad))
     assert code == 1, told
@@ -284,6 +311,8 @@ def test_torchrun_ends_in_time(tmp_path: Path, deed: str, bad: int) -> None:
         printed = [i for i, line in enumerate(told.splitlines()) if line.endswith(message)]
         assert printed[0] > max(ours)
         assert f"rank      : {bad} " in told
+    elif deed == "step":
+        assert f"slidevlm: rank {bad} stands still: for " in told
     else:
         what = "has given no sign" if deed == "stop" else "was killed"
         assert f"slidevlm: rank {bad} (process" in told and what in told

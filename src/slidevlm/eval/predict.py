@@ -98,25 +98,26 @@ def _share(
     for cpu_batch in dist.alone.each(batches):
         if not len(cpu_batch):  # all its specimens were bad
             continue
-        batch = cpu_batch.to(precision.device)
-        with precision.autocast():
-            output = model(batch.bags, batch.tokens, batch.token_mask, only_real=True)
-        if output.image_embedding is not None:  # a language model embeds nothing
-            images.append(output.image_embedding)
-            texts.append(output.text_embedding)
-        ids.append(cpu_batch.report_ids.numpy().copy())  # or it would hold the bags' memory
-        if output.logits is not None:
-            total = caption_loss_sum(output.logits, batch.tokens, batch.token_mask)
-            part.caption_sums.append(total.item())
-            part.caption_tokens += int(cpu_batch.token_mask[:, 1:].sum())
-        if writing is not None:
+        with dist.stepping:
+            batch = cpu_batch.to(precision.device)
             with precision.autocast():
-                rows = generate(
-                    model, batch.bags, batch.specimen_ids, writing.decoding, lookup=lookup
-                )
-            part.generated += [writing.decode(row) for row in rows]
-        part.specimens += batch.specimen_ids
-        part.patients += batch.patient_ids
+                output = model(batch.bags, batch.tokens, batch.token_mask, only_real=True)
+            if output.image_embedding is not None:  # a language model embeds nothing
+                images.append(output.image_embedding)
+                texts.append(output.text_embedding)
+            ids.append(cpu_batch.report_ids.numpy().copy())  # or it would hold the bags' memory
+            if output.logits is not None:
+                total = caption_loss_sum(output.logits, batch.tokens, batch.token_mask)
+                part.caption_sums.append(total.item())
+                part.caption_tokens += int(cpu_batch.token_mask[:, 1:].sum())
+            if writing is not None:
+                with precision.autocast():
+                    rows = generate(
+                        model, batch.bags, batch.specimen_ids, writing.decoding, lookup=lookup
+                    )
+                part.generated += [writing.decode(row) for row in rows]
+            part.specimens += batch.specimen_ids
+            part.patients += batch.patient_ids
         on_batch(len(part.specimens))
     if ids:
         part.report_ids = np.concatenate(ids)

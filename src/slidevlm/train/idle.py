@@ -1,9 +1,10 @@
 """Whether a process stands still: its main thread hangs, or a data worker that it waits for does.
 
-Only where the main thread waits for no other process and no device (`dist.alone`) can this be told
-from waiting: at one and the same thing there, neither the process nor its data workers use the
-processor, read, write or wake up. What cannot be seen counts as work, so that a process is rather
-taken for a busy one. Without Linux's /proc nothing is seen.
+At one and the same thing neither the process nor its data workers use the processor, read, write
+or wake up. Where the main thread waits for no other process and no device (`dist.alone`) that is
+all; in a step (`dist.stepping`) it may wait for the others, and who of them is behind decides
+(ranks.py). What cannot be seen counts as work, so that a process is rather taken for a busy one.
+Without Linux's /proc nothing is seen.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from types import FrameType
 from slidevlm import dist
 
 _SHARE = 0.01  # of a processor
+_BUSY_SECONDS = 0.05  # of the main thread between two looks: no need to look further
 _START_SECONDS = 0.1  # of processor time
 _WAKES_A_SECOND = 1.0  # a data loader looks every five seconds whether its workers live
 _HELD_UP_SECONDS = 10.0  # between two looks: this process was itself stopped
@@ -43,22 +45,42 @@ class Standstill:
     """How long this process has stood still."""
 
     def __init__(self) -> None:
-        self._mark = 0
+        self._at = self._place()
         self._last = self._since = time.monotonic()
         self._before: dict[int, Task] | None = None
+        self._used = _main_seconds()
 
     def seconds(self) -> float:
         """Up to now; 0 where it does not. To be asked about every second."""
-        mark, now = dist.alone.mark, time.monotonic()
-        same = mark == self._mark and now - self._last < _HELD_UP_SECONDS
-        self._mark, self._last = mark, now
-        if not (same and dist.alone.within(mark)):
+        at, now, used = self._place(), time.monotonic(), _main_seconds()
+        same = at == self._at and now - self._last < _HELD_UP_SECONDS
+        busy = used - self._used > _BUSY_SECONDS
+        self._at, self._last, self._used = at, now, used
+        if busy or not (same and (self.alone or dist.stepping.within(at[1]))):
             self._before = None
             return 0.0
         tasks = tasks_of_all()
-        if self._before is None or works(self._before, tasks, now - self._since):
+        # Where a device or a file system is slow, a step may wait for it as long as it takes.
+        slow = not self.alone and any(task.state == "D" for task in tasks.values())
+        if self._before is None or slow or works(self._before, tasks, now - self._since):
             self._before, self._since = tasks, now
         return now - self._since
+
+    @property
+    def alone(self) -> bool:
+        """Whether, when it was last asked, this process waited for no other one."""
+        return dist.alone.within(self._at[0])
+
+    @staticmethod
+    def _place() -> tuple[int, int, int]:
+        return dist.alone.mark, dist.stepping.mark, dist.collectives()
+
+
+def _main_seconds() -> float:
+    """Of the processor, that the main thread has used."""
+    clock = getattr(time, "pthread_getcpuclockid", None)  # not everywhere
+    main = threading.main_thread().ident
+    return time.clock_gettime(clock(main)) if clock is not None and main is not None else 0.0
 
 
 def is_seen() -> bool:

@@ -89,7 +89,8 @@ def train(
             on_device = [batch.to(plan.device) for batch in group]
             fetched = time.perf_counter()
             rate = plan.schedule(progress.step)
-            terms = step(on_device, rate)
+            with dist.stepping:
+                terms = step(on_device, rate)
             progress = Progress(progress.step + 1, epoch, progress.batch + plan.accum_freq)
             now = time.perf_counter()
             watcher.step(

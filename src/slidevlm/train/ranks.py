@@ -6,7 +6,9 @@ thread of each process gives a sign every two seconds and looks after the next p
 connection of its own to where the processes have met: whatever its number, a process costs the
 store two or three small messages a second.
 
-Such a thread lives on where the main thread hangs. Each process judges that of itself (idle.py).
+Such a thread lives on where the main thread hangs. Each process judges that of itself (idle.py); in
+a step, where those that wait for it stand still like it, by the number of collectives that each has
+begun, which the sign tells: who has the fewest, while another one is ahead, keeps them waiting.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ _TICKS_A_SIGN = 4
 _ANSWER_SECONDS = 10.0  # a failing process waits so long for the others, to print last
 _LINGER_SECONDS = 12.0  # and they for its end, so that torchrun sees it fail first
 _LEAVE_SECONDS = 30.0  # rank 0 may keep the store, and the others still look at it
+_ASK_AGAIN = 1.2  # times as long stood still: then the others' signs are read once more
 _LOST_SECONDS = 10.0  # a broken connection is explained by then, if anything explains it
 _DONE = "done"
 
@@ -55,6 +58,25 @@ class Failure:
     place: str = ""  # processes of the same place are children of one process
     own: bool = True  # told by the rank itself, which prints it; else by another
     hangs: bool = False  # it gives no sign, and cannot be relied on to end by itself
+
+
+@dataclass(frozen=True)
+class _Sign:
+    """That a process lives."""
+
+    number: int = 0  # grows
+    collectives: int = 0  # begun
+    pid: int = 0
+    place: str = ""  # as in `Failure`; last, as it may hold blanks
+
+    @property
+    def text(self) -> str:
+        return f"{self.number} {self.collectives} {self.pid} {self.place}"
+
+    @classmethod
+    def read(cls, text: str) -> _Sign:
+        number, collectives, pid, place = text.split(" ", 3)
+        return cls(int(number), int(collectives), int(pid), place)
 
 
 def limit_of(
@@ -172,11 +194,29 @@ class RankWatch:
         """A main thread that hangs says nothing of it."""
         if not idle.is_seen() or self._idle_limit == float("inf"):
             return
-        stands = idle.Standstill()
+        stands, asked_at = idle.Standstill(), 0.0
         while not self._over.wait(1.0):
             seconds = stands.seconds()
-            if seconds >= self._idle_limit and self._ending.acquire(blocking=False):
+            if seconds < max(self._idle_limit, _ASK_AGAIN * asked_at):
+                asked_at = min(asked_at, seconds)  # 0 once it has moved
+                continue
+            asked_at = seconds
+            if (stands.alone or self._is_behind()) and self._ending.acquire(blocking=False):
                 self._end_itself(seconds)
+
+    def _is_behind(self) -> bool:
+        """Whether this process keeps others waiting, and none keeps it waiting."""
+        keys = [f"sign/{rank}" for rank in range(self._world) if rank != self._rank]
+        try:
+            if not self._store.check(keys):
+                return False
+            signs = [bytes(sign).decode() for sign in self._store.multi_get(keys)]
+        except RuntimeError:  # the store is gone, which `_watch` tells
+            return False
+        others = [_Sign.read(sign).collectives for sign in signs if sign != _DONE]
+        mine = dist.collectives()
+        # What another one has begun since its sign can only make this process wait once more.
+        return bool(others) and max(others) > mine <= min(others)
 
     def _end_itself(self, seconds: float) -> NoReturn:
         workers = multiprocessing.active_children()
@@ -202,8 +242,8 @@ class RankWatch:
 
     def _sign(self) -> None:
         self._signs += 1
-        sign = _DONE if self._leaving else f"{self._signs} {os.getpid()} {self._place}"
-        self._store.set(f"sign/{self._rank}", sign)
+        sign = _Sign(self._signs, dist.collectives(), os.getpid(), self._place)
+        self._store.set(f"sign/{self._rank}", _DONE if self._leaving else sign.text)
 
     def _sign_of_next(self) -> str:
         key = f"sign/{self._next}"
@@ -217,19 +257,18 @@ class RankWatch:
             self._seen, self._silent_seconds = sign, 0.0
         else:
             self._silent_seconds += _TICK_SECONDS * _TICKS_A_SIGN
-        _, pid, place = sign.split(" ", 2) if sign else ("", "0", "")
-        about = f"rank {self._next} (process {pid} of {place.partition('|')[0]})" if sign else (
-            f"rank {self._next}"
-        )  # fmt: skip
-        if place == self._place and not _lives(int(pid)):
+        told = _Sign.read(sign) if sign else _Sign()
+        host = told.place.partition("|")[0]
+        about = f"rank {self._next}" + (f" (process {told.pid} of {host})" if sign else "")
+        if told.place == self._place and not _lives(told.pid):
             if self._sign_of_next() != _DONE:  # it may have left properly in between
-                self._accuse(f"{about} was killed", int(pid), place, hangs=False)
+                self._accuse(f"{about} was killed", told, hangs=False)
         elif self._silent_seconds >= self._limit:
             silent = f"{about} has given no sign for {self._silent_seconds:.0f} s"
-            self._accuse(silent, int(pid), place, hangs=True)
+            self._accuse(silent, told, hangs=True)
 
-    def _accuse(self, message: str, pid: int, place: str, *, hangs: bool) -> None:
-        self._end(self._first(Failure(self._next, message, pid, place, False, hangs)))
+    def _accuse(self, message: str, sign: _Sign, *, hangs: bool) -> None:
+        self._end(self._first(Failure(self._next, message, sign.pid, sign.place, False, hangs)))
 
     # --- ends -------------------------------------------------------------------------------
 
