@@ -26,10 +26,10 @@ demo: $(STAMP) ## synthesize a cohort, train, evaluate; a run folder to look at,
 	rm -rf $(DEMO)/cohort $(DEMO)/runs/demo
 	$(BIN)/slidevlm demo $(DEMO)
 
-test: $(STAMP) ## the whole test suite, in two processes
-	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist loadfile
+test: $(STAMP) ## the tests, in two processes; ALL=1: those over ten seconds too, as CI does
+	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist loadfile $(if $(ALL),,-m "not slow")
 
-faults: $(STAMP) ## strike a training on two processes down 50 times (make test: 8), some 15 minutes
+faults: $(STAMP) ## strike a training on two processes down 50 times (make test ALL=1: 8), some 15 minutes
 	SLIDEVLM_FAULTS=50 $(BIN)/python -m pytest -q -s tests/faults
 
 hard: $(STAMP) ## faults, damaged and harmful files, ten minutes of fuzzing, two hours of trainings
