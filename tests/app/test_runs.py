@@ -5,10 +5,12 @@ Runs are processes where exit codes, kills or several ranks matter, and calls el
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -452,6 +454,37 @@ AUGMENTATION = {
     "probability": 0.7,
     "drop_fraction": 0.3,
 }
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes of Linux")
+def test_a_launcher_killed_before_the_processes_have_met(settings: dict[str, Any]) -> None:
+    """They wait where nobody is, which they would do for ten minutes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {
+        "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "0",
+        "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    program = (
+        "import os, sys; from slidevlm.cli import main; from slidevlm.train import launcher;"
+        "launcher.note_launcher(); print(os.getpid(), flush=True); sys.exit(main(sys.argv[1:]))"
+    )
+    agent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.call([{sys.executable!r}, '-c',"
+         f" {program!r}, *sys.argv[1:]])", "train", *words_of(settings), "--dist-backend", "gloo"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **variables},
+    )  # fmt: skip
+    assert agent.stdout is not None and agent.stderr is not None
+    worker = int(agent.stdout.readline())
+    agent.kill()
+    try:  # its standard error is open as long as it lives
+        _, told = agent.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+    assert "torchrun is gone; ending, go on with --resume latest" in told
 
 
 def test_augmentation_changes_training_alone_and_resumes_exactly(settings: dict[str, Any]) -> None:

@@ -78,17 +78,18 @@ def run_all(config: Config) -> Outcome:
     config = with_adam_defaults(config)
     device = choose_device(config)
     check_exchange(config, device)
-    if config.distributed.horovod:
-        dist.start_horovod()
-    else:
-        dist.start(config.distributed.dist_backend, device, codebase.meeting(config))
-    try:
-        configure_logging(debug=config.logging.debug, main=dist.is_main())
-        with LauncherWatch(), RankWatch(), _debugging(config.logging.debug):
-            precision = resolve_precision(config.optim.precision, device)
-            return _train(with_device(config, device), precision)
-    finally:
-        dist.stop()
+    with LauncherWatch():  # to wait for the others may take minutes
+        if config.distributed.horovod:
+            dist.start_horovod()
+        else:
+            dist.start(config.distributed.dist_backend, device, codebase.meeting(config))
+        try:
+            configure_logging(debug=config.logging.debug, main=dist.is_main())
+            with RankWatch(), _debugging(config.logging.debug):
+                precision = resolve_precision(config.optim.precision, device)
+                return _train(with_device(config, device), precision)
+        finally:
+            dist.stop()
 
 
 def evaluate_run(run: Path, overrides: Config | None = None) -> dict[str, float]:

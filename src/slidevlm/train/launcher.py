@@ -15,6 +15,26 @@ from types import TracebackType
 log = logging.getLogger("slidevlm.train")
 
 POLL_SECONDS = 1.0
+_NOTE = "SLIDEVLM_LAUNCHER"  # a process and its launcher: in the environment, which outlives exec
+
+
+def note_launcher() -> None:
+    """Remember whose child this process is; for the first line of a program.
+
+    Importing torch takes seconds. A launcher that is killed within them is gone before anything
+    watches it, and whoever asks then is told another parent.
+    """
+    if _is_launched() and _noted() is None:
+        os.environ[_NOTE] = f"{os.getpid()} {os.getppid()}"
+
+
+def _is_launched() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ  # torchrun sets it
+
+
+def _noted() -> int | None:
+    process, _, launcher = os.environ.get(_NOTE, "").partition(" ")
+    return int(launcher) if process == str(os.getpid()) else None
 
 
 class LauncherWatch:
@@ -26,9 +46,10 @@ class LauncherWatch:
 
     def __init__(self, poll_seconds: float = POLL_SECONDS) -> None:
         self._poll_seconds = poll_seconds
-        self._parent = os.getppid()
+        noted = _noted()
+        self._parent = os.getppid() if noted is None else noted
         self._over = threading.Event()
-        self._launched = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun sets it
+        self._launched = _is_launched()
 
     def _watch(self) -> None:
         while not self._over.wait(self._poll_seconds):
