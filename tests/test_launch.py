@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from slidevlm.errors import ConfigError
-from slidevlm.launch import Place, check_meeting_file, first_node, place_of, slurm_port
+from slidevlm.launch import (
+    Place,
+    check_agent_store,
+    check_meeting_file,
+    first_node,
+    place_of,
+    slurm_port,
+)
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"
@@ -94,6 +101,19 @@ found = dist.gather_objects((dist.rank(), dist.local_rank()))
 dist.stop()
 print(json.dumps([found, dist.is_main_of_environment()]))
 """
+
+
+def test_torchruns_store_is_there_before_its_processes() -> None:
+    variables = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with socket.socket() as store:
+        store.bind(("127.0.0.1", 0))
+        variables["MASTER_PORT"] = str(store.getsockname()[1])
+        with pytest.raises(ConfigError, match="torchrun, which keeps the store .* is gone"):
+            check_agent_store(variables, "env://", 0.3)
+        check_agent_store(variables, "tcp://elsewhere:1", 0.3)
+        check_agent_store(variables | {"TORCHELASTIC_USE_AGENT_STORE": "False"}, "env://", 0.3)
+        store.listen()
+        check_agent_store(variables, "env://", 0.3)
 
 
 @pytest.mark.parametrize("way", ["slurm", "file", "tcp"])

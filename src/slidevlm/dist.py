@@ -33,6 +33,7 @@ _reduce_scatter: Any = getattr(td, "reduce_scatter_single", None) or td.reduce_s
 
 _horovod: hvd.Horovod | None = None  # in torch.distributed's place, with --horovod
 
+_AGENT_SECONDS = 30.0  # torchrun's store is there at once, but a network may fail for a while
 _BUCKET_ELEMENTS = 8 * 1024 * 1024  # 32 MB of float32: few messages, little extra memory
 
 
@@ -56,6 +57,7 @@ def start(
             log.warning("--dist-backend nccl needs CUDA; using gloo")
         backend = "gloo"
     launch.check_meeting_file(place.url, 60 * timeout_minutes, time.time())
+    launch.check_agent_store(os.environ, place.url, _AGENT_SECONDS)
     if place.started_by == "Slurm" and place.rank == 0:
         log.info("Slurm: waiting at %s for %d processes", place.url, place.world_size)
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,3 +140,26 @@ def check_meeting_file(url: str, older_than_seconds: float, now: float) -> None:
             f"--dist-url {url}: an earlier run has left the file; delete it, or "
             "name a new one for every run"
         )
+
+
+def check_agent_store(environment: Mapping[str, str], url: str, seconds: float) -> None:
+    """ConfigError where torchrun's store has no listener for so long.
+
+    It had one before torchrun started this process: torchrun was killed, and to wait would be vain.
+    """
+    if url != "env://" or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    host, port = environment["MASTER_ADDR"], _number(environment, "MASTER_PORT")
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=seconds).close()
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"torchrun, which keeps the store at {host}:{port} where its processes meet, "
+                    f"is gone ({error}); start anew"
+                ) from error
+            time.sleep(0.2)
+        else:
+            return
