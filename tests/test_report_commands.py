@@ -157,7 +157,7 @@ def test_a_report_is_kept_when_it_is_done(run, cohort, tmp_path, monkeypatch, mo
     whole, output = tmp_path / "whole.json", tmp_path / "part.json"
     assert caption(run, cohort, whole, *more) == 0
 
-    def stopping(model, bags, names: Sequence[str], decoding, prompt, finished, lookup):
+    def stopping(model, bags, names: Sequence[str], decoding, prompt, finished, *rest):
         done: list[int] = []
 
         def told(number: int, drafts: list[Draft]) -> None:
@@ -166,7 +166,7 @@ def test_a_report_is_kept_when_it_is_done(run, cohort, tmp_path, monkeypatch, mo
             if len(done) == 3:
                 raise KeyboardInterrupt
 
-        return generate.draft(model, bags, names, decoding, prompt, told, lookup)
+        return generate.draft(model, bags, names, decoding, prompt, told, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(slide_model, "draft", stopping)

@@ -171,8 +171,8 @@ class _CaptionArguments(_UseArguments):
     )
     choose: str | None = arg(
         None,
-        "which are the best: by the model's own score, by agreement with the other candidates, by "
-        "nearness to the slide in the joint space, or by both of the last",
+        "which are the best: by the model's own score, by agreement of their words with those of "
+        "the other candidates, by nearness to the slide in the joint space, or by both of the last",
         default_text=_MODELS.format("likelihood"),
         choices=CHOICES,
     )

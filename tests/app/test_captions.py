@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,13 @@ from slidevlm.app import evaluate_run, train
 from slidevlm.app.export import export
 from slidevlm.app.slide_model import load
 from slidevlm.app.trained import restore
+from slidevlm.cli import main
 from slidevlm.config import Config, with_values
 from slidevlm.data.cases import open_store
 from slidevlm.data.dataset import BagDataset, collate
 from slidevlm.data.synthetic import DemoCohort
+from slidevlm.data.tokenizer import Tokenizer
+from slidevlm.eval.text_metrics.ptb import tokenize
 from slidevlm.models import zoo
 from slidevlm.models.generate import Decoding, generate
 from slidevlm.train import checkpoint as ckpt
@@ -59,7 +66,17 @@ def run(cohort: DemoCohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def expected(run: Path, cohort: DemoCohort, **how: Any) -> list[str]:
+def scored_words(tokenizer: Tokenizer, row: Sequence[int]) -> list[str]:
+    """Those that the scores of text count."""
+    return tokenize(tokenizer.decode(row))
+
+
+def expected(
+    run: Path,
+    cohort: DemoCohort,
+    words: Callable[[Tokenizer, Sequence[int]], Sequence[str]] = scored_words,
+    **how: Any,
+) -> list[str]:
     """The reports of the validation split, from the checkpoint and the decoding itself."""
     trained = restore(ckpt.load(run / "checkpoints/epoch_1.pt")[0])
     store = open_store(
@@ -75,7 +92,13 @@ def expected(run: Path, cohort: DemoCohort, **how: Any) -> list[str]:
     data = BagDataset(store, cases, [""] * len(cases), tokenizer, 64, 100_000, 0, False)
     ids = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
     bags = collate([data[i] for i in range(len(cases))]).bags
-    rows = generate(trained.model, bags, names, Decoding(*ids, **how))
+    rows = generate(
+        trained.model,
+        bags,
+        names,
+        Decoding(*ids, **how),
+        words=lambda row: words(tokenizer, row),
+    )
     return [tokenizer.decode(row) for row in rows]
 
 
@@ -120,6 +143,53 @@ def test_a_model_brings_its_own_decoding(cohort: DemoCohort, tmp_path: Path) -> 
     exported = tmp_path / "exported"
     export(str(mine), exported)
     assert load(exported, device="cpu").decoding() == used.decoding()
+
+
+AGREEING = {"max_tokens": 15, "top_k": 20, "candidates": 6, "choose": "consensus"}
+
+
+@pytest.fixture(scope="module")
+def agreeing(cohort: DemoCohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model's reports are those of several whose words agree most."""
+    folder = tmp_path_factory.mktemp("agreeing")
+    model = folder / "mine.json"
+    model.write_text(json.dumps({**zoo.load("coca_tiny").to_dict(), "generation": AGREEING}))
+    return trained_run(cohort, folder, model=str(model))
+
+
+def test_the_words_that_are_scored_are_compared_everywhere(
+    agreeing: Path, cohort: DemoCohort, tmp_path: Path
+) -> None:
+    """In training, evaluations and `slidevlm caption`, in batches of any size."""
+    wanted = expected(agreeing, cohort, **AGREEING)
+    assert written(agreeing / "captions_epoch_1.json") == wanted
+    tokens = expected(agreeing, cohort, lambda _, row: list(map(str, row)), **AGREEING)
+    assert wanted != tokens, "words and not tokens"
+    evaluate_run(agreeing, with_values(Config(), {"batch_size": 4, "name": "again"}))
+    assert written(agreeing / "again/captions_evaluation.json") == wanted
+    for size in (1, 5):
+        output = tmp_path / f"{size}.json"
+        words = ["caption", agreeing, cohort.hdf5, "--split", cohort.split("val")]
+        words += ["--output", output, "--batch-size", size, "--workers", 0]
+        words += ["--device", "cpu", "--precision", "fp32"]
+        assert main([str(word) for word in words]) == 0
+        records = json.loads(output.read_text())
+        assert [r["report"] for r in records] == wanted
+        assert all(r["merit"] > 0 for r in records)
+
+
+@pytest.mark.slow
+def test_two_processes_choose_as_one(agreeing: Path, cohort: DemoCohort) -> None:
+    """Each has some of the batches; the last one is smaller."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "-m", "--", "slidevlm", "evaluate", str(agreeing)]
+    command += ["--name", "two", "--batch-size", "3", "--dist-backend", "gloo"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={**os.environ}, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    wanted = written(agreeing / "captions_epoch_1.json")
+    assert len(wanted) % 3 and written(agreeing / "two/captions_evaluation.json") == wanted
 
 
 def test_examples_are_shown_as_text(run: Path) -> None:

@@ -22,6 +22,7 @@ from slidevlm.app.pretrained import read_pretrained
 from slidevlm.app.trained import Trained, restore
 from slidevlm.batch import Bags
 from slidevlm.errors import CheckpointError, ConfigError
+from slidevlm.eval.predict import Writing
 from slidevlm.eval.prompts import Prompts, prompts_of, read_prompts
 from slidevlm.eval.tasks.zero_shot import ClassTexts, embed_prompts
 from slidevlm.models import CoCa
@@ -87,9 +88,9 @@ class Report:
         text: the report, with the prompt it begins with.
         score: log-probability / tokens ** length_penalty; None where it is not finite.
         ended: whether the model ended it, rather than the limit of tokens.
-        merit: what it was chosen by: mean agreement with the other candidates (consensus), cosine
-            with the slide (similarity), or their standardised sum (both); None where that is the
-            score.
+        merit: what it was chosen by: mean agreement of its words with those of the other candidates
+            (consensus), cosine with the slide (similarity), or their standardised sum (both); None
+            where that is the score.
     """
 
     text: str
@@ -480,12 +481,13 @@ class SlideModel:
         `finished` is told of each bag, by its number, as soon as its reports are there.
         """
         tokenizer = self.trained.tokenizer
-        words = tokenizer.tokens(prompt) if prompt else []
+        given = tokenizer.tokens(prompt) if prompt else []
+        words = Writing(decoding, tokenizer.decode).words
 
         def reports(drafts: Sequence[Draft]) -> list[Report]:
             return [
                 Report(
-                    tokenizer.decode([*words, *one.tokens]),
+                    tokenizer.decode([*given, *one.tokens]),
                     one.score if math.isfinite(one.score) else None,
                     one.ended,
                     one.merit,
@@ -498,7 +500,9 @@ class SlideModel:
                 finished(number, reports(drafts))
 
         with torch.inference_mode(), self.precision.autocast():
-            found = draft(self.trained.model, bags, names, decoding, words, told, self._lookup)
+            found = draft(
+                self.trained.model, bags, names, decoding, given, told, self._lookup, words
+            )
         return [reports(drafts) for drafts in found]
 
     def _coca(self) -> CoCa:

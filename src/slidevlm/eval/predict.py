@@ -15,6 +15,7 @@ from torch import Tensor
 from slidevlm import dist
 from slidevlm.batch import Batch, Predictions
 from slidevlm.errors import DataError
+from slidevlm.eval.text_metrics.ptb import tokenize
 from slidevlm.losses import caption_loss_sum
 from slidevlm.models import Model
 from slidevlm.models.generate import Decoding, Lookup, generate
@@ -32,6 +33,10 @@ class Writing:
 
     decoding: Decoding
     decode: Callable[[Sequence[int]], str]
+
+    def words(self, tokens: Sequence[int]) -> list[str]:
+        """Of a report, as it is scored: by them reports are chosen that agree."""
+        return tokenize(self.decode(tokens))
 
 
 @dataclass
@@ -113,7 +118,12 @@ def _share(
             if writing is not None:
                 with precision.autocast():
                     rows = generate(
-                        model, batch.bags, batch.specimen_ids, writing.decoding, lookup=lookup
+                        model,
+                        batch.bags,
+                        batch.specimen_ids,
+                        writing.decoding,
+                        lookup=lookup,
+                        words=writing.words,
                     )
                 part.generated += [writing.decode(row) for row in rows]
             part.specimens += batch.specimen_ids

@@ -1,8 +1,8 @@
 """Which of several drafts of a slide's report is the best.
 
 - likelihood: the one with the highest score.
-- consensus: the one that agrees most with the others: of draws from the model, the one with the
-  least expected loss (minimum Bayes risk; Kumar and Byrne, 2004; Eikema and Aziz, 2022). What a
+- consensus: the one whose words agree most with the others': of draws from the model, the one with
+  the least expected loss (minimum Bayes risk; Kumar and Byrne, 2004; Eikema and Aziz, 2022). What a
   single draw says by chance, others do not say.
 - similarity: the one whose embedding is nearest to the slide's, as the model's own contrastive side
   has learned it.
@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,10 +23,14 @@ from slidevlm.models.coca import CoCa
 from slidevlm.models.decoding import Decoding, Draft
 from slidevlm.models.language import LanguageModel
 
-_ORDERS = (1, 2, 3, 4)  # lengths of the runs of tokens that are compared
+# Tokens of a report, without BOS, prompt and EOS -> its words, as those who score it count them.
+Words = Callable[[Sequence[int]], Sequence[str]]
+
+_ORDERS = (1, 2, 3, 4)  # lengths of the runs of words that are compared
 _RECALL = 0.85  # weight of recall against precision, that of METEOR (Denkowski and Lavie, 2014)
 _TINY = 1e-9
 _SIMILARITY = ("similarity", "both")  # these need an embedding of the slide
+_CONSENSUS = ("consensus", "both")  # these need words
 
 
 class Chooser:
@@ -37,9 +41,10 @@ class Chooser:
         image: [B, E] embeddings of the slides; None of a language model.
         prompt: tokens that every report begins with, after BOS.
         decoding: `choose` and `best`.
+        words: of a draft; None where it is not chosen by consensus.
 
     Raises:
-        ConfigError: similarity is asked of a language model, alone or with consensus.
+        ConfigError: similarity is asked of a language model, or consensus without words.
     """
 
     def __init__(
@@ -48,13 +53,19 @@ class Chooser:
         image: Tensor | None,
         prompt: Sequence[int],
         decoding: Decoding,
+        words: Words | None,
     ) -> None:
         if decoding.choose in _SIMILARITY and image is None:
             raise ConfigError(
                 f"choose {decoding.choose} compares reports with the slide's embedding, which a "
                 "language model has not; choose by consensus or likelihood"
             )
-        self.model, self.image = model, image
+        if decoding.choose in _CONSENSUS and words is None:
+            raise ConfigError(
+                f"choose {decoding.choose} compares the words of reports; give words, which makes "
+                "them of a report's tokens"
+            )
+        self.model, self.image, self.words = model, image, words
         self.prompt, self.decoding = tuple(prompt), decoding
 
     def best(self, slide: int, drafts: Sequence[Draft]) -> list[Draft]:
@@ -69,7 +80,8 @@ class Chooser:
         choose, times = self.decoding.choose, [d.times for d in drafts]
         if choose == "similarity":
             return self._similarities(slide, drafts)
-        agreements = agreement([d.tokens for d in drafts], times)
+        assert self.words is not None, "made sure of at the beginning"
+        agreements = agreement([self.words(d.tokens) for d in drafts], times)
         if choose == "consensus":
             return agreements
         parts = (standardised(x, times) for x in (agreements, self._similarities(slide, drafts)))
@@ -93,15 +105,15 @@ class Chooser:
         return self.model.encode_text(torch.tensor(padded, device=device), mask)
 
 
-def agreement(texts: Sequence[Sequence[int]], times: Sequence[int]) -> list[float]:
+def agreement(texts: Sequence[Sequence[Hashable]], times: Sequence[int]) -> list[float]:
     """How much each of C texts agrees with the others, from 0 to 1.
 
-    A text agrees with another by the F score of its runs of 1, 2, 3 and 4 tokens, averaged over
+    A text agrees with another by the F score of its runs of 1, 2, 3 and 4 words, averaged over
     the four. Recall counts more than precision: what others say and a text leaves out is the
     greater fault, as in METEOR.
 
     Args:
-        texts: different from each other.
+        texts: the words of each.
         times: that each came up; it agrees with itself where that is more than once.
     """
     weights = torch.tensor(times, dtype=torch.float64)
@@ -129,9 +141,9 @@ def _alike(counts: Tensor) -> Tensor:
     return shared / (_RECALL * totals + (1 - _RECALL) * totals[:, None]).clamp_min(_TINY)
 
 
-def _counts(texts: Sequence[Sequence[int]], order: int) -> Tensor:
-    """How often each text has each run of `order` tokens: [C, G] float64."""
-    number: dict[tuple[int, ...], int] = {}
+def _counts(texts: Sequence[Sequence[Hashable]], order: int) -> Tensor:
+    """How often each text has each run of `order` words: [C, G] float64."""
+    number: dict[tuple[Hashable, ...], int] = {}
     rows, columns = [], []
     for row, text in enumerate(texts):
         for run in zip(*(text[i:] for i in range(order)), strict=False):

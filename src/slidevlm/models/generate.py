@@ -18,7 +18,7 @@ from torch import Tensor
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models.beams import search
-from slidevlm.models.choosing import Chooser
+from slidevlm.models.choosing import Chooser, Words
 from slidevlm.models.coca import CoCa
 from slidevlm.models.decoding import (
     Decoding,
@@ -44,13 +44,14 @@ def generate(
     decoding: Decoding,
     prompt: Sequence[int] = (),
     lookup: Lookup | None = None,
+    words: Words | None = None,
 ) -> list[list[int]]:
     """Write one report a bag, the best one: see `draft`.
 
     Returns:
         B lists of the generated token ids, without BOS, prompt and EOS.
     """
-    found = draft(model, bags, specimen_ids, decoding, prompt, lookup=lookup)
+    found = draft(model, bags, specimen_ids, decoding, prompt, lookup=lookup, words=words)
     return [list(drafts[0].tokens) for drafts in found]
 
 
@@ -63,6 +64,7 @@ def draft(
     prompt: Sequence[int] = (),
     finished: Finished | None = None,
     lookup: Lookup | None = None,
+    words: Words | None = None,
 ) -> list[list[Draft]]:
     """Write the `decoding.best` best reports of each bag.
 
@@ -76,13 +78,16 @@ def draft(
         lookup: guesses tokens, so that one pass writes several; the reports are the same, but for
             rounding where two tokens are as good as equally likely. Not used with beams, nor in 16
             bits.
+        words: of a report's tokens, the prompt left out; needed to choose by consensus, which
+            compares them.
 
     Returns:
         B lists, the best draft first; fewer than asked for where no more different ones came up.
 
     Raises:
         ConfigError: the model has no decoder, the prompt leaves no room in its context, or drafts
-            are chosen by similarity and the model is a language model.
+            are chosen by similarity and the model is a language model, or by consensus without
+            words.
     """
     if model.decoder is None:
         raise ConfigError("this model has no decoder: a clip model cannot write reports")
@@ -99,7 +104,7 @@ def draft(
         device = bags.features.device
         begun: tuple[Any, Any] = model.start(bags, 1 + len(prompt) + steps)
         image, cache = begun
-        chooser = Chooser(model, image, prompt, decoding)
+        chooser = Chooser(model, image, prompt, decoding, words)
 
         def keep(bag: int, drafts: list[Draft]) -> None:
             found[bag] = chooser.best(bag, drafts)
