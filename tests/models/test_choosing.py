@@ -120,19 +120,19 @@ def test_similarity_takes_the_draft_nearest_to_the_slide(model: CoCa, bags: Bags
             assert best.tokens == drafts[slide][near.index(max(near))].tokens
 
 
-def test_both_are_added_in_standard_deviations(model: CoCa, bags: Bags) -> None:
+def test_both_are_added_in_standard_deviations_similarity_by_half(model: CoCa, bags: Bags) -> None:
     everything = {
         choose: draft(model, bags, NAMES, replace(DRAWS, choose=choose, best=6), words=words)
         for choose in ("consensus", "similarity", "both")
     }
     for slide in range(len(NAMES)):
         total = dict.fromkeys((d.tokens for d in everything["both"][slide]), 0.0)
-        for choose in ("consensus", "similarity"):
+        for choose, weight in (("consensus", 1.0), ("similarity", 0.5)):
             drawn = [d for d in everything[choose][slide] for _ in range(d.times)]
             merits = [d.merit for d in drawn]
             mean, spread = statistics.fmean(merits), statistics.pstdev(merits)
             for d in everything[choose][slide]:
-                total[d.tokens] += (d.merit - mean) / spread
+                total[d.tokens] += weight * (d.merit - mean) / spread
         found = [d.merit for d in everything["both"][slide]]
         assert found == pytest.approx(sorted(total.values(), reverse=True), abs=1e-4)
     assert standardised([0.5, 0.5], [1, 3]) == [0.0, 0.0]

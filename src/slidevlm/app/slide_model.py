@@ -89,8 +89,8 @@ class Report:
         score: log-probability / tokens ** length_penalty; None where it is not finite.
         ended: whether the model ended it, rather than the limit of tokens.
         merit: what it was chosen by: mean agreement of its words with those of the other candidates
-            (consensus), cosine with the slide (similarity), or their standardised sum (both); None
-            where that is the score.
+            (consensus), cosine with the slide (similarity), or the sum of the first and half of the
+            second, in standard deviations (both); None where that is the score.
     """
 
     text: str
