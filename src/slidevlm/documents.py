@@ -159,6 +159,15 @@ def size_problem(length: int, most: int, what: str) -> str | None:
     )
 
 
+def is_file_name(name: object) -> bool:
+    """Whether a name that stands in a file is that of a file of one folder, and leads out of none.
+
+    >>> [is_file_name(name) for name in ("a.pt", "../a.pt", "..", "/a.pt", "b\\\\a.pt", 7)]
+    [True, False, False, False, False, False]
+    """
+    return isinstance(name, str) and name not in ("", ".", "..") and not set("/\\\0") & set(name)
+
+
 class Table(list[str]):
     """A CSV that grows by rows, and reads back as it was written.
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slidevlm.documents import json_of
-from slidevlm.errors import ConfigError
+from slidevlm.documents import is_file_name, json_of
+from slidevlm.errors import ConfigError, without_secrets
 
 # The weights of a folder, the first of which that is there; an index names its parts.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -141,7 +141,7 @@ def _parts(index: Path, argument: str) -> list[str]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{argument}: {index} is no index of weights: {error}") from error
     for part in parts:
-        if not isinstance(part, str) or Path(part).name != part or "\\" in part:
+        if not is_file_name(part):
             raise ConfigError(
                 f"{argument}: {index} names {part!r:.80}, which is no file beside it; an index "
                 "that leads elsewhere is not followed"
@@ -150,4 +150,5 @@ def _parts(index: Path, argument: str) -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return without_secrets(first)[:200]

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from slidevlm.documents import DocumentError, json_of
-from slidevlm.errors import ConfigError
+from slidevlm.errors import ConfigError, without_secrets
 
 log = logging.getLogger("slidevlm.remote")
 
@@ -26,7 +26,6 @@ _STALLED_SECONDS = 60.0  # without a byte or a file more, nothing is waited for 
 _LONGEST_SECONDS = 1800.0  # that the end of a run waits for its last copy
 _FIRST_PAUSE_SECONDS = 5.0  # after a failure; doubled after every further one
 _LAST_TRIES, _LAST_PAUSE_SECONDS = 3, 1.0
-_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
 
 def _file_system(url: str, protocol: str) -> tuple[Any, str]:
@@ -56,10 +55,7 @@ def _file_system(url: str, protocol: str) -> tuple[Any, str]:
 
 def told(error: BaseException) -> str:
     """The first line of an error, without what the environment keeps secret."""
-    text = (str(error).splitlines() or [""])[0][:300]
-    for name in _SECRETS:
-        if value := os.environ.get(name):
-            text = text.replace(value, f"<{name}>")
+    text = without_secrets((str(error).splitlines() or [""])[0])[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -76,6 +72,14 @@ def _recorded(content: bytes, url: str | None) -> dict[str, list[int]]:
         return {name: [int(size), int(at)] for name, (size, at) in record["files"].items()}
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
         raise DocumentError(f"no record of what was copied: {error!r}") from error
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The place of a file of the run; OSError where its name leads out of the folder."""
+    path = folder / name
+    if folder.resolve() not in path.resolve().parents:
+        raise OSError(f"{name!r} would lead out of {folder}; it is not copied")
+    return path
 
 
 class Remote:
@@ -170,9 +174,7 @@ class Remote:
         Raises:
             OSError: fewer bytes arrived than it has.
         """
-        path = folder / name
-        if folder.resolve() not in path.resolve().parents:
-            raise OSError(f"{name!r} would lead out of {folder}; it is not copied")
+        path = _inside(folder, name)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

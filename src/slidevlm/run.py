@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from slidevlm.errors import ConfigError
+from slidevlm.errors import ConfigError, without_secrets
 
 log = logging.getLogger("slidevlm")
 
@@ -118,9 +118,9 @@ class Wandb:
             )
         except wandb.errors.Error as error:
             raise ConfigError(
-                f"--report-to wandb: {error}; log in with `wandb login`, or set WANDB_MODE=offline "
-                "and send the run later with `wandb sync`"
-            ) from error
+                f"--report-to wandb: {without_secrets(str(error))}; log in with `wandb login`, or "
+                "set WANDB_MODE=offline and send the run later with `wandb sync`"
+            ) from None
         write_text(kept, self._run.id + "\n")
         # Its own counter never goes back, as the steps of a killed run do.
         self._run.define_metric("*", step_metric="step")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from slidevlm.batch import Predictions
+from slidevlm.documents import is_file_name
 from slidevlm.errors import DataError
 
 FILE = "predictions.npz"
@@ -89,7 +90,7 @@ def load(path: Path) -> Stored:
             if content["form"] != _FORM:
                 raise DataError(f"{path} has form {content['form']}, this version reads {_FORM}")
             splits, references = (
-                {one["name"]: _predictions(one, file, f"{kind}/{i}")
+                {_split_name(one["name"]): _predictions(one, file, f"{kind}/{i}")
                  for i, one in enumerate(content[kind])}
                 for kind in ("splits", "references")
             )  # fmt: skip
@@ -102,6 +103,13 @@ def load(path: Path) -> Stored:
             f"writes {FILE}"
         ) from error
     return Stored(splits, references, tuple(content["texts"]), texts, content["about"])
+
+
+def _split_name(name: Any) -> str:
+    """The name of a split, which files are called by."""
+    if not is_file_name(name):
+        raise ValueError(f"{name!r:.80} is no name of a split")
+    return str(name)
 
 
 def _predictions(one: dict[str, Any], file: Any, place: str) -> Predictions:

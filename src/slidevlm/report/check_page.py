@@ -158,7 +158,7 @@ def _histogram_figure(one: Histogram) -> tuple[list[Any], dict[str, Any]]:
     centres = [(low * high) ** 0.5 for low, high in zip(one.edges[:-1], one.edges[1:], strict=True)]
     widths = [high - low for low, high in zip(one.edges[:-1], one.edges[1:], strict=True)]
     ranges = [
-        f"{low:.0f} to {high:.0f} {one.unit}"
+        f"{low:.0f} to {high:.0f} {_label(one.unit)}"
         for low, high in zip(one.edges[:-1], one.edges[1:], strict=True)
     ]
     data = [

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from slidevlm.eval.compare import Difference
 from slidevlm.eval.scores import Score
+from slidevlm.report.plain import printable
 
 FORMATS = ("table", "markdown", "latex")
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
@@ -63,6 +64,7 @@ def _interval(lo: float | None, hi: float | None) -> str:
 
 def render(header: Row, rows: Sequence[Row], form: str, width: int) -> str:
     """A table in one of `FORMATS`; for a terminal no line is longer than `width` columns."""
+    rows = [tuple(map(printable, row)) for row in rows]  # names of classes are anybody's
     if form == "markdown":
         lines = [header, ("---",) * len(header), *rows]
         return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in r) + " |" for r in lines)

@@ -26,7 +26,7 @@ from slidevlm.data.formats import FOLDERS
 from slidevlm.data.formats.torch_files import TileParts, load, tile_parts
 from slidevlm.data.reports import read_utf8
 from slidevlm.data.slide_table import SlideRow
-from slidevlm.documents import json_of
+from slidevlm.documents import is_file_name, json_of
 from slidevlm.errors import ConfigError, DataError
 
 _INDEX = "feature_information.txt"
@@ -143,7 +143,7 @@ def _entries(index: Path) -> Iterator[tuple[str, str, str]]:
                 f"{index}, line {number}: {info!r:.120} is not a JSON object with 'patient' and "
                 f"'specimen' ({error!r})"
             ) from error
-        if not file.endswith(".pth") or Path(file).name != file:
+        if not file.endswith(".pth") or not is_file_name(file):
             raise DataError(
                 f"{index}, line {number + 1}: {name!r:.120} is not the name of a .pth file in "
                 "extracted_features"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from slidevlm.data.formats.hdf5 import Hdf5File, text
 from slidevlm.errors import ConfigError, DataError, SlideVLMError
 
 _KEY = b"slidevlm"  # of Parquet's metadata
@@ -105,13 +107,23 @@ def _write_hdf5(path: Path, e: Embeddings) -> None:
 
 
 def _read_hdf5(path: Path) -> Embeddings:
-    with h5py.File(path) as file:
+    with closing(Hdf5File(path)) as file:
+
+        def values(name: str) -> np.ndarray:
+            found = file.dataset(name)
+            if found is None:
+                raise ValueError(f"it has no {name}")
+            return file.values(found)
+
+        def texts(name: str) -> tuple[str, ...]:
+            return tuple(text(value, path, name) for value in values(name))
+
         return Embeddings(
-            tuple(file["specimen_ids"].asstr()[()]),
-            tuple(file["patient_ids"].asstr()[()]),
-            file["tiles"][()],
-            file["image_embedding"][()],
-            json.loads(file.attrs["about"]),
+            texts("specimen_ids"),
+            texts("patient_ids"),
+            values("tiles"),
+            values("image_embedding"),
+            dict(file.attribute("/", "about")),
         )
 
 

@@ -47,8 +47,13 @@ def _language_model(folder: Path) -> Embed:
             "--embedder FOLDER needs the extra: pip install 'slidevlm[hf]'"
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        model = AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
+        # Where nothing is said of code in the folder, transformers asks whether to run it.
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        model = AutoModel.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        ).eval()
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"--embedder {folder} cannot be used: {error}") from error
 
