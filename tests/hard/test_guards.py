@@ -12,7 +12,9 @@ import html
 import http.server
 import json
 import math
+import os
 import pickle
+import resource
 import signal
 import struct
 import threading
@@ -130,6 +132,17 @@ def hangs(work: Callable[[], Any], seconds: float = 1.5) -> bool:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
     return False
+
+
+def is_killed(work: Callable[[], Any]) -> bool:
+    """Whether it is still at it, in C, after a second of computing in a process of its own."""
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
+        with suppress(BaseException):
+            work()
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 def takes(work: Callable[[], Any], most: float) -> bool:
@@ -359,6 +372,38 @@ def link_without_end(folder: Path) -> bool:
     with h5py.File(folder / "a.h5", "w") as file:
         file["features"] = h5py.SoftLink("/features")
     return hangs(lambda: hdf5.Hdf5File(folder / "a.h5").exists("/features"), 0.5)
+
+
+def endless_heap(what: str) -> Callable[[Path], bool]:
+    """Attack: free space of a heap that leads to itself, which HDF5 follows until it is killed."""
+
+    def attack(folder: Path) -> bool:
+        path = folder / "a.h5"
+        with h5py.File(path, "w", libver="earliest") as file:
+            file.attrs["unit"] = "um"
+            file.create_dataset("names", data=["one"], dtype=h5py.string_dtype())
+        content = bytearray(path.read_bytes())
+        if what == "names":
+            begin = content.index(b"HEAP")
+            free, data = struct.unpack_from("<QQ", content, begin + 16)
+            struct.pack_into("<Q", content, data + free, free)
+        else:
+            at = content.index(b"GCOL") + 16
+            while struct.unpack_from("<H", content, at)[0]:
+                at += 16 + (struct.unpack_from("<Q", content, at + 8)[0] + 7) // 8 * 8
+            struct.pack_into("<Q", content, at + 8, 0)
+        path.write_bytes(content)
+        return is_killed(lambda: read(hdf5.Hdf5File(path)))
+
+    def read(file: hdf5.Hdf5File) -> None:
+        if what == "names":
+            file.names()
+        elif what == "an attribute":
+            file.attribute("/", "unit")
+        else:
+            file.string("/names")
+
+    return attack
 
 
 # --- names that lead elsewhere ------------------------------------------------------------------
@@ -746,6 +791,11 @@ GUARDS = {
     "external storage": Guard(hdf5_leads("external storage"), data_lie_anywhere),
     "link of embeddings": Guard(embeddings_lead, links_are_followed),
     "link without end": Guard(link_without_end, replaced(hdf5, "_LINKS_FOLLOWED", math.inf)),
+    "heap of names": Guard(endless_heap("names"), replaced(hdf5, "check_group", same)),
+    "heap of an attribute": Guard(
+        endless_heap("an attribute"), replaced(hdf5, "check_attribute", same)
+    ),
+    "heap of a dataset": Guard(endless_heap("a dataset"), replaced(hdf5, "check_dataset", same)),
     "index of weights": Guard(index_leads, replaced(hub, "is_file_name", any_name)),
     "remote copy": Guard(
         remote_leads, replaced(remote, "_inside", lambda folder, name: folder / name)

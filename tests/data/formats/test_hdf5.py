@@ -107,3 +107,18 @@ def test_what_is_no_string(tmp_path):
         with pytest.raises(DataError, match=rf"a\.h5: /{name} "):
             file.string(f"/{name}")
     assert file.string("/missing") is None
+
+
+def test_datasets_that_are_neither_number_nor_text(tmp_path):
+    """Lists lie in heaps that nobody has walked, references lead anywhere in the file."""
+    with h5py.File(tmp_path / "a.h5", "w") as new:
+        new["list"] = np.array([np.arange(3), np.arange(2)], h5py.vlen_dtype("i4"))
+        new.create_dataset("one list", (1,), h5py.vlen_dtype("i4"))
+        new.create_dataset("place", (1,), h5py.ref_dtype)
+    file = Hdf5File(tmp_path / "a.h5")
+    for name in ("list", "place"):
+        with pytest.raises(DataError, match=rf"a\.h5: /{name} holds objects .* only numbers and"):
+            file.values(file.dataset(f"/{name}"))
+    for name in ("one list", "place"):
+        with pytest.raises(DataError, match=rf"a\.h5: /{name} holds object, not a string"):
+            file.string(f"/{name}")
