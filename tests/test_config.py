@@ -239,6 +239,8 @@ def test_when_reports_are_searched_with_beams(words: list[str], beams: bool) -> 
         ({"resume": "latest"}, "--resume latest needs --name"),
         ({"resume": "latest", "name": "a", "logs": "None"}, "--logs is None"),
         ({"name": "../up"}, "must be the name of one folder"),
+        ({"name": ".."}, "must be the name of one folder"),
+        ({"name": "a\\b"}, "must be the name of one folder"),
         ({"name": "two\nlines"}, "must be the name of one folder"),
         ({"name": "é" * 101}, "must be the name of one folder, of at most 200 bytes"),
         ({"name": "a\0b"}, "--name has a character of code 0"),
