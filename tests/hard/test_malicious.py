@@ -37,7 +37,7 @@ from slidevlm.data.formats.slide_vectors import write_slide_vectors
 from slidevlm.data.reports import read_text_file
 from slidevlm.data.slide_table import SlideRow
 from slidevlm.data.splits import read_identifiers
-from slidevlm.documents import MOST_NODES, DocumentError, json_of, yaml_of
+from slidevlm.documents import MOST_NODES, DocumentError, json_of, yaml_keys, yaml_of
 from slidevlm.errors import ConfigError, SlideVLMError
 from slidevlm.eval.prompts import read_examples, read_labels, read_prompts
 from slidevlm.eval.stored import load as load_stored
@@ -193,9 +193,16 @@ def test_what_documents_may_be() -> None:
         ("a: \x01", "special characters"),
         (BOMB, "aliases stand for more than a million"),
         ("a: &a [*a]", "an alias stands within"),
+        ("a: " + "[" * 5000, "nested too deeply"),
     ):
         with pytest.raises(DocumentError, match=message):
             yaml_of(text, unique=True)
+    for text, message in (
+        ("a: " + "[" * 5000, "recursion"),
+        ("x" * 4_000_001, "write it as JSON"),
+    ):
+        with pytest.raises(DocumentError, match=message):
+            yaml_keys(text)
     flat = f"a: [{', '.join(['x'] * 1000)}]"
     assert len(yaml_of(flat)["a"]) == 1000 < MOST_NODES
 
