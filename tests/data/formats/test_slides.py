@@ -357,6 +357,31 @@ def test_refused_torch_files(tmp_path, content, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_numpy_header_that_is_no_header(tmp_path, version):
+    """NumPy reads a header as Python, for which 10,000 bytes are many."""
+    np.save(tmp_path / "a.npy", ONES)
+    content = (tmp_path / "a.npy").read_bytes()
+    header = content[10:128].rstrip() + b" " * 20_000
+    length = len(header).to_bytes(2 if version == 1 else 4, "little")
+    (tmp_path / "a.npy").write_bytes(
+        b"\x93NUMPY" + bytes([version, 0]) + length + header + content[128:]
+    )
+    with pytest.raises(DataError, match=r"a\.npy: the array cannot be read .*large"):
+        open_bags(tmp_path / "a.npy")["a"]
+
+
+def test_a_zarr_chunk_that_is_all_of_the_memory(makers, tmp_path):
+    """A chunk is decoded as a whole: of a few kB it could make a TB."""
+    path = makers["tiatoolbox"](tmp_path / "a", *features_and_coords(50))
+    described = json.loads((path / "features/zarr.json").read_text())
+    chunks = described["chunk_grid"]["configuration"]["chunk_shape"]
+    described["chunk_grid"]["configuration"]["chunk_shape"] = [2**40, *chunks[1:]]
+    (path / "features/zarr.json").write_text(json.dumps(described))
+    with pytest.raises(DataError, match="in chunks of"):
+        open_bags(path)["a"]
+
+
 def test_a_zarr_array_with_missing_chunks(makers, tmp_path):
     path = makers["tiatoolbox"](tmp_path / "a", *features_and_coords(50))
     next(path.glob("features/c/*/*")).unlink()
