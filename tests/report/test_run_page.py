@@ -18,7 +18,7 @@ from slidevlm.cli import main
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval.stored import load
 from slidevlm.report.embedding_map import nearest, pca, umap
-from slidevlm.report.run_page import as_json
+from slidevlm.report.run_page import as_json, render
 from slidevlm.report.specimens import roc
 
 
@@ -116,6 +116,14 @@ def test_json_in_a_script_element(text: str) -> None:
     found = as_json({"a": text})
     assert "<" not in found and "\u2028" not in found and "\u2029" not in found
     assert json.loads(found)["a"] == ("?" if text == "\ud800" else text)
+
+
+def test_places_of_the_template_are_none_in_the_data() -> None:
+    name = "{{data}} {{plotly}} {{script}} {{style}}"
+    found = render({"runs": [{"name": name}]}, "var Plotly;")
+    assert f"<title>{name} " in found
+    data = found.partition('id="data">')[2].partition("</script>")[0]
+    assert json.loads(data)["runs"][0]["name"] == name
 
 
 def test_roc_is_scikit_learns() -> None:
