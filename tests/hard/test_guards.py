@@ -657,8 +657,7 @@ def check_plots_act(_: Path) -> bool:
     return "<b id" in json.dumps(figures)
 
 
-def script_ends_itself(_: Path) -> bool:
-    return acts(run_page.render({"runs": [{"name": "a"}]}, 'var a = "</script><b>x</b>";'))
+SCRIPT_ENDS = 'var a = "</script><b>x</b>";'
 
 
 def wandb_page_acts(_: Path) -> bool:
@@ -828,7 +827,14 @@ GUARDS = {
     "data of a page": Guard(
         lambda _: acts(page_of_a_run(MARK)), replaced(run_page, "as_json", json.dumps)
     ),
-    "script of a page": Guard(script_ends_itself, replaced(run_page, "closed", same)),
+    "script of a page": Guard(
+        lambda _: acts(run_page.render({"runs": [{"name": "a"}]}, SCRIPT_ENDS)),
+        replaced(run_page, "closed", same),
+    ),
+    "script of a check": Guard(
+        lambda _: acts(check_page.page(check_of(""), SCRIPT_ENDS)),
+        replaced(check_page, "closed", same),
+    ),
     "page of a check": Guard(check_acts, replaced(check_page, "html", no_escape)),
     "data of a check": Guard(check_data_act, replaced(check_page, "_script", json.dumps)),
     "plots of a check": Guard(check_plots_act, replaced(check_page, "_label", same)),

@@ -73,6 +73,7 @@ def test_nothing_in_the_data_acts_on_the_page(report):
     policy = next(a["content"] for t, a in parsed.tags if t == "meta" and "http-equiv" in a)
     assert policy.startswith("default-src 'none'; ")
     assert "http" not in policy and "connect-src" not in policy
+    assert "; base-uri 'none'; form-action 'none'" in policy, "default-src is not for these"
     scripts = policy.split("script-src ")[1].split(";")[0]
     assert "unsafe" not in scripts
     digests = [base64.b64encode(sha256(s.encode()).digest()).decode() for s in parsed.scripts]
