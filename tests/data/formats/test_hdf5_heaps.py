@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from slidevlm.data.formats.hdf5 import Hdf5File
+from slidevlm.data.formats.hdf5_cases import CaseWriter, Hdf5Cases
 from slidevlm.data.formats.rows import damage
 from slidevlm.errors import DataError
 
@@ -64,6 +65,31 @@ def test_free_space_of_no_size(tmp_path, version, where):
             file.attribute("/" if where == "root" else "/features",
                            "unit" if where == "root" else "encoder")  # fmt: skip
     file.close()
+
+
+@pytest.mark.parametrize("way", ["open", "read", "facts", "texts"])
+def test_a_cohort_whose_heaps_have_free_space_of_no_size(tmp_path, way):
+    """The units of positions and the reports lie in heaps that the index does not tell of."""
+    path = tmp_path / "a.h5"
+    with CaseWriter(path, "uni", attributes={"unit": "um"}) as writer:
+        for i in range(8):  # each collection of 4 KB has reports and units
+            writer.add("p", f"s{i}", np.zeros((2, 3), "f2"), "word " * 300, np.zeros((2, 2)))
+    content = bytearray(path.read_bytes())
+    starts = [i for i in range(len(content)) if content.startswith(b"GCOL", i)]
+    assert len(starts) > 2
+    begin = starts[0 if way == "open" else 1]  # the first has the root's unit
+    at = begin + 16
+    while struct.unpack_from("<H", content, at)[0] != 0:
+        at += 16 + (struct.unpack_from("<Q", content, at + 8)[0] + 7) // 8 * 8
+    struct.pack_into("<Q", content, at + 8, 0)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.h5: .*free space of the heap"):
+        store = Hdf5Cases(path, "uni", "report")
+        assert way != "open"
+        for case in store.cases:
+            {"read": lambda c: store.read(c, None), "facts": store.facts, "texts": store.texts}[
+                way
+            ](case)
 
 
 def test_free_space_of_names_that_follows_itself(tmp_path):

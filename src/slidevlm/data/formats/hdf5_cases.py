@@ -229,25 +229,21 @@ class Hdf5Cases:
         )
 
     def _feature_names(self, case: Case) -> list[str]:
-        group = self._file.object(case.location)
-        names = list(group) if isinstance(group, h5py.Group) else []
+        names = self._file.names(case.location)
         return [n for n in names if self._file.object(f"{case.location}/{n}/features") is not None]
 
     def _text_names(self, case: Case) -> list[str]:
-        group = self._file.object(case.location)
-        names = list(group) if isinstance(group, h5py.Group) else []
+        names = self._file.names(case.location)
         return [
             n for n in names if isinstance(self._file.object(f"{case.location}/{n}"), h5py.Dataset)
         ]
 
     def _unit_of_file(self, first: Case) -> str:
         """Unit of positions whose dataset names none."""
-        root = self._file.open().attrs
-        if "unit" in root:
-            return _checked_unit(root["unit"], self.path, "/")
+        if (unit := self._file.attribute("/", "unit")) is not None:
+            return _checked_unit(unit, self.path, "/")
         path = f"{first.location}/{self.feature_attribute}/positions"
-        positions = self._file.dataset(path)
-        if positions is not None and "unit" not in positions.attrs:
+        if self._file.dataset(path) is not None and self._file.attribute(path, "unit") is None:
             log.warning(
                 "%s: positions name no unit (attribute 'unit', 'um' or 'px', of %s); "
                 "level-0 pixels are assumed",
@@ -352,9 +348,10 @@ class Hdf5Cases:
         """Every text beside the features, by the name of its attribute."""
         found = {}
         for name in self._text_names(case):
-            dataset = self._file.dataset(f"{case.location}/{name}")
+            path = f"{case.location}/{name}"
+            dataset = self._file.dataset(path)
             if dataset is not None and dataset.size == 1 and h5py.check_string_dtype(dataset.dtype):
-                found[name] = text(np.ravel(dataset[()])[0], self.path, dataset.name)
+                found[name] = self._file.string(path) or ""
         return found
 
     # -- checksums (see hdf5_target) -------------------------------------------------------
@@ -400,12 +397,10 @@ class Hdf5Cases:
 
     def _unit(self, positions: str) -> str | None:
         """Unit of a dataset of positions; None where there is none."""
-        dataset = self._file.dataset(positions)
-        if dataset is None:
+        if self._file.dataset(positions) is None:
             return None
-        if "unit" in dataset.attrs:
-            return _checked_unit(dataset.attrs["unit"], self.path, positions)
-        return self._default_unit
+        unit = self._file.attribute(positions, "unit")
+        return self._default_unit if unit is None else _checked_unit(unit, self.path, positions)
 
     def _positions(self, path: str, shape: tuple[int, ...]) -> tuple[np.ndarray | None, str | None]:
         """Positions of all rows [N, 2] and their unit; None, None where there are none."""
