@@ -149,3 +149,36 @@ def test_a_class_of_one_specimen_survives_cross_validation() -> None:
     y[7] = 2
     probe = learners.linear_probe(Examples(train.x, y, train.patients), None, seed=0)
     assert probe(train.x).shape == (30, 3)
+
+
+FEW = {  # classes, patients, what chooses
+    "one a class": ([0, 1], "ab", "nothing"),
+    "three a class": ([0, 0, 0, 1, 1, 1], "abcdef", "3-fold cross-validation"),
+    "one patient": ([0, 0, 0, 1, 1, 1], "aaaaaa", "nothing"),
+    "a class a patient": ([0, 0, 0, 1, 1, 1], "aaabbb", "nothing"),
+    "one patient has both classes": ([0, 0, 0, 1, 0, 0], "aaaabb", "nothing"),
+}
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_a_probe_of_few_examples(case: str) -> None:
+    y, patients, chosen_on = FEW[case]
+    x = np.random.default_rng(0).normal(size=(len(y), 4)) + 9 * np.array(y)[:, None]
+    train = Examples(x, np.array(y), np.array(list(patients)))
+    probe = learners.linear_probe(train, None, seed=0)
+    assert probe.chosen_on == chosen_on and probe(x).argmax(1).tolist() == y
+    if chosen_on == "nothing":
+        assert probe.strength == 4 * 2 / 100 and probe.curve == ()
+
+
+def test_a_fold_that_nobody_is_in_is_left_out() -> None:
+    """scikit-learn's way of sharing patients out may leave a fold empty."""
+    random = np.random.default_rng(0)
+    for seed in range(300):
+        n = random.integers(4, 9)
+        y = np.array([0, 1, *random.integers(0, 2, n - 2)])
+        patients = np.array([f"p{i}" for i in random.integers(0, 4, n)])
+        train = Examples(random.normal(size=(n, 3)), y, patients)
+        parts = learners._folds(train, seed)
+        assert len(parts) != 1
+        assert all(len(b.y) and len(np.unique(a.y)) > 1 for a, b in parts)

@@ -16,7 +16,9 @@ import numpy as np
 from slidevlm.eval import metrics as m
 from slidevlm.eval.classification import log_odds
 
-STRENGTHS = np.logspace(-5, 5, 45)  # C of scikit-learn: the inverse of the weight of the L2 norm
+# C of scikit-learn: the inverse of the weight of the L2 norm. Not `np.logspace`, whose last bit
+# depends on the machine.
+STRENGTHS = np.array([10.0**exponent for exponent in np.linspace(-5, 5, 45).tolist()])
 _FOLDS, _NEIGHBOURS, _ELEMENTS = 5, 20, 16_000_000
 
 
@@ -59,11 +61,16 @@ def logistic_regression(
 ) -> np.ndarray:
     """Multinomial logistic regression with an L2 penalty: [N, E] -> [N, C] log odds.
 
-    `strength` is scikit-learn's C; by default E * C / 100, as in UNI (Chen et al., 2024).
+    `strength` is scikit-learn's C; by default `default_strength`.
     """
     if strength is None:
-        strength = examples.x.shape[1] * examples.classes / 100
+        strength = default_strength(examples)
     return _decide(_fit(examples, strength), queries)
+
+
+def default_strength(examples: Examples) -> float:
+    """E * C / 100, as in UNI (Chen et al., 2024)."""
+    return examples.x.shape[1] * examples.classes / 100
 
 
 def _fit(examples: Examples, strength: float, start: Any = None) -> Any:
@@ -90,8 +97,8 @@ class Probe:
 
     model: Any
     strength: float
-    chosen_on: str  # "validation" or "5-fold cross-validation"
-    curve: tuple[float, ...]  # balanced accuracy at each of STRENGTHS
+    chosen_on: str  # "validation", "5-fold cross-validation" (or of fewer), or "nothing"
+    curve: tuple[float, ...]  # balanced accuracy at each of STRENGTHS; none without a choice
 
     def __call__(self, queries: np.ndarray) -> np.ndarray:
         """[N, E] -> [N, C] log odds."""
@@ -102,14 +109,18 @@ def linear_probe(train: Examples, validation: Examples | None, seed: int) -> Pro
     """Choose the strength of the penalty by balanced accuracy, the stronger one in a tie.
 
     Judged by `validation`, or without one by five folds of the training examples, no patient in two
-    of them; then fitted to all of these.
+    of them, fewer where no class has five examples; then fitted to all of these. Where not even two
+    folds can be made, nothing is chosen, and the strength is that of `logistic_regression`.
     """
     if validation is not None:
-        curve = _curve(train, validation)
+        curve, how = _curve(train, validation), "validation"
+    elif folds := _folds(train, seed):
+        curve = np.mean([_curve(a, b) for a, b in folds], axis=0)
+        how = f"{len(folds)}-fold cross-validation"
     else:
-        curve = np.mean([_curve(a, b) for a, b in _folds(train, seed)], axis=0)
+        strength = default_strength(train)
+        return Probe(_fit(train, strength), strength, "nothing", ())
     strength = float(STRENGTHS[int(np.argmax(curve))])
-    how = "validation" if validation is not None else f"{_FOLDS}-fold cross-validation"
     return Probe(_fit(train, strength), strength, how, tuple(curve.tolist()))
 
 
@@ -125,14 +136,18 @@ def _curve(train: Examples, judge: Examples) -> np.ndarray:
 
 
 def _folds(train: Examples, seed: int) -> list[tuple[Examples, Examples]]:
+    """Pairs of what is learnt from, of two classes at least, and what judges; two pairs or none."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    folds = min(_FOLDS, len(np.unique(train.patients)))
+    folds = min(_FOLDS, len(np.unique(train.patients)), int(np.bincount(train.y).max()))
+    if folds < 2:
+        return []
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of classes with fewer specimens than folds
         parts = list(splitter.split(train.x, train.y, train.patients))
-    return [(_some(train, a), _some(train, b)) for a, b in parts if len(np.unique(train.y[a])) > 1]
+    usable = [(a, b) for a, b in parts if len(b) and len(np.unique(train.y[a])) > 1]
+    return [(_some(train, a), _some(train, b)) for a, b in usable] if len(usable) > 1 else []
 
 
 def _some(examples: Examples, rows: np.ndarray) -> Examples:
