@@ -182,8 +182,11 @@ def test_stamp_of_older_versions(tmp_path):
     assert slide.warnings == ("coords name no unit (attribute 'unit'); positions are left out",)
     slide = open_bags(old_stamp(tmp_path / "c.h5", grid, unit="um", tile_size=2508.0))["c"]
     assert slide.tile_size == "2508 um" and np.array_equal(slide.read(None)[1], grid)
-    with pytest.raises(DataError, match=r"d\.h5: attribute unit is 'mm'"):
-        open_bags(old_stamp(tmp_path / "d.h5", grid, unit="mm"))["d"]
+    for unit, shown in (("mm", "'mm'"), ('["um"]', r"\['um'\]")):
+        with pytest.raises(DataError, match=rf"d\.h5: attribute unit is {shown}"):
+            open_bags(old_stamp(tmp_path / "d.h5", grid, unit=unit))["d"]
+    for size in (np.nan, np.inf):  # told, but no number
+        assert open_bags(old_stamp(tmp_path / "e.h5", grid, tile_size=size))["e"].unit == "um"
 
 
 def test_clam_finds_what_lies_beside(makers, tmp_path):
@@ -195,7 +198,12 @@ def test_clam_finds_what_lies_beside(makers, tmp_path):
         file["coords"] = coords
         file["coords"].attrs.update(patch_size=256, patch_level=1)
     slide = open_bags(tmp_path / "feats/h5_files/a.h5")["a"]
-    assert slide.tile_size == "256 px at level 1"
+    assert slide.tile_size == "256 px at level 1" and slide.warnings == ()
+    makers["clam"](tmp_path / "feats/h5_files/c", features, coords)
+    (tmp_path / "patches/c.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    slide = open_bags(tmp_path / "feats/h5_files/c.h5")["c"]
+    assert np.array_equal(slide.read(None)[1], coords) and slide.tile_size is None
+    assert slide.warnings == ("the file in patches/ cannot be read; the tile size is not known",)
     slide = open_bags(makers["tensor"](tmp_path / "feats/pt_files/a", features, coords))["a"]
     assert (slide.format, slide.unit) == ("CLAM/GigaPath", "px")
     assert np.array_equal(slide.read(None)[1], coords)

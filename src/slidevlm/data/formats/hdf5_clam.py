@@ -19,6 +19,7 @@ from slidevlm.data.formats.slides import (
     Source,
     size_text,
 )
+from slidevlm.errors import DataError
 
 
 def _recognises(source: Source) -> bool:
@@ -33,14 +34,15 @@ def _open(source: Source) -> OpenBags:
         rows = Hdf5Rows(file, "/features")
         there = file.dataset("/coords") is not None
         encoder = file.attribute("/features", "encoder") or file.attribute("/", "encoder")
+        tile_size, unread = _tile_size(file, name)
         return Slide(
             "CLAM/GigaPath",
             file.path,
             rows,
             unit="px" if there else None,
             encoder=None if encoder is None else str(encoder),
-            tile_size=_tile_size(file, name),
-            warnings=() if there else ("no coords; positions are missing",),
+            tile_size=tile_size,
+            warnings=(*unread, *(() if there else ("no coords; positions are missing",))),
             positions=lambda: rows.positions("/coords"),
             close=file.close,
         )
@@ -48,22 +50,25 @@ def _open(source: Source) -> OpenBags:
     return OpenBags([source.name], open_bag, file.close)
 
 
-def _tile_size(file: Hdf5File, name: str) -> str | None:
-    """Size of a tile from this file or the file of coordinates beside it."""
+def _tile_size(file: Hdf5File, name: str) -> tuple[str | None, tuple[str, ...]]:
+    """Size of a tile from this file or the file of coordinates beside it, and what to tell."""
     if (found := _geometry(file)) is not None:
-        return found
+        return found, ()
     folder = file.path.absolute().parent
     for above in (folder.parent, folder.parent.parent):
         beside = above / "patches" / f"{name}.h5"
         if beside.is_file():
             return _geometry_of(beside)
-    return None
+    return None, ()
 
 
-def _geometry_of(path: Path) -> str | None:
+def _geometry_of(path: Path) -> tuple[str | None, tuple[str, ...]]:
+    """The same of a file of coordinates; the features beside a damaged one are still sound."""
     file = Hdf5File(path)
     try:
-        return _geometry(file)
+        return _geometry(file), ()
+    except DataError:
+        return None, ("the file in patches/ cannot be read; the tile size is not known",)
     finally:
         file.close()
 

@@ -7,6 +7,8 @@ STAMP before 2.0 have no `unit`: where their tiles are 224 apart, 224 stands for
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from slidevlm.data.formats.hdf5 import Hdf5File, Hdf5Rows
@@ -76,14 +78,15 @@ def _unit(file: Hdf5File) -> tuple[str | None, float, tuple[str, ...]]:
         return None, 1.0, ("no coords; positions are missing",)
     written = file.attribute("/", "unit")
     if written is not None:
-        if written not in _UNITS:
+        if not isinstance(written, str) or written not in _UNITS:
             raise DataError(
                 f"{file.path}: attribute unit is {written!r}; STAMP writes 'um' (micrometres), "
                 "and 'px' (level-0 pixels) is read as well"
             )
         return _UNITS[written], 1.0, ()
     size = file.attribute("/", "tile_size")
-    if round(size if isinstance(size, int | float) else _stride(file)) == _OLD_TILE:
+    known = isinstance(size, int | float) and math.isfinite(size)
+    if round(size if known else _stride(file)) == _OLD_TILE:
         return "um", _OLD_MICROMETRES / _OLD_TILE, ("file of STAMP 1: 224 stands for 256 um",)
     return None, 1.0, ("coords name no unit (attribute 'unit'); positions are left out",)
 
