@@ -250,7 +250,7 @@ def test_words_of_an_embedding_are_those_that_go_with_it() -> None:
     ("change", "match"),
     [
         ({"rank": 33}, "rank of at most embed_dim"),
-        ({"dropout": 1.0}, "alignment.dropout 1.0"),
+        ({"dropout": 1.0}, "alignment: dropout must be from 0 to below 1"),
         ({"image_penalty": 0}, "alignment.image_penalty must be above 0"),
         ({"components": 0}, "alignment.components must be at least 1"),
         ({"rnk": 3}, "rnk"),

@@ -72,6 +72,22 @@ CASES = {
     ),
     # unknown names
     "family": (with_value(None, "family", "cocoa"), "unknown family 'cocoa'"),
+    # numbers that torch would stumble over later
+    "dropout": (with_value("slide", "moments_dropout", 1.5), "slide: moments_dropout must be from"),
+    "no number": (with_value("text", "dropout", float("nan")), "text: dropout must be a number"),
+    "without end": (
+        with_value("decoder", "words", float("inf")),
+        "words must be a number, not inf",
+    ),
+    "no width": (with_value("slide", "width", 0), "slide: slide.width must be at least 1, not 0"),
+    "no text width": (with_value("text", "width", 0), "text: text.width 0 does not divide"),
+    "no heads": (with_value("text", "heads", 0), "text.width 32 does not divide by 0 heads"),
+    "no embedding": (with_value(None, "embed_dim", 0), "m.json: embed_dim must be at least 1"),
+    "no decoder heads": (
+        with_value("decoder", "heads", 0),
+        "does not divide by the 0 heads of the",
+    ),
+    "decoder heads": (with_value("decoder", "heads", 3), "text.width 32 does not divide by the 3"),
     "slide type": (with_value("slide", "type", "perciever"), "did you mean perceiver"),
     "decoder type": (with_value("decoder", "type", "gpt3"), "m.json: decoder: unknown"),
     "pooling": (with_value(None, "pooling", "max"), "m.json: unknown pooling 'max'"),

@@ -56,8 +56,6 @@ class AlignmentConfig:
         for name in ("image_penalty", "text_penalty", "frequency", "most_reports"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"alignment.{name} must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"alignment.dropout {self.dropout} must be from 0 to below 1")
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,6 @@ class LoRAConfig:
             raise ConfigError(f"lora.rank must be at least 1, not {self.rank}")
         if not self.alpha > 0:
             raise ConfigError(f"lora.alpha must be greater than 0, not {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora.dropout must be from 0 to below 1, not {self.dropout}")
         if not self.targets or not all(isinstance(name, str) for name in self.targets):
             raise ConfigError(f"lora.targets must be names of layers, not {self.targets!r}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -102,6 +103,8 @@ def from_dict(content: Any, where: str) -> ModelConfig:
             raise ConfigError(f"{where}: a model of family {top.family} {need} {part!r}")
     if top.tile_width != "auto" and not (isinstance(top.tile_width, int) and top.tile_width > 0):
         raise ConfigError(f'{where}: tile_width must be a number above 0 or "auto"')
+    if top.embed_dim < 1:
+        raise ConfigError(f"{where}: embed_dim must be at least 1, not {top.embed_dim}")
     if top.pooling not in POOLINGS:
         raise ConfigError(f"{where}: {unknown('pooling', top.pooling, POOLINGS)}")
     slide_type, slide = _part(SLIDE_ENCODERS, top.slide, f"{where}: slide")
@@ -135,6 +138,11 @@ def _check(config: ModelConfig, where: str) -> None:
             raise ConfigError(
                 f"{where}: no decoder can stand on a text tower of type {config.text_type}, whose "
                 "states know the words to come; make it a clip model, or take another text type"
+            )
+        if decoder.heads < 1 or text.width % decoder.heads:
+            raise ConfigError(
+                f"{where}: text.width {text.width} does not divide by the {decoder.heads} heads of "
+                "the decoder"
             )
         if decoder.words and not (text.prior_rank or rank):
             raise ConfigError(
@@ -217,11 +225,16 @@ def build(cls: type[T], content: Any, where: str) -> T:
             raise ConfigError(f"{where}: {unknown('key', str(key), known)}")
         if not _fits(hints[key], value):
             raise ConfigError(f"{where}: {key} must be {_word(hints[key])}, not {value!r}")
+        if key.endswith("dropout") and not 0 <= value < 1:
+            raise ConfigError(f"{where}: {key} must be from 0 to below 1, not {value!r}")
     for name, f in known.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in content:
             raise ConfigError(f"{where}: missing key {name!r}")
-    return typing.cast(T, cls(**content))
+    try:
+        return typing.cast(T, cls(**content))
+    except ConfigError as error:  # what a part asks of its own values
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _fits(hint: Any, value: Any) -> bool:
@@ -231,7 +244,8 @@ def _fits(hint: Any, value: Any) -> bool:
         return any(_fits(h, value) for h in typing.get_args(hint))
     origin = typing.get_origin(hint) or hint
     if origin is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and abs(value) < math.inf
     if origin is int:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
     return isinstance(value, origin)

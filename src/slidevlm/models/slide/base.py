@@ -80,7 +80,8 @@ def check_least(least: int, **values: int) -> None:
 
 
 def check_heads(width: int, heads: int) -> None:
-    """Raise ConfigError where the width does not divide by the heads."""
+    """Raise ConfigError where the width is 0 or does not divide by the heads."""
+    check_least(1, width=width)
     if heads < 1 or width % heads:
         raise ConfigError(f"slide.width {width} does not divide by {heads} heads")
 

@@ -29,7 +29,7 @@ class TextConfig:
     prior_rank: int = 0  # width of the fixed table of token vectors; 0: none
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
+        if self.width < 1 or self.heads < 1 or self.width % self.heads:
             raise ConfigError(f"text.width {self.width} does not divide by {self.heads} heads")
 
     @property
