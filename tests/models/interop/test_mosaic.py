@@ -85,7 +85,9 @@ def test_losses_and_gradients(shared: Path, name: str) -> None:
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
     for parameter, gradient in expected.items():
-        torch.testing.assert_close(found[parameter], gradient, atol=1e-5, rtol=1e-4, msg=parameter)
+        # float32 rounds by the largest terms of a sum; how, depends on the CPU.
+        atol = 1e-5 * max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(found[parameter], gradient, atol=atol, rtol=1e-4, msg=parameter)
     learns = mosaic.convert({k: torch.tensor([v] * 3) for k, v in content["requires_grad"].items()})
     for parameter, value in model.named_parameters():
         assert value.requires_grad == bool(learns[parameter].any()), parameter
