@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from slidevlm.app.page import run_files, write_page
 from slidevlm.cli import main
 from slidevlm.errors import ConfigError, DataError
-from slidevlm.eval.stored import load
+from slidevlm.eval.stored import load, save
 from slidevlm.report.embedding_map import nearest, pca, umap
 from slidevlm.report.run_page import as_json, render
 from slidevlm.report.specimens import roc
@@ -82,8 +83,14 @@ def test_other_folders_and_files_are_refused(tmp_path: Path, run_folder: Path) -
     with pytest.raises(ConfigError, match="not the folder of a run"):
         write_page([tmp_path / "none"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="neither config.yaml nor"):
-        write_page([tmp_path / "empty"])
+    for name, text in (("notes.txt", "x"), ("config.yaml", "epochs: 3\n"), ("metrics.jsonl", "")):
+        (tmp_path / "empty" / name).write_text(text)
+        with pytest.raises(
+            ConfigError, match=r"nothing to show: .* has metrics\.jsonl, into which"
+        ):
+            write_page([tmp_path / "empty"])
+    (tmp_path / "empty" / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2}\n')
+    assert data_of(write_page([tmp_path / "empty"]))["runs"][0]["curves"]["train"]["lines"] == 1
     with pytest.raises(ConfigError, match="is a folder"):
         write_page([run_folder], tmp_path)
     (run_folder / "predictions.csv").write_text("split,specimen\ntest,other\n")
@@ -220,3 +227,19 @@ def test_p_values_stand_beside_the_run_that_was_compared_alone(tmp_path: Path, w
     assert shown is not None and len(shown["differences"]) == len(stored["differences"]) > 5
     assert data_of(write_page([compared, third], tmp_path / "b.html"))["comparison"] is None
     assert data_of(write_page([compared], tmp_path / "c.html"))["comparison"] is None
+
+
+def test_embeddings_that_are_not_finite_have_no_map(run_folder: Path, monkeypatch) -> None:
+    def fails(*args: object, **more: object) -> None:
+        raise AssertionError("UMAP of nothing")
+
+    monkeypatch.setattr("slidevlm.report.specimens.umap", fails)
+    stored = load(run_folder / "predictions.npz")
+    split = stored.splits["test"]
+    assert split.image_embedding is not None
+    broken = replace(split, image_embedding=np.full_like(split.image_embedding, np.nan))
+    (run_folder / "predictions.npz").unlink()
+    save(replace(stored, splits={"test": broken}), run_folder / "predictions.npz")
+    shown = data_of(write_page([run_folder]))["runs"][0]["specimens"]
+    assert [one["name"] for one in shown["maps"]] == ["PCA"] and shown["umap"] == "small"
+    assert set(shown["maps"][0]["x"]) == {None}

@@ -8,6 +8,7 @@ from pathlib import Path
 from slidevlm.app.outputs import newest_predictions
 from slidevlm.app.page_attention import Wanted, attention_of
 from slidevlm.errors import ConfigError
+from slidevlm.eval.stored import FILE
 from slidevlm.report.content import RunFiles, content
 from slidevlm.report.run_page import render
 from slidevlm.run import METRICS, write_text
@@ -37,16 +38,16 @@ def run_files(place: Path) -> RunFiles:
     of the run that it lies in.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: neither, or nothing has been written of it but its settings.
     """
     if not place.is_dir():
         raise ConfigError(f"{place} is not the folder of a run or of an evaluation")
     predictions = newest_predictions(place)
-    trained = (place / METRICS).is_file() or (place / "config.yaml").is_file()
-    if predictions is None and not trained:
+    if predictions is None and not _has_curves(place):
         raise ConfigError(
-            f"{place} is not of a run: it has neither config.yaml nor {METRICS} nor predictions; "
-            "give the folder that `slidevlm train` or `slidevlm evaluate` has written"
+            f"{place} has nothing to show: a run's folder has {METRICS}, into which training "
+            f"logs its steps, an evaluation's {FILE}; give a folder in which "
+            "`slidevlm train` or `slidevlm evaluate` has come that far"
         )
     folder = place.resolve()
     name = folder.name
@@ -55,6 +56,11 @@ def run_files(place: Path) -> RunFiles:
     checks = [place / "check.json", place / "check" / "check.json", folder / "check" / "check.json"]
     check = next((path for path in checks if path.is_file()), None)
     return RunFiles(name, folder, predictions, check)
+
+
+def _has_curves(place: Path) -> bool:
+    path = place / METRICS
+    return path.is_file() and path.stat().st_size > 0
 
 
 def write_page(

@@ -21,6 +21,7 @@ from slidevlm.report.embedding_map import nearest, pca, umap
 
 NEIGHBOURS = 5
 _ROC_POINTS = 200
+_MAPPED = 10  # embeddings that UMAP needs; its neighbourhoods are of 15, or of all there are
 Columns = dict[str, list[str]]
 
 
@@ -198,7 +199,7 @@ def _geometry(everything: Mapping[str, Predictions], rows: Sequence[_Row]) -> di
     image = np.stack([p.image_embedding[i] for p, i in parts])  # type: ignore[index]
     text = np.stack([p.text_embedding[i] for p, i in parts])  # type: ignore[index]
     maps, state = [pca(image)], "small"
-    if len(rows) >= 10:
+    if np.isfinite(image).all(axis=1).sum() >= _MAPPED:
         other = umap(image)
         state = "there" if other is not None else "not installed"
         maps += [] if other is None else [other]
