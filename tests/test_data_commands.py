@@ -53,6 +53,16 @@ def test_check_of_a_sound_cohort(cohort, tmp_path, capsys):
     assert sorted(path.name for path in output.iterdir()) == ["check.html", "check.json"]
 
 
+def test_check_takes_several_classes_of_a_specimen(cohort, tmp_path, capsys):
+    known = json.loads(Path(cohort.labels("diagnosis")).read_text())
+    (tmp_path / "several.json").write_text(json.dumps({name: [known[name]] for name in known}))
+    labels = ["--zsc-class-prompt-mapping", str(cohort.prompts("diagnosis"))]
+    labels += ["--zsc-specimen-class-mapping", str(tmp_path / "several.json")]
+    assert main(["data", "check", *words(cohort), *labels, "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)["classes"][0]
+    assert table["name"] == "several" and sum(map(sum, table["counts"].values())) == 40
+
+
 def test_check_takes_a_training_configuration(cohort, tmp_path, capsys):
     config = tmp_path / "training.yaml"
     config.write_text(

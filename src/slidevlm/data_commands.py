@@ -28,7 +28,7 @@ from slidevlm.data.scan import facts_of
 from slidevlm.data.splits import report_of, write_identifiers
 from slidevlm.data.tokenizer import TextTokenizer, Tokenizer
 from slidevlm.errors import ConfigError, DataError
-from slidevlm.eval.prompts import read_classes, read_prompts
+from slidevlm.eval.prompts import read_classes, read_labels, read_prompts
 from slidevlm.models import from_dict, zoo
 from slidevlm.report.check_page import page, terminal
 from slidevlm.report.inspection import terminal as inspection_text
@@ -173,9 +173,9 @@ def _labelled(config: Config, report: CheckReport) -> list[Labelled]:
     for prompt_file, label_file in config.prompt_pairs:
         with _finding(report, "labels"):
             prompts = read_prompts(Path(prompt_file))
-            classes = read_classes(Path(label_file))
+            labels = read_labels(Path(label_file))
             by_class = dict(zip(prompts.classes, prompts.texts, strict=True))
-            found.append(Labelled(Path(label_file).stem, classes, by_class))
+            found.append(Labelled(labels.name, labels.classes, by_class))
     return found
 
 

@@ -193,7 +193,8 @@ def test_split_files_that_cannot_be_used(tmp_path):
 
 
 def test_classes(tmp_path):
-    labels = {"s0": "a", "s1": "a", "s2": "b", "s6": "a", "s9": "c", "elsewhere": "a"}
+    labels = {"s0": "a", "s1": "a", "p2/s2": "b", "s6": "a", "s9": "c", "elsewhere": "a"}
+    labels = {name: (kind,) for name, kind in labels.items()}
     prompts = {"a": ["an a"], "b": ["a b " * 40], "d": ["a d"]}
     report = run(write_sound(tmp_path / "a.h5"), labelled=[Labelled("kinds", labels, prompts)])
     (table,) = report.classes
@@ -206,6 +207,34 @@ def test_classes(tmp_path):
     absent = {f.message: f.items for f in of(report, "classes")}
     assert absent["kinds: 2 of 4 classes without a specimen in split train"] == ("c", "d")
     assert "kinds: 1 prompt longer" in one(report, "truncated", "warning").message
+
+
+def test_several_classes_of_a_specimen(tmp_path):
+    labels = {"s0": ("a", "b"), "s1": (), "s2": ("b",), "s6": ("b",), "s9": ("a",), "s10": ("a",)}
+    prompts = {"a": ["an a"], "b": ["a b"]}
+    report = run(write_sound(tmp_path / "a.h5"), labelled=[Labelled("kinds", labels, prompts)])
+    (table,) = report.classes
+    assert table.counts == {"train": (1, 2), "val": (0, 1), "test": (2, 0)}
+    messages = {f.message: f.items for f in of(report, "labels")}
+    assert messages["kinds: 3 specimens of split train without label"] == ("s3", "s4", "s5")
+
+
+def test_specimens_without_report_where_there_is_no_split(tmp_path):
+    path = write_sound(tmp_path / "a.h5")
+    with h5py.File(path, "a") as file:
+        del file["patients/p5/s5/report"]
+    missing = one(run(path, {}), "no report", "warning")
+    assert missing.items == ("s5",) and missing.message.startswith("1 of 12 specimens without")
+    with h5py.File(path, "a") as file:
+        for number in (n for n in range(12) if n not in (5, 7)):
+            del file[f"patients/p{number}/s{number}/report"]
+        file["patients/p7/s7/report"][()] = " "
+    assert len(one(run(path, {}), "no report", "error").items) == 12
+
+
+def test_a_test_split_alone(tmp_path):
+    report = run(write_sound(tmp_path / "a.h5"), {"test": ["s9", "s10"]})
+    assert report.count("error") == 0 and sum(report.histograms[1].counts["test"]) == 2
 
 
 def test_mixed_positions_units_and_types(tmp_path):

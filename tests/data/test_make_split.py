@@ -113,9 +113,11 @@ def test_sites_are_whole():
 
 def test_specimens_without_label_are_a_class_of_their_own():
     cases = [Case(f"s{i}", f"p{i}", "") for i in range(40)]
-    found = divide(cases, NAMES, FRACTIONS, classes={f"s{i}": "a" for i in range(20)})
-    assert found.classes == (NO_CLASS, "a")
-    assert found.counts.tolist() == [[14, 14], [3, 3], [3, 3]]
+    for name in ("s{}", "p{0}/s{0}"):  # as a file that tells patients apart names them
+        classes = {name.format(i): "a" for i in range(20)}
+        found = divide(cases, NAMES, FRACTIONS, classes=classes)
+        assert found.classes == (NO_CLASS, "a")
+        assert found.counts.tolist() == [[14, 14], [3, 3], [3, 3]]
 
 
 @settings(max_examples=60, deadline=None)

@@ -126,8 +126,19 @@ class Labelled:
     """A label file with its prompts."""
 
     name: str
-    classes: Mapping[str, str]  # specimen -> class
+    classes: Mapping[
+        str, Sequence[str]
+    ]  # specimen or "<patient>/<specimen>" -> its class or classes
     prompts: Mapping[str, Sequence[str]]  # class -> prompts
+
+    def of(self, case: Case) -> Sequence[str] | None:
+        """The classes of a specimen, as evaluation finds them; None without a label."""
+        return next((self.classes[name] for name in _names(case) if name in self.classes), None)
+
+
+def _names(case: Case) -> tuple[str, str]:
+    """What a file of labels may call a specimen."""
+    return f"{case.patient}/{case.specimen}", case.specimen
 
 
 @dataclass(frozen=True)
@@ -185,14 +196,18 @@ def check(
     everyone = members or [
         _Member("all", case, _report(report, case, store, texts)) for case in present
     ]
+    if not splits:
+        _without_report(report, everyone, "")
     _duplicate_reports(report, everyone)
     truncated = {}
-    if learnt := [m.report for m in everyone if m.report and m.split in ("train", "all")]:
+    # Without a training split, the texts there are stand for those that a tokenizer learns from.
+    learnt_from = ("train", "all") if "train" in splits else {m.split for m in everyone}
+    if learnt := [m.report for m in everyone if m.report and m.split in learnt_from]:
         tokenizer = tokens.tokenizer(learnt)
         truncated = _texts(report, everyone, tokenizer, tokens.context)
         for one in labelled:
             _prompts(report, one, tokenizer, tokens.context)
-    else:
+    elif splits:
         report.add("error", "no report", "no specimen to train on has a report")
     for one in labelled:
         _classes(report, one, everyone, store)
@@ -228,20 +243,22 @@ def _members(
                 f"features in {store.path}",
                 found.missing,
             )
-        with_text = [
-            _Member(name, case, _report(report, case, store, texts)) for case in found.cases
-        ]
-        without = [member.case.specimen for member in with_text if not member.report]
-        if without:
-            report.add(
-                "error" if len(without) == len(with_text) else "warning",
-                "no report",
-                f"split {name}: {len(without)} of {len(with_text)} specimens without report; "
-                "training leaves them out",
-                without,
-            )
-        members += [member for member in with_text if member.report]
+        mine = [_Member(name, case, _report(report, case, store, texts)) for case in found.cases]
+        _without_report(report, mine, f"split {name}: ")
+        members += [member for member in mine if member.report]
     return members
+
+
+def _without_report(report: CheckReport, members: Sequence[_Member], where: str) -> None:
+    without = [member.case.specimen for member in members if not member.report]
+    if without:
+        report.add(
+            "error" if len(without) == len(members) else "warning",
+            "no report",
+            f"{where}{len(without)} of {len(members)} specimens without report; training leaves "
+            "them out",
+            without,
+        )
 
 
 def _report(
@@ -565,11 +582,12 @@ def _classes(
     store: CaseStore,
 ) -> None:
     """Balance of one label file, and where labels, prompts and data do not meet."""
-    names = sorted(set(one.prompts) | set(one.classes.values()))
-    strange = sorted(set(one.classes.values()) - set(one.prompts))
+    given = {kind for kinds in one.classes.values() for kind in kinds}
+    names = sorted(given | set(one.prompts))
+    strange = sorted(given - set(one.prompts))
     if strange:
         report.add("error", "labels", f"{one.name}: classes without a prompt", strange)
-    known = {case.specimen for case in store.cases}
+    known = {name for case in store.cases for name in _names(case)}
     lost = [name for name in one.classes if name not in known]
     if lost:
         report.add(
@@ -581,11 +599,11 @@ def _classes(
     counts: dict[str, Counter[str]] = {member.split: Counter() for member in members}
     without: dict[str, list[str]] = {member.split: [] for member in members}
     for member in members:
-        kind = one.classes.get(member.case.specimen)
-        if kind is None:
+        kinds = one.of(member.case)
+        if kinds is None:
             without[member.split].append(member.case.specimen)
         else:
-            counts[member.split][kind] += 1
+            counts[member.split].update(kinds)
     for split, specimens in without.items():
         if specimens:
             report.add(

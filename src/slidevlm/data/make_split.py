@@ -44,7 +44,8 @@ def divide(
     Args:
         names: of the S splits.
         fractions: share of the specimens each split should get, above 0, of sum 1.
-        classes: specimen -> class; specimens it lacks are a class of their own. None: no classes.
+        classes: specimen, or "<patient>/<specimen>", -> class; specimens it lacks are a class of
+            their own. None: no classes.
         sites: patient -> site, which then is not divided either. None: patients are the groups.
 
     Raises:
@@ -53,7 +54,7 @@ def divide(
     """
     _check_fractions(names, fractions)
     groups = _groups(cases, sites)
-    kinds = [NO_CLASS if classes is None else classes.get(c.specimen, NO_CLASS) for c in cases]
+    kinds = [_class_of(case, classes or {}) for case in cases]
     known = tuple(sorted(set(kinds)))
     keys = sorted(set(groups))
     if len(keys) < len(names):
@@ -81,6 +82,10 @@ def divide(
         known,
         np.stack([members[chosen == split].sum(axis=0) for split in range(len(names))]),
     )
+
+
+def _class_of(case: Case, classes: Mapping[str, str]) -> str:
+    return classes.get(f"{case.patient}/{case.specimen}", classes.get(case.specimen, NO_CLASS))
 
 
 def assign(members: np.ndarray, fractions: np.ndarray) -> np.ndarray:

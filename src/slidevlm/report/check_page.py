@@ -198,7 +198,7 @@ def _class_figure(one: ClassTable) -> tuple[list[Any], dict[str, Any]]:
     layout = _layout(f"Classes of {one.name}")
     layout["barmode"] = "group"
     layout["xaxis"] = {"type": "category"}
-    layout["yaxis"] = {"tickformat": ".0%", "title": {"text": "of the split"}}
+    layout["yaxis"] = {"tickformat": ".0%", "title": {"text": "of the labels"}}
     return data, layout
 
 
