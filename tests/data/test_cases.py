@@ -26,6 +26,14 @@ def test_one_source_is_needed(write):
     assert store.text(store.cases[0]) is None
 
 
+@pytest.mark.parametrize("names", [("p", "s\udcff"), ("\udcff", "s")])
+def test_names_that_are_not_utf8_are_refused(names):
+    """Linux gives them so; predictions.csv would be the first to stumble, after training."""
+    assert unique_cases([("ü", "naïve 名", "x")], Path("data"))
+    with pytest.raises(DataError, match=r"data: the name .*\\udcff.* is not UTF-8"):
+        unique_cases([("p", "a", "x"), (*names, "y")], Path("data"))
+
+
 def test_unique_cases():
     with pytest.raises(DataError, match="'s' of patient 'p' is listed twice, as a and b"):
         unique_cases([("p", "s", "a"), ("p", "s", "b")], Path("f"))

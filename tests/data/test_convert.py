@@ -220,6 +220,9 @@ def test_refusals(write, tmp_path):
         run(source, source)
     with pytest.raises(ConfigError, match="does not exist; make it first"):
         run(source, tmp_path / "no" / "out.h5")
+    with pytest.raises(DataError, match="/patients/p0/s0: 'report' names both its features and a"):
+        run(source, tmp_path / "out.h5", replace(FLOAT16, feature_attribute="report"))
+    assert not list(tmp_path.glob("*out.h5*"))
 
 
 def test_specimens_that_cannot_be_one_cohort(tmp_path):

@@ -164,13 +164,21 @@ def open_store(
 def unique_cases(found: list[tuple[str, str, str]], path: Path) -> tuple[Case, ...]:
     """Cases from (patient, specimen, location), told apart where patients share specimen names.
 
-    DataError when one patient has the same specimen twice.
+    DataError when one patient has the same specimen twice, or a name could not be written down:
+    of a file or a group that is not UTF-8.
     """
     counts: dict[str, int] = {}
     for _, specimen, _ in found:
         counts[specimen] = counts.get(specimen, 0) + 1
     cases: dict[tuple[str, str], Case] = {}
     for patient, specimen, location in found:
+        try:
+            f"{patient}{specimen}".encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}: the name {ascii(specimen)} (patient {ascii(patient)}) is not UTF-8, and "
+                "no table of results could hold it; rename the file or the group"
+            ) from error
         if (patient, specimen) in cases:
             raise DataError(
                 f"{path}: specimen {specimen!r} of patient {patient!r} is listed twice, as "

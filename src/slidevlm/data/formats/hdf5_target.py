@@ -129,6 +129,11 @@ def lay_out(
 def _lay_out_case(file: h5py.File, case: PlannedCase, layout: Layout) -> None:
     for name in (case.patient, case.specimen, layout.feature_attribute, *case.texts):
         _check_name(name, case)
+    if layout.feature_attribute in case.texts:
+        raise DataError(
+            f"{case.location}: {layout.feature_attribute!r} names both its features and a text; "
+            "give another --feature-attribute, or another --text-attribute"
+        )
     if case.location in file:
         raise DataError(f"{case.location} is there twice; specimens must be unique")
     group = file.create_group(f"{case.location}/{layout.feature_attribute}")
