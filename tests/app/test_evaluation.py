@@ -15,9 +15,10 @@ import h5py
 import numpy as np
 import pytest
 
-from slidevlm.app import evaluate_run, train
+from slidevlm.app import evaluate_run, judging, train
 from slidevlm.cli import main
 from slidevlm.config import Config, with_values
+from slidevlm.data.formats.hdf5_cases import Hdf5Cases
 from slidevlm.data.synthetic import DemoCohort
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval.stored import load
@@ -380,7 +381,7 @@ def test_bad_examples(run: Path, tmp_path: Path, content: Any, message: str) -> 
 
 
 def test_examples_that_are_not_there_or_of_another_class(
-    run: Path, cohort: DemoCohort, tmp_path: Path
+    run: Path, cohort: DemoCohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = json.loads((cohort.folder / "few_shot_1.json").read_text())
     path = tmp_path / "bad.json"
@@ -391,6 +392,12 @@ def test_examples_that_are_not_there_or_of_another_class(
     a, b = sorted(content)[:2]
     path.write_text(json.dumps({**content, a: content[b], b: content[a]}))
     with pytest.raises(DataError, match="correct one of them"):
+        evaluated(run, "bad", few_shot_examples=(str(path),))
+    # By the name of a patient it shows only with the data: before anything is embedded.
+    patients = {case.specimen: case.patient for case in Hdf5Cases(cohort.hdf5, "demo").cases}
+    path.write_text(json.dumps({**content, a: [patients[content[b][0]]]}))
+    monkeypatch.setattr(judging, "predict", None)
+    with pytest.raises(DataError, match="name specimens in the place of the patient"):
         evaluated(run, "bad", few_shot_examples=(str(path),))
 
 

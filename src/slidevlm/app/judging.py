@@ -29,6 +29,7 @@ from slidevlm.eval import Task, TaskResult, evaluate
 from slidevlm.eval.predict import Writing, predict
 from slidevlm.eval.scores import scores
 from slidevlm.eval.stored import Stored
+from slidevlm.eval.tasks.few_shot import check_examples
 from slidevlm.models import CoCa
 from slidevlm.models.generate import Decoding
 from slidevlm.models.mode import evaluation_mode
@@ -67,12 +68,14 @@ class Judge:
         self.precision, self.run, self.bad = precision, run, bad
         self.weights = weights
         self.suite = Suite(config)
-        missing = find(self.suite.support_names, store).missing
-        if missing:
+        found = find(self.suite.support_names, store)
+        if missing := found.missing:
             raise DataError(
                 f"--few-shot-examples: {len(missing)} specimens have no features in {store.path}, "
                 f"such as {missing[0]!r}; leave them out or add them to the data"
             )
+        for file in self.suite.few_shot:
+            check_examples(file, {case.specimen: case.patient for case in found.cases})
         if config.evaluation.save_captions and trained.model.decoder is None:
             raise ConfigError(
                 f"--save-captions: model {config.model.model} has no decoder to write reports with"

@@ -176,7 +176,7 @@ def unique_cases(found: list[tuple[str, str, str]], path: Path) -> tuple[Case, .
             f"{patient}{specimen}".encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{path}: the name {ascii(specimen)} (patient {ascii(patient)}) is not UTF-8, and "
+                f"{path}: the name {specimen!a} (patient {patient!a}) is not UTF-8, and "
                 "no table of results could hold it; rename the file or the group"
             ) from error
         if (patient, specimen) in cases:

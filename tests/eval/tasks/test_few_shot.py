@@ -10,7 +10,7 @@ from slidevlm.errors import DataError
 from slidevlm.eval import learners
 from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.prompts import Labels
-from slidevlm.eval.tasks.few_shot import FewShot, FewShotFile, resolve_examples
+from slidevlm.eval.tasks.few_shot import FewShot, FewShotFile, check_examples, resolve_examples
 from slidevlm.eval.tasks.probe import fit_probes
 
 LABELS = Labels("t", {f"s{i}": ("ab"[i % 2],) for i in range(40)})
@@ -62,9 +62,25 @@ def test_embeddings_that_are_not_finite_give_no_metric() -> None:
 
 
 def test_names_are_of_specimens_or_patients() -> None:
-    file = FewShotFile("few", {"a": ("s0", "p2"), "b": ("s1",)}, (LABELS,))
-    found = resolve_examples(file, split_of([0, 1, 4, 5]))
-    assert found == {"a": ("s0", "s4", "s5"), "b": ("s1",)}
+    of_patients = Labels("t", {f"s{i}": ("ab"[i // 2 % 2],) for i in range(40)})
+    file = FewShotFile("few", {"a": ("s0", "p2"), "b": ("s2",)}, (of_patients,))
+    found = resolve_examples(file, split_of([0, 1, 2, 4, 5]))
+    assert found == {"a": ("s0", "s4", "s5"), "b": ("s2",)}
+
+
+def test_a_patient_is_no_example_of_a_class_that_its_specimens_are_not_of() -> None:
+    patients = {f"s{i}": f"p{i // 2}" for i in range(6)}
+    twice = FewShotFile("few", {"a": ("p0",), "b": ("s1", "s2")}, ())
+    with pytest.raises(
+        DataError, match="'s1' of patient 'p0' is an example of 'b', but 'a' in few"
+    ):
+        check_examples(twice, patients)
+    other = FewShotFile("few", {"a": ("s0", "p2"), "b": ("s1",)}, (LABELS,))
+    with pytest.raises(DataError, match="'s5' of patient 'p2' is .* but 'b' in the label file t"):
+        check_examples(other, patients)
+    with pytest.raises(DataError, match="'s5'"):
+        resolve_examples(other, split_of([0, 1, 4, 5]))
+    check_examples(FewShotFile("few", {"a": ("s0", "s4"), "b": ("s1",)}, (LABELS,)), patients)
 
 
 def test_what_was_dropped_as_bad(messages: pytest.LogCaptureFixture) -> None:

@@ -73,12 +73,11 @@ def resolve_examples(
             where a class has no other examples.
 
     Raises:
-        DataError: `support` lacks a name.
+        DataError: `support` lacks a name, or see `check_examples`.
     """
-    own: dict[str, list[str]] = {}
-    for specimen, patient in zip(support.specimen_ids, support.patient_ids, strict=True):
-        own.setdefault(patient, []).append(specimen)
-    own |= {specimen: [specimen] for specimen in support.specimen_ids}
+    patients = dict(zip(support.specimen_ids, support.patient_ids, strict=True))
+    check_examples(file, patients)
+    own = _by_name(patients)
     lacking = [s for found in file.examples.values() for s in found if s not in own]
     if lacking and lenient:
         log.warning(
@@ -101,6 +100,40 @@ def resolve_examples(
         c: tuple(dict.fromkeys(s for name in found for s in own.get(name, ())))
         for c, found in file.examples.items()
     }
+
+
+def check_examples(file: FewShotFile, patients: Mapping[str, str]) -> None:
+    """Check that no name of a patient makes a specimen an example of a second class.
+
+    Args:
+        file: names of specimens or patients.
+        patients: specimen -> patient, of all that are there.
+
+    Raises:
+        DataError: it does, by this file or by a label file.
+    """
+    own, said = _by_name(patients), dict[str, str]()
+    for c, names in file.examples.items():
+        for specimen in (s for name in names for s in own.get(name, ())):
+            others = {f"{file.name} itself": said.setdefault(specimen, c)}
+            for labels in file.labels:
+                if (kinds := labels.of(specimen, patients[specimen])) is not None:
+                    others[f"the label file {labels.name}"] = kinds[0]
+            for where, other in others.items():
+                if other != c:
+                    raise DataError(
+                        f"few-shot examples {file.name}: {specimen!r} of patient "
+                        f"{patients[specimen]!r} is an example of {c!r}, but {other!r} in {where}; "
+                        "name specimens in the place of the patient, or correct one of them"
+                    )
+
+
+def _by_name(patients: Mapping[str, str]) -> dict[str, list[str]]:
+    """Specimens by what an example may be called: its own name or, failing that, its patient's."""
+    own: dict[str, list[str]] = {}
+    for specimen, patient in patients.items():
+        own.setdefault(patient, []).append(specimen)
+    return own | {specimen: [specimen] for specimen in patients}
 
 
 @dataclass(frozen=True)
