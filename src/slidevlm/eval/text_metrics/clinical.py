@@ -109,6 +109,13 @@ def _field(content: Any, where: str) -> Field:
     if content.get("negated", "count") not in ("skip", "count"):
         raise ConfigError(f"{where}: negated is skip or count, not {content['negated']!r}")
     pairs = tuple((str(v), _compiled(e, f"{where}: {v}")) for v, e in values.items())
+    for value, pattern in pairs:
+        for number in map(int, re.findall(r"\{(\d+)\}", value)):
+            if not 1 <= number <= pattern.groups:
+                raise ConfigError(
+                    f"{where}: {value}: {{{number}}} stands for a group of the expression, which "
+                    f"has {pattern.groups}; put what it is to stand for in brackets"
+                )
     return Field(pairs, roman, content.get("negated") == "skip")
 
 
