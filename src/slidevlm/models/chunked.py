@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from slidevlm.models.linear import wide
+
 WINDOW_SCORES = 1 << 25  # entries of a score matrix held at a time by `attention_with_normaliser`
 CHUNK_SCORES = 1 << 19  # the same by `chunked_attention`: 2 MB in float32, which caches hold
 CHUNKED_KEYS = 1_000  # bags from here on; below, the kernel is as fast
@@ -101,6 +103,8 @@ def attention_with_normaliser(query: Tensor, key: Tensor, value: Tensor) -> tupl
     """Attention, and the logarithm of the softmax's denominator, both with exact gradients.
 
     Two results over different keys can be joined exactly, weighted with their denominators.
+    Products are of the inputs' type, the softmax and its denominator of 32 bits at least: bfloat16
+    of a logarithm around 10 is off by 3 % of what it stands for.
 
     Args:
         query: [..., L, d].
@@ -108,7 +112,7 @@ def attention_with_normaliser(query: Tensor, key: Tensor, value: Tensor) -> tupl
         value: [..., N, d].
 
     Returns:
-        [..., L, d] and [..., L].
+        [..., L, d], and [..., L] in float32 or wider.
     """
     attended, normaliser = _WithNormaliser.apply(query, key, value)
     return attended, normaliser
@@ -121,9 +125,10 @@ class _WithNormaliser(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         attended, normaliser = [], []
         for q in query.split(_rows_at_once(key), dim=-2):
-            scores = (q @ key.transpose(-1, -2)) * q.shape[-1] ** -0.5
+            scores = wide(q @ key.transpose(-1, -2)) * q.shape[-1] ** -0.5
             normaliser.append(scores.logsumexp(-1))
-            attended.append((scores - normaliser[-1][..., None]).exp() @ value)
+            weights = scores.sub_(normaliser[-1][..., None]).exp_()
+            attended.append(weights.to(value.dtype) @ value)
         outputs = torch.cat(attended, -2), torch.cat(normaliser, -1)
         ctx.save_for_backward(query, key, value, *outputs)
         return outputs
@@ -133,7 +138,7 @@ class _WithNormaliser(torch.autograd.Function):
         query, key, value, attended, normaliser = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
         # Gradient of the scores: P (dO V' - rowsum(dO O) + d normaliser).
-        shift = gradients[1] - (gradients[0] * attended).sum(-1)
+        shift = gradients[1] - (wide(gradients[0]) * attended).sum(-1)
         to_query, to_key, to_value = [], torch.zeros_like(key), torch.zeros_like(value)
         rows = _rows_at_once(key)
         for q, g, n, s in zip(
@@ -143,9 +148,10 @@ class _WithNormaliser(torch.autograd.Function):
             shift.split(rows, -1),
             strict=True,
         ):
-            weights = ((q @ key.transpose(-1, -2)) * scale - n[..., None]).exp()
-            to_value += weights.transpose(-1, -2) @ g
-            scores = weights * (g @ value.transpose(-1, -2) + s[..., None])
+            weights = (wide(q @ key.transpose(-1, -2)) * scale - n[..., None]).exp()
+            to_value += weights.to(g.dtype).transpose(-1, -2) @ g
+            scores = weights * (wide(g @ value.transpose(-1, -2)) + s[..., None])
+            scores = scores.to(q.dtype)
             to_query.append(scores @ key * scale)
             to_key += scores.transpose(-1, -2) @ q * scale
         return torch.cat(to_query, -2), to_key, to_value

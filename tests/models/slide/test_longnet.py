@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slidevlm.models.ragged import ragged_self_attention
 from slidevlm.models.slide import longnet
 from slidevlm.models.slide.longnet import along_curve, dilated_attention
 
@@ -45,6 +46,33 @@ def test_dilated_attention_is_exact(length: int) -> None:
         strict=True,
     ):
         torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+def test_half_precision_costs_no_more_than_in_any_attention(
+    dtype: torch.dtype, bound: float
+) -> None:
+    """Softmax and denominators have 32 bits: with 16 the error was three times as large."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 4, 600, 16, generator=generator).to(dtype)
+    upper = torch.randn(4, 600, 16, generator=generator)
+    pairs = ((64, 1), (256, 2), (1024, 4))
+
+    def of(wanted: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(wanted).requires_grad_() for t in inputs]
+        attended = dilated_attention(*leaves, pairs)
+        assert attended.dtype == wanted
+        gradients = torch.autograd.grad((attended.float() * upper).sum(), leaves)
+        return [attended.double(), *(g.double() for g in gradients)]
+
+    exact, found = of(torch.float64), of(dtype)
+    traced = longnet.traced_dilated_attention(*inputs, pairs)
+    assert traced.dtype == dtype
+    for mine, reference in zip([*found, traced.double()], [*exact, exact[0]], strict=True):
+        assert (mine - reference).norm() < 2 * bound * reference.norm()
+    plain = ragged_self_attention(*inputs, [600]).double()
+    reference = ragged_self_attention(*inputs.double(), [600])
+    assert (plain - reference).norm() > bound / 2 * reference.norm(), "what is to be had at all"
 
 
 def test_the_curve_visits_quadrants_one_after_the_other() -> None:

@@ -12,6 +12,7 @@ from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import AttentionPooler, TileLayer
 from slidevlm.models.chunked import attention_with_normaliser
+from slidevlm.models.linear import wide
 from slidevlm.models.mode import Unit
 from slidevlm.models.ragged import SCORES_AT_ONCE, bags_of, scripted
 from slidevlm.models.slide.base import (
@@ -152,7 +153,7 @@ def dilated_attention(
     found, weights = [], []
     for segment, dilation in pairs:
         attended = torch.zeros_like(query)
-        normaliser = torch.full_like(query[..., 0], float("-inf"))
+        normaliser = torch.full_like(wide(query[..., 0]), float("-inf"))
         for offset in range(min(dilation, query.shape[0], query.shape[1])):
             heads = slice(offset, None, dilation)
             rows = slice(offset, None, dilation)
@@ -161,7 +162,7 @@ def dilated_attention(
             attended[heads, rows], normaliser[heads, rows] = part
         found.append(attended)
         weights.append(normaliser)
-    shares = torch.stack(weights).softmax(0)  # [pairs, H, N]
+    shares = torch.stack(weights).softmax(0).to(query.dtype)  # [pairs, H, N]
     return (torch.stack(found) * shares[..., None]).sum(0)
 
 
@@ -180,7 +181,7 @@ def _dilated(
     weights: list[Tensor] = []
     for segment, dilation in pairs:
         attended = torch.zeros_like(query)
-        normaliser = torch.full_like(query[:, :, 0], float("-inf"))
+        normaliser = torch.full_like(_wide(query[:, :, 0]), float("-inf"))
         for offset in range(min(dilation, query.shape[0], query.shape[1])):
             q = query[offset::dilation, offset::dilation]
             k = key[offset::dilation, offset::dilation]
@@ -193,16 +194,24 @@ def _dilated(
                 last = min(first + length, q.shape[1])
                 for row in range(first, last, rows):
                     some = q[:, row : min(row + rows, last)]
-                    scores = some @ k[:, first:last].transpose(-1, -2) * q.shape[-1] ** -0.5
+                    scores = _wide(some @ k[:, first:last].transpose(-1, -2))
+                    scores = scores * q.shape[-1] ** -0.5
                     norm = scores.logsumexp(-1)
-                    parts.append((scores - norm[:, :, None]).exp() @ v[:, first:last])
+                    shares = (scores - norm[:, :, None]).exp().to(v.dtype)
+                    parts.append(shares @ v[:, first:last])
                     norms.append(norm)
-            attended[offset::dilation, offset::dilation] = torch.cat(parts, 1).to(query.dtype)
-            normaliser[offset::dilation, offset::dilation] = torch.cat(norms, 1).to(query.dtype)
+            attended[offset::dilation, offset::dilation] = torch.cat(parts, 1)
+            normaliser[offset::dilation, offset::dilation] = torch.cat(norms, 1)
         found.append(attended)
         weights.append(normaliser)
-    shares = torch.stack(weights).softmax(0)
+    shares = torch.stack(weights).softmax(0).to(query.dtype)
     return (torch.stack(found) * shares[:, :, :, None]).sum(0)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """`linear.wide` in the form of TorchScript."""
+    narrow = values.dtype == torch.float16 or values.dtype == torch.bfloat16
+    return values.float() if narrow else values
 
 
 def _in_segments(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
