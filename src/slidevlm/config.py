@@ -1035,16 +1035,16 @@ def _model(config: Config) -> Iterator[str]:
         yield f"--use-bnb-linear and {ways[0]}: its products are not torch's; give one of them"
 
 
-def _combinations(config: Config) -> Iterator[str]:
-    yield from _sources(config)
-    yield from _pairs(config)
-    yield from _augmentation(config.data)
-    yield from _beams(config)
-    data, optim, evaluation = config.data, config.optim, config.evaluation
+def _reports(data: Data) -> Iterator[str]:
     if data.hdf5_filename and not (data.hdf5_text_attribute or data.text_data_file):
         yield "no reports: give --hdf5_text_attribute or --text-data-file"
     if data.root_dir and not data.text_data_file:
         yield "--root-dir has no reports of its own; give --text-data-file"
+
+
+def _splits(config: Config) -> Iterator[str]:
+    """What is trained and evaluated needs splits, and an evaluation a model."""
+    data, evaluation = config.data, config.evaluation
     if evaluation.test:
         if not (config.checkpoint.resume or config.model.pretrained):
             yield "--test evaluates a trained model; give it by --resume or --pretrained"
@@ -1058,6 +1058,11 @@ def _combinations(config: Config) -> Iterator[str]:
         yield "--survival-table is for --probe; give both"
     if evaluation.probe and not (data.test_split or data.val_split):
         yield "--probe needs a split to be judged by: --test-split or --val-split"
+
+
+def _optimization(config: Config) -> Iterator[str]:
+    """What belongs to one schedule or optimizer alone."""
+    optim = config.optim
     if optim.lr_scheduler == "const-cooldown" and not optim.skip_scheduler:
         if optim.epochs_cooldown is None:
             yield "--lr-scheduler const-cooldown needs --epochs-cooldown"
@@ -1071,16 +1076,19 @@ def _combinations(config: Config) -> Iterator[str]:
     for field_name in LACKS.get(optim.opt, ()):
         if field_name in config.given and getattr(optim, field_name) is not None:
             yield f"--opt {optim.opt} has no --{field_name}; leave it out"
-    yield from _model(config)
-    if config.distributed.use_bn_sync and data.skip_bad_specimens:
+
+
+def _processes(config: Config) -> Iterator[str]:
+    distributed, ragged = config.distributed, config.data.skip_bad_specimens
+    if distributed.use_bn_sync and ragged:
         yield "--use-bn-sync needs a batch on every process; leave --skip-bad-specimens out"
-    yield from _horovod(config.distributed)
+    yield from _horovod(distributed)
     yield from _fsdp(config)
-    if config.distributed.ddp_static_graph and data.skip_bad_specimens:
+    if distributed.ddp_static_graph and ragged:
         yield "--ddp-static-graph needs a batch on every process; leave --skip-bad-specimens out"
-    weights = config.loss.coca_caption_loss_weight, config.loss.coca_contrastive_loss_weight
-    if not any(weights):
-        yield "both loss weights are 0; nothing would be trained"
+
+
+def _sinks(config: Config) -> Iterator[str]:
     if config.logging.copy_codebase and config.logs is None:
         yield "--copy-codebase copies into the run folder, but --logs is None"
     bad = config.reports - {*SINKS, "all"}
@@ -1092,13 +1100,33 @@ def _combinations(config: Config) -> Iterator[str]:
         for field_name in ("wandb_notes", "wandb_project_name"):
             if field_name in config.given:
                 yield f"--{field_name.replace('_', '-')} works only with --report-to wandb"
-    yield from _resuming(config)
-    yield from _best(config)
-    yield from _remote(config)
-    name = config.logging.name
+
+
+def _run_name(name: str | None) -> Iterator[str]:
     if name is not None and (
         name in ("", ".", "..")
         or any(c in "/\\" or not c.isprintable() for c in name)
         or len(name.encode(errors="replace")) > LONGEST_NAME
     ):
         yield f"--name {name!r} must be the name of one folder, of at most {LONGEST_NAME} bytes"
+
+
+def _combinations(config: Config) -> Iterator[str]:
+    """Problems that arguments of a training make together."""
+    yield from _sources(config)
+    yield from _pairs(config)
+    yield from _augmentation(config.data)
+    yield from _beams(config)
+    yield from _reports(config.data)
+    yield from _splits(config)
+    yield from _optimization(config)
+    yield from _model(config)
+    yield from _processes(config)
+    loss = config.loss
+    if not (loss.coca_caption_loss_weight or loss.coca_contrastive_loss_weight):
+        yield "both loss weights are 0; nothing would be trained"
+    yield from _sinks(config)
+    yield from _resuming(config)
+    yield from _best(config)
+    yield from _remote(config)
+    yield from _run_name(config.logging.name)
