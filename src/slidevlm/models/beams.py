@@ -93,48 +93,85 @@ def search(
         steps: tokens generated at most.
         finished: gets each slide's reports as soon as it is done.
     """
-    beams, groups, start = decoding.beams, decoding.groups, prompt.shape[1]
-    each, device = beams // groups, logits.device
+    beams, start, device = decoding.beams, prompt.shape[1], logits.device
     rows = torch.arange(len(logits), device=device).repeat_interleave(beams)
     cache.keep(rows)
     logits = logits[rows]
-    seen = torch.cat([prompt, prompt.new_zeros(len(prompt), steps)], dim=1)[rows]
-    likely = torch.full((len(prompt), groups, each), float("-inf"), device=device)
-    likely[:, :, 0] = 0.0
-    alive = [_Slide(number, groups, each, decoding) for number in range(len(prompt))]
+    front = _Front.of(prompt, steps, decoding)
     origin = _Origins(len(rows), start + 1 + steps, start + 1)
     for step in range(steps):
-        logs = log_probabilities(logits, seen[:, : start + step], step, decoding)
-        done = torch.tensor([s.done for s in alive], device=device)
-        shape = (len(alive), groups, each, logs.shape[1])
-        choice = choose_beams(logs.view(shape), likely, done, decoding)
-        _harvest(alive, choice, seen[:, start : start + step])
-        likely = choice.likely
-        first = torch.arange(0, len(seen), each, device=device).view(len(alive), groups, 1)
-        parents = (first + choice.parents).flatten()
-        seen = seen[parents]
-        seen[:, start + step] = choice.tokens.flatten()
-        best = likely.amax(2).tolist()
-        for slide, live in zip(alive, best, strict=True):
-            slide.judge(live, step + 1)
-        going = [i for i, slide in enumerate(alive) if not all(slide.done)]
+        logs = log_probabilities(logits, front.seen[:, : start + step], step, decoding)
+        parents = front.advance(logs, start, step)
+        going = [i for i, slide in enumerate(front.slides) if not all(slide.done)]
         if step + 1 == steps or not going:
             break
         since = origin.follow(parents)
-        if len(going) < len(alive):
-            for slide in (s for s in alive if all(s.done)):
+        if len(going) < len(front.slides):
+            for slide in (s for s in front.slides if all(s.done)):
                 finished(slide.number, slide.best(decoding.written))
-            alive, kept = [alive[i] for i in going], torch.tensor(going, device=device)
-            rows = (kept[:, None] * beams + torch.arange(beams, device=device)).flatten()
-            seen, likely = seen[rows], likely[kept]
+            kept = torch.tensor(going, device=device)
+            rows = front.keep(kept)
             cache.keep(parents[rows], kept)
             origin.keep(rows)
         elif since is not None:
             cache.reorder(parents, since)
-        logits = model.step(seen[:, start + step, None], cache)
-    _take_the_rest(alive, seen[:, start : start + step + 1], likely)
-    for slide in alive:
+        logits = model.step(front.seen[:, start + step, None], cache)
+    _take_the_rest(front.slides, front.seen[:, start : start + step + 1], front.likely)
+    for slide in front.slides:
         finished(slide.number, slide.best(decoding.written))
+
+
+@dataclass
+class _Front:
+    """The beams of the b slides that are not done; beam k of group g of slide i is a row."""
+
+    slides: list[_Slide]
+    seen: Tensor  # [b * G * k, P + steps] tokens without BOS; 0 where none is yet
+    likely: Tensor  # [b, G, k] log-probabilities
+    decoding: Decoding
+
+    @staticmethod
+    def of(prompt: Tensor, steps: int, decoding: Decoding) -> _Front:
+        """Before the first step, when each group has one beam: the prompt [B, P]."""
+        count, groups = len(prompt), decoding.groups
+        each = decoding.beams // groups
+        seen = torch.cat([prompt, prompt.new_zeros(count, steps)], dim=1)
+        likely = torch.full((count, groups, each), float("-inf"), device=prompt.device)
+        likely[:, :, 0] = 0.0
+        slides = [_Slide(number, groups, each, decoding) for number in range(count)]
+        return _Front(slides, seen.repeat_interleave(decoding.beams, dim=0), likely, decoding)
+
+    def advance(self, logs: Tensor, start: int, step: int) -> Tensor:
+        """One token more: choose, give the slides the reports that end, and judge who is done.
+
+        Args:
+            logs: [b * G * k, V] log-probabilities of the next token.
+            start: P, where reports begin.
+            step: tokens generated so far.
+
+        Returns:
+            [b * G * k] the row that each row goes on from.
+        """
+        slides, groups, each = self.likely.shape
+        done = torch.tensor([s.done for s in self.slides], device=logs.device)
+        shape = (slides, groups, each, logs.shape[1])
+        choice = choose_beams(logs.view(shape), self.likely, done, self.decoding)
+        _harvest(self.slides, choice, self.seen[:, start : start + step])
+        first = torch.arange(0, len(self.seen), each, device=logs.device).view(slides, groups, 1)
+        parents = (first + choice.parents).flatten()
+        self.likely, self.seen = choice.likely, self.seen[parents]
+        self.seen[:, start + step] = choice.tokens.flatten()
+        for slide, live in zip(self.slides, self.likely.amax(2).tolist(), strict=True):
+            slide.judge(live, step + 1)
+        return parents
+
+    def keep(self, kept: Tensor) -> Tensor:
+        """Keep these of the slides; returns the rows that are left."""
+        beams = self.decoding.beams
+        rows = (kept[:, None] * beams + torch.arange(beams, device=kept.device)).flatten()
+        self.slides = [self.slides[i] for i in kept.tolist()]
+        self.seen, self.likely = self.seen[rows], self.likely[kept]
+        return rows
 
 
 class _Slide:
