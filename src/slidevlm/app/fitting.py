@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,10 +65,15 @@ def fit(
     judge: Judge,
     interrupts: Interrupts,
 ) -> Fitted:
+    """Train, from the first step or from where `start` has come; a collective call.
+
+    Raises:
+        SlideVLMError: arguments, data or a checkpoint that do not go together.
+    """
     assert data.train is not None, "validate has made sure of a training split"
-    optim, seed = config.optim, config.evaluation.seed
+    optim = config.optim
     objective = _objective(config, trained)
-    seed_everything(seed + 1 + dist.rank())
+    seed_everything(config.evaluation.seed + 1 + dist.rank())
     augmentation = _augmentation(config, trained)
     dataset = bag_dataset(config, data.store, data.train, trained, augmentation, training=True)
     batches = _train_batches(config, dataset)
@@ -81,12 +86,7 @@ def fit(
     run.write("parameter_groups.txt", groups + "\n")
     steps_an_epoch = len(batches) // optim.accum_freq
     plan = Plan(optim.epochs, optim.accum_freq, _schedule(config, steps_an_epoch), precision.device)
-    order = {
-        "specimens": len(dataset),
-        "global_batch": config.data.batch_size * dist.world_size() * optim.accum_freq,
-        "seed": seed,
-        "similar_lengths": batches.lengths_id(),
-    }
+    order = _order(config, len(dataset), batches)
     average = _average(config, trained, start)
     progress = ckpt.Progress()
     if start.training is not None:
@@ -110,13 +110,8 @@ def fit(
         _best(config, data, judge, start),
     )
     step.optimizer.register_step_pre_hook(lambda *_: watcher.settle())
-    try:
+    with _closing(watcher):
         end = run_loop(step, loader, batches, plan, watcher, progress)
-    except KeyboardInterrupt:
-        watcher.close(at_once=True)
-        raise
-    finally:
-        watcher.close()
     if step.skipped:
         log.warning("%d steps were skipped: loss or gradient not finite", step.skipped)
     if watcher.stops:
@@ -124,6 +119,29 @@ def fit(
     elif average is not None:
         average.put()  # what comes after training is of the averages
     return Fitted(watcher.metrics, finished=not watcher.stops)
+
+
+@contextmanager
+def _closing(watcher: RunWatcher) -> Iterator[None]:
+    """Close the watcher at the end, at once where Ctrl-C has been pressed again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        watcher.close(at_once=True)
+        raise
+    finally:
+        watcher.close()
+
+
+def _order(config: Config, specimens: int, batches: TrainBatches) -> dict[str, int]:
+    """What decides which specimens each step has: the same where a run goes on within an epoch."""
+    data, optim = config.data, config.optim
+    return {
+        "specimens": specimens,
+        "global_batch": data.batch_size * dist.world_size() * optim.accum_freq,
+        "seed": config.evaluation.seed,
+        "similar_lengths": batches.lengths_id(),
+    }
 
 
 def _states(
