@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+import tokenizers.models
+import tokenizers.pre_tokenizers
 import torch
 
 from slidevlm.cli import main
@@ -76,3 +79,46 @@ def test_tfidf_knows_the_words_of_the_references() -> None:
     assert found[0] @ found[1] > 0 and not found[2].any()
     with pytest.raises(ConfigError, match="no words"):
         embedder("tfidf", ["", "."])
+
+
+def gpt(place: Path) -> Path:
+    """A tiny GPT-2 of 32 places, whose tokenizer pads with nothing, knows no limit and no BOS."""
+    transformers = pytest.importorskip("transformers")
+    words = sorted({w for text in TEXTS for w in text.split()})
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<end>", *words])}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", eos_token="<end>"
+    ).save_pretrained(place)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(vocabulary), n_positions=32, n_embd=16, n_layer=1, n_head=2,
+        bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    transformers.GPT2Model(config).save_pretrained(place)
+    return place
+
+
+def test_a_tokenizer_without_padding_or_limit(tmp_path: Path) -> None:
+    embed = embedder(str(gpt(tmp_path)), TEXTS)
+    alone, together = embed(["lung"]), embed(["lung", "lung adenocarcinoma " * 40, ""])
+    np.testing.assert_allclose(together[0], alone[0], atol=1e-5)
+    np.testing.assert_allclose(together[1], embed(["lung adenocarcinoma " * 16])[0], atol=1e-5)
+    assert not together[2].any() and not embed(["", ""]).any()
+
+
+def test_a_damaged_model_and_one_of_another_kind(tmp_path: Path) -> None:
+    place = gpt(tmp_path)
+    weights = place / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=f"--embedder {place} cannot be used"):
+        embedder(str(place), TEXTS)
+    transformers = pytest.importorskip("transformers")
+    weights.unlink()
+    config = transformers.T5Config(
+        vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    transformers.T5Model(config).save_pretrained(place)
+    with pytest.raises(ConfigError, match="cannot embed a text .* give an encoder such as BERT"):
+        embedder(str(place), TEXTS)(TEXTS)
