@@ -160,7 +160,8 @@ def test_convert(cohort, tmp_path, capsys):
     command = ["data", "convert", str(cohort.hdf5), str(target), "--text-data-file", str(texts)]
     command += ["--workers", "0", "--feature-attribute", "tiles", "--text-attribute", "short"]
     assert main(command) == 0
-    assert "--hdf5_feature_attribute tiles" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "--hdf5_feature_attribute tiles --hdf5_text_attribute short\n" in told
     store = Hdf5Cases(target, "tiles", "report")
     before = Hdf5Cases(cohort.hdf5, "demo", "report")
     assert [case.specimen for case in store.cases] == names
@@ -181,6 +182,8 @@ def test_convert_a_folder_and_a_single_file(tmp_path, capsys):
     ):
         target = tmp_path / target
         assert main(["data", "convert", str(source), str(target), "--workers", "0"]) == 0
+        told = capsys.readouterr().out
+        assert "--hdf5_feature_attribute features --text-data-file REPORTS\n" in told
         store = Hdf5Cases(target, "features")
         assert [case.specimen for case in store.cases] == specimens
         for case in store.cases:

@@ -23,6 +23,7 @@ import torch
 from slidevlm.app import train
 from slidevlm.app.slide_model import load
 from slidevlm.config import Config, with_values
+from slidevlm.data.parallel import usable_cores
 from slidevlm.data.synthetic import FEATURES, TEXT, synthesize
 from slidevlm.precision import cpu_has_bfloat16
 from slidevlm.report.plain import table
@@ -137,11 +138,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _processor() -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = torch.get_num_threads()
+    cores, threads = usable_cores(), torch.get_num_threads()
     fast = "bfloat16 instructions" if cpu_has_bfloat16() else "no bfloat16: use --precision fp32"
     found = f"{cores} cores, torch uses {threads} threads, {fast}"
-    if cores and threads < cores and "OMP_NUM_THREADS" in os.environ:
+    if threads < cores and "OMP_NUM_THREADS" in os.environ:
         return Finding(
             "processor", "note", f"{found} (OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']})"
         )

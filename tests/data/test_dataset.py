@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from slidevlm.data.dataset import BadSpecimens, BagDataset, collate, make_loader
+from slidevlm.data.dataset import BadSpecimens, BagDataset, BagLoader, collate, make_loader
 from slidevlm.data.formats.hdf5_cases import CaseWriter, Hdf5Cases
 from slidevlm.data.reports import report_id
 from slidevlm.data.sampling import EvalBatches, TrainBatches
@@ -202,6 +203,20 @@ def test_a_worker_sends_one_memory(write):
                 assert len(memories) == (sent if workers else len(tensors))
                 assert batch.tokens.data_ptr() % 64 == 0 or not workers
                 assert all(tensor.is_contiguous() for tensor in tensors)
+
+
+def test_more_workers_than_cores_are_told_once_in_a_line(write, monkeypatch, messages):
+    monkeypatch.setattr("slidevlm.data.dataset.usable_cores", lambda: 2)
+    monkeypatch.setattr(BagLoader, "_cores_told", False)
+    data = dataset(write([4] * 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's own
+        make_loader(data, EvalBatches(3, 1), 2)
+        assert messages.text == ""
+        for _ in range(2):
+            loader = make_loader(data, EvalBatches(3, 1), 5000)
+            loader.check_worker_number_rationality()
+    assert messages.text.count("--workers 5000 for 2 cores") == 1
 
 
 def test_one_batch_is_received_ahead_and_a_loop_left_early_begins_anew(write, monkeypatch):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from slidevlm.batch import Bags, Batch
 from slidevlm.data.augment import Augmentation
 from slidevlm.data.cases import Bag, Case, CaseStore
 from slidevlm.data.formats.rows import new_shared, shared_rows
+from slidevlm.data.parallel import usable_cores
 from slidevlm.data.reports import report_id
 from slidevlm.data.sampling import generator
 from slidevlm.data.tokenizer import TextTokenizer
@@ -343,7 +344,19 @@ class BagLoader(DataLoader[Any]):
     """
 
     bad: BadSpecimens | StopAtBad
+    _cores_told: ClassVar[bool] = False
     _receiver: threading.Thread | None = None
+
+    def check_worker_number_rationality(self) -> None:
+        """What torch says of every loader in five lines is said once, in one."""
+        cores = usable_cores()
+        if self.num_workers > cores and not BagLoader._cores_told:
+            BagLoader._cores_told = True
+            logging.getLogger("slidevlm.data").warning(
+                "--workers %d for %d cores that this process may use; fewer may be faster",
+                self.num_workers,
+                cores,
+            )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for loaded in self._received():

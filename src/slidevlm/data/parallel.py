@@ -24,6 +24,13 @@ _WAITING = 4  # specimens handed out ahead, a worker
 _work: tuple[Callable[..., Any], CaseStore] | None = None  # of this worker process
 
 
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def each(
     function: Callable[[CaseStore, Case], Result],
     store: CaseStore,
