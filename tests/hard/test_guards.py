@@ -624,7 +624,7 @@ def check_of(where: str) -> CheckReport:
     report = CheckReport(
         cohort=Cohort(a["path"], 1, 1, 1, 1, (1, 1, 1), (a["format"],), (6,), (), (), (), 0),
         histograms=[Histogram(a["title"], a["unit"], (1.0, 10.0), {a["split"]: (1,)}, 5.0)],
-        classes=[ClassTable(a["labels"], (a["class"],), {"test": (2,)})],
+        classes=[ClassTable(a["labels"], (a["class"],), {a["split"]: (2,)})],
     )
     report.add("error", a["topic"], a["message"], [a["item"]])
     return report

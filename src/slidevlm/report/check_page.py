@@ -146,7 +146,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def _script(value: Any) -> str:
     """JSON that cannot end the script it stands in."""
-    return json.dumps(value).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    return json.dumps(value).replace("<", "\\u003c")  # which leaves ASCII alone
 
 
 def _label(text: str) -> str:
