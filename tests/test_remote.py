@@ -272,7 +272,21 @@ def test_an_unknown_kind_of_url() -> None:
         Remote("nowhere://a", "fsspec", "run")
 
 
-def test_told_hides_what_the_environment_keeps_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SESSION_TOKEN", SECRET)
-    assert told(OSError(f"a {SECRET}\nb")) == "OSError: a <AWS_SESSION_TOKEN>"
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID",
+        "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY",
+    ],
+)  # fmt: skip
+def test_told_hides_what_the_environment_keeps_secret(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is, in a URL, and as Python shows it."""
+    monkeypatch.setenv(name, SECRET)
+    assert told(OSError(f"a {SECRET}\nb")) == f"OSError: a <{name}>"
+    monkeypatch.setenv(name, "a/b\tc")
+    told_of = told(OSError(f"{'a/b' + chr(9) + 'c'!r} ?key=a%2Fb%09c {'x' * 300}"))
+    assert told_of.startswith(f"OSError: '<{name}>' ?key=<{name}> xxx")
+    assert len(told_of) < 320
     assert logging.getLogger("slidevlm.remote")

@@ -19,6 +19,7 @@ from slidevlm.cli import main
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval.stored import load, save
 from slidevlm.report.embedding_map import nearest, pca, umap
+from slidevlm.report.policy import closed
 from slidevlm.report.run_page import as_json, render
 from slidevlm.report.specimens import roc
 
@@ -123,6 +124,11 @@ def test_json_in_a_script_element(text: str) -> None:
     found = as_json({"a": text})
     assert "<" not in found and "\u2028" not in found and "\u2029" not in found
     assert json.loads(found)["a"] == ("?" if text == "\ud800" else text)
+
+
+def test_strings_of_a_script_cannot_end_it_nor_hide_its_end() -> None:
+    assert closed('a = "</SCRIPT>"') == 'a = "<\\/SCRIPT>"'
+    assert closed('a = "<!-- <script>"') == 'a = "<\\!-- <script>"'
 
 
 def test_places_of_the_template_are_none_in_the_data() -> None:
