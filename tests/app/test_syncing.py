@@ -16,6 +16,7 @@ from slidevlm.app import evaluate_run, train
 from slidevlm.config import Config, with_values
 from slidevlm.errors import ConfigError
 from slidevlm.flags import arguments
+from slidevlm.remote import Remote
 from slidevlm.train import checkpoint as ckpt
 
 FLAGS = {a.name: a.flag for a in arguments()}
@@ -90,6 +91,19 @@ def test_what_cannot_be_copied_to_stops_the_run_at_once(
     with pytest.raises(ConfigError, match="--remote-sync file://"):
         run(settings)
     assert not (Path(settings["logs"]) / "run").exists()
+
+
+def test_a_copy_that_cannot_be_fetched_is_told_without_keys(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(remote: Remote) -> None:
+        raise OSError("a key was refused: xSECRETx")
+
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "xSECRETx")
+    monkeypatch.setattr(Remote, "record", record)
+    settings |= {"remote_sync": f"file://{tmp_path}/copies", "remote_sync_protocol": "fsspec"}
+    with pytest.raises(ConfigError, match="refused: <AWS_SESSION_TOKEN>"):
+        run(settings, resume="latest")
 
 
 def test_an_evaluation_of_a_run_copies_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
