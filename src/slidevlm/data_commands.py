@@ -17,7 +17,7 @@ from slidevlm.config import Config, validate_data
 from slidevlm.data import check as checking
 from slidevlm.data.cases import Case, CaseStore
 from slidevlm.data.check import CheckReport, Labelled, Texts
-from slidevlm.data.convert import DTYPES, convert
+from slidevlm.data.convert import DTYPES, Converted, convert
 from slidevlm.data.formats.hdf5_cases import Hdf5Cases, attribute_names
 from slidevlm.data.formats.hdf5_target import Layout
 from slidevlm.data.inspect import Inspection, inspect_file, inspect_store
@@ -292,10 +292,15 @@ def convert_path(wanted: Conversion, *, as_json: bool = False) -> None:
         }
         print(json.dumps(content, indent=1, ensure_ascii=False))
         return
+    print(_told(wanted, layout, done))
+
+
+def _told(wanted: Conversion, layout: Layout, done: Converted) -> str:
+    """What was written, and what a training on it is given."""
     resumed = f" ({done.resumed} of them before)" if done.resumed else ""
     texts = attribute_names(wanted.target)[1]
     text = wanted.text_attribute if wanted.text_attribute in texts else next(iter(texts), None)
-    print(
+    return (
         f"wrote {wanted.target}: {done.specimens} specimens{resumed}, {done.tiles} tiles, "
         f"{done.size / 1e6:.1f} MB; use it with\n"
         f"  --hdf5_filename {wanted.target} --hdf5_feature_attribute {layout.feature_attribute} "

@@ -92,15 +92,11 @@ def fit(
     if start.training is not None:
         progress = _go_on(start.training, step, order, optim.accum_freq)
 
-    def evaluate(epoch: int, write: bool, at: int) -> dict[str, float]:
-        with nullcontext() if average is None else average.in_place():
-            return judge.epoch(data.vals, epoch, write, at)
-
     watcher = RunWatcher(
         run,
         _keeper(config, folder),
         _states(config, trained, step, average, order),
-        evaluate,
+        _evaluation(judge, data, average),
         _rhythm(config, steps_an_epoch),
         progress,
         {} if start.training is None else start.training.metrics,
@@ -119,6 +115,18 @@ def fit(
     elif average is not None:
         average.put()  # what comes after training is of the averages
     return Fitted(watcher.metrics, finished=not watcher.stops)
+
+
+def _evaluation(
+    judge: Judge, data: Data, average: Average | None
+) -> Callable[[int, bool, int], dict[str, float]]:
+    """Epoch, whether to write reports, step -> metrics; of the averages where there are any."""
+
+    def evaluate(epoch: int, write: bool, at: int) -> dict[str, float]:
+        with nullcontext() if average is None else average.in_place():
+            return judge.epoch(data.vals, epoch, write, at)
+
+    return evaluate
 
 
 @contextmanager

@@ -199,16 +199,7 @@ def check(
     if not splits:
         _without_report(report, everyone, "")
     _duplicate_reports(report, everyone)
-    truncated = {}
-    # Without a training split, the texts there are stand for those that a tokenizer learns from.
-    learnt_from = ("train", "all") if "train" in splits else {m.split for m in everyone}
-    if learnt := [m.report for m in everyone if m.report and m.split in learnt_from]:
-        tokenizer = tokens.tokenizer(learnt)
-        truncated = _texts(report, everyone, tokenizer, tokens.context)
-        for one in labelled:
-            _prompts(report, one, tokenizer, tokens.context)
-    elif splits:
-        report.add("error", "no report", "no specimen to train on has a report")
+    truncated = _tokens(report, everyone, splits, tokens, labelled)
     for one in labelled:
         _classes(report, one, everyone, store)
     _split_rows(report, splits, members, scans, truncated)
@@ -528,6 +519,27 @@ def _split_rows(
 
 
 # -- texts and classes -----------------------------------------------------------------------
+
+
+def _tokens(
+    report: CheckReport,
+    members: Sequence[_Member],
+    splits: Mapping[str, Path],
+    tokens: Texts,
+    labelled: Sequence[Labelled],
+) -> dict[str, int]:
+    """What is said of reports and prompts as tokens; how many reports are cut, by split."""
+    # Without a training split, the texts there are stand for those that a tokenizer learns from.
+    learnt_from = ("train", "all") if "train" in splits else {m.split for m in members}
+    learnt = [m.report for m in members if m.report and m.split in learnt_from]
+    if not learnt:
+        if splits:
+            report.add("error", "no report", "no specimen to train on has a report")
+        return {}
+    tokenizer = tokens.tokenizer(learnt)
+    for one in labelled:
+        _prompts(report, one, tokenizer, tokens.context)
+    return _texts(report, members, tokenizer, tokens.context)
 
 
 def _texts(
