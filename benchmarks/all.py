@@ -103,7 +103,7 @@ def _at_a_time(what: str, bar: float) -> Figure:
 BENCHMARKS = (
     Benchmark(
         "data",
-        (),
+        ("--layouts", "converted", "contiguous"),
         ("--quick", "--only", "reading", "--layouts", "converted", "contiguous"),
         (
             Figure("plain / ours, 4096 of 100,000 rows", rf"^workers 0: {NUMBER} times", 10),

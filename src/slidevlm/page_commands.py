@@ -29,7 +29,7 @@ from slidevlm.app.using import Cohort, Using
 from slidevlm.data.cases import Case
 from slidevlm.data.dataset import Failure
 from slidevlm.data.splits import some
-from slidevlm.documents import Table
+from slidevlm.documents import Table, json_of
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.report.tables import render
 from slidevlm.report.tile_maps import geojson, least_distance, picture, png
@@ -215,7 +215,7 @@ def _known(asked: Attending, about: dict[str, Any], case: Case, name: str) -> _S
     """
     path = asked.output / f"{name}.json"
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = json_of(path.read_text(encoding="utf-8"))
         before = {"specimen": there["specimen"], "model": there["model"], **there["settings"]}
         files = [asked.output / file for file in there["files"]]
         seen = _Seen(

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from slidevlm.documents import json_of
 from slidevlm.errors import ConfigError, without_secrets
 
 log = logging.getLogger("slidevlm")
@@ -234,7 +235,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_bytes().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if json_of(line)["step"] <= step:
                 kept.append(line.decode())
         except (ValueError, KeyError, TypeError):
             continue  # a line that a kill cut short, or a bad disk spoiled

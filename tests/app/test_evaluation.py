@@ -8,12 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from slidevlm.app import evaluate_run, judging, train
 from slidevlm.cli import main
@@ -21,7 +23,7 @@ from slidevlm.config import Config, with_values
 from slidevlm.data.formats.hdf5_cases import Hdf5Cases
 from slidevlm.data.synthetic import DemoCohort
 from slidevlm.errors import ConfigError, DataError
-from slidevlm.eval.stored import load
+from slidevlm.eval.stored import load, save
 
 LABELS = "diagnosis"
 SPECIMENS = 80
@@ -206,6 +208,17 @@ def test_stored_predictions_with_other_settings(run: Path, cohort: DemoCohort, c
              str(cohort.labels("margin"))]  # fmt: skip
     assert main([*place, "--logs", "None", "--zsc-class-prompt-mapping", *other]) == 2
     assert "no label file has all of its classes" in capsys.readouterr().err
+
+
+def test_stored_predictions_of_another_program_have_no_versions(run: Path) -> None:
+    stored = load(run / "predictions.npz")
+    other = run / "other"
+    other.mkdir()
+    save(replace(stored, about={}), other / "predictions.npz")
+    words = ["evaluate", "--predictions", str(other / "predictions.npz"), "--name", "again"]
+    assert main(words) == 0
+    origin = json.loads((other / "again" / "metrics.json").read_text())["about"]
+    assert origin["versions"] == {} and origin["scored_again_by"]["torch"] == torch.__version__
 
 
 def test_what_was_not_stored_is_said(run: Path, cohort: DemoCohort, capsys) -> None:

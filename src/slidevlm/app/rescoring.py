@@ -69,7 +69,8 @@ def rescore(path: Path, config: Config) -> Outcome:
     with claimed_folder(config) as folder, Run(folder if dist.is_main() else None) as run:
         run.write("config.yaml", to_yaml(config))
         origin = about(config, None, stored.splits)
-        was = {k: stored.about.get(k) for k in ("model", "model_hash", "versions")}
+        was = {k: stored.about.get(k) for k in ("model", "model_hash")}
+        was["versions"] = stored.about.get("versions", {})  # none, where another program wrote it
         origin |= {**was, "scored_again_by": origin["versions"]}
         suite = Suite(config)
         outputs = Outputs(run, "", suite.bootstrap)

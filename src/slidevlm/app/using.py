@@ -21,6 +21,7 @@ from slidevlm.data.cases import Case, CaseStore
 from slidevlm.data.dataset import BadSpecimens, BagDataset, StopAtBad, make_loader
 from slidevlm.data.sampling import EvalBatches
 from slidevlm.data.splits import find, read_identifiers
+from slidevlm.documents import json_of
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.run import Bar, working, write_text
 
@@ -281,7 +282,7 @@ class Partial:
         found: list[Record] = []
         for line in lines[1:]:
             try:
-                found.append(json.loads(line))
+                found.append(json_of(line))
             except ValueError:  # empty, or cut short by a kill, perhaps within a character
                 continue
         if found and lines[0] != json.dumps(self._about).encode():

@@ -38,6 +38,7 @@ from slidevlm.data.formats.hdf5_target import (
 from slidevlm.data.parallel import each
 from slidevlm.data.scan import blocks, facts_of
 from slidevlm.data.splits import some
+from slidevlm.documents import json_of
 from slidevlm.errors import ConfigError, DataError
 
 log = logging.getLogger("slidevlm.data")
@@ -421,7 +422,7 @@ class _Journal:
             return
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                yield json.loads(line)
+                yield json_of(line)
             except ValueError:
                 continue  # a line that a kill cut short
 
