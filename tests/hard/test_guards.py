@@ -122,7 +122,8 @@ def hangs(work: Callable[[], Any], seconds: float = 1.5) -> bool:
         raise Late
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    # Again and again: what is raised within a callback of the garbage collector is lost.
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
     try:
         with refused():
             work()

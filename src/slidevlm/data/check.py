@@ -126,9 +126,8 @@ class Labelled:
     """A label file with its prompts."""
 
     name: str
-    classes: Mapping[
-        str, Sequence[str]
-    ]  # specimen or "<patient>/<specimen>" -> its class or classes
+    # Specimen or "<patient>/<specimen>" -> its class or classes.
+    classes: Mapping[str, Sequence[str]]
     prompts: Mapping[str, Sequence[str]]  # class -> prompts
 
     def of(self, case: Case) -> Sequence[str] | None:

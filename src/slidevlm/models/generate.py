@@ -55,7 +55,7 @@ def generate(
     return [list(drafts[0].tokens) for drafts in found]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def draft(
     model: CoCa | LanguageModel,
     bags: Bags,
