@@ -183,6 +183,9 @@ BENCHMARKS = (
         (),
         ("--width", "64", "--rows", "8", "--blocks", "1", "--every", "2"),
         (
+            Figure("the loop stands still for a checkpoint, of a step",
+                   rf"^beside the loop, .* a checkpoint, {NUMBER} % of a step", 5, "%", more=False,
+                   ratio=False),
             Figure("a checkpoint beside the loop, of a step",
                    rf"^beside.*ms a checkpoint \(.*, {NUMBER} % of a step", 5, "%", more=False,
                    ratio=False),
