@@ -177,7 +177,7 @@ class Alone(Region):
 
 
 alone = Alone()
-stepping = Region()  # a batch goes through the model, and the processes wait for each other
+stepping = Region()  # a step or a save, in which processes may wait for each other
 
 
 def collectives() -> int:

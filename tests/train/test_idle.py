@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -152,6 +153,18 @@ def test_the_threads_of_this_process_are_seen() -> None:
     task = idle.tasks_of_all()[os.getpid()]
     assert task.seconds > 0
     assert task.bytes > 0
+
+
+def test_a_thread_of_ours_that_waits_for_a_disk_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle, "_task", lambda *_: replace(TASK, state="D"))
+    written = threading.Event()
+    writer = threading.Thread(target=written.wait, name="checkpoint")
+    writer.start()
+    try:
+        assert idle.tasks_of_all()[writer.native_id or 0].state == "D"
+    finally:
+        written.set()
+        writer.join()
 
 
 def test_where_names_the_innermost_functions() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from slidevlm import dist
 from slidevlm.errors import CheckpointError
 from slidevlm.run import Run
 from slidevlm.train import watch
@@ -295,6 +296,26 @@ def test_steps_save_within_an_epoch_and_at_its_end(tmp_path: Path) -> None:
     assert names == {*steps, "epoch_5.pt", "epoch_latest.pt"}
     assert load(tmp_path / "checkpoints/step_4.pt")[1].progress == Progress(4, 1, 1)
     assert load(tmp_path / "checkpoints/step_6.pt")[1].progress == Progress(6, 2, 0)
+
+
+def test_all_of_a_save_is_where_a_hang_is_looked_for(tmp_path: Path) -> None:
+    """Gathering the state, beginning to copy it, and waiting for the file."""
+    rig, seen = Rig(tmp_path, save_every_n_steps=1), []
+    writer = rig.watcher._writer
+
+    def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(*values: Any) -> Any:
+            seen.append((name, dist.stepping.within(dist.stepping.mark)))
+            return call(*values)
+
+        return inside
+
+    rig.watcher.state = noted("state", rig.state)
+    writer.start = noted("start", writer.start)  # type: ignore[method-assign]
+    writer.wait = noted("wait", writer.wait)  # type: ignore[method-assign]
+    rig.save(Progress(1, 0, 1))
+    assert seen == [("state", True), ("start", True), ("wait", True)]
+    assert not dist.stepping.within(dist.stepping.mark)
 
 
 def test_no_state_is_gathered_where_nothing_is_saved(tmp_path: Path) -> None:

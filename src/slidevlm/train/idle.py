@@ -2,9 +2,9 @@
 
 At one and the same thing neither the process nor its data workers use the processor, read, write
 or wake up. Where the main thread waits for no other process and no device (`dist.alone`) that is
-all; in a step (`dist.stepping`) it may wait for the others, and who of them is behind decides
-(ranks.py). What cannot be seen counts as work, so that a process is rather taken for a busy one.
-Without Linux's /proc nothing is seen.
+all; in a step or a save (`dist.stepping`) it may wait for the others, and who of them is behind
+decides (ranks.py). What cannot be seen counts as work, so that a process is rather taken for a busy
+one. Without Linux's /proc nothing is seen.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def tasks_of_all() -> dict[int, Task]:
             if pid == mine and number != main:
                 # Beside the main thread some keep things going (wandb's), and torch's read and
                 # write what goes through the store.
-                task = Task("S", task.seconds, 0, task.bytes if number in names else 0, 0)
+                ours = number in names  # such as the one that writes checkpoints
+                state = "D" if ours and task.state == "D" else "S"
+                task = Task(state, task.seconds, 0, task.bytes if ours else 0, 0)
             found[number] = task
     return found
 

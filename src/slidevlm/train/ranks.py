@@ -7,8 +7,9 @@ connection of its own to where the processes have met: whatever its number, a pr
 store two or three small messages a second.
 
 Such a thread lives on where the main thread hangs. Each process judges that of itself (idle.py); in
-a step, where those that wait for it stand still like it, by the number of collectives that each has
-begun, which the sign tells: who has the fewest, while another one is ahead, keeps them waiting.
+a step or a save, where those that wait for it stand still like it, by the number of collectives
+that each has begun, which the sign tells: who has the fewest, while another one is ahead, keeps
+them waiting.
 """
 
 from __future__ import annotations
@@ -215,7 +216,7 @@ class RankWatch:
             return False
         others = [_Sign.read(sign).collectives for sign in signs if sign != _DONE]
         mine = dist.collectives()
-        # What another one has begun since its sign can only make this process wait once more.
+        # A sign may be seconds old, and its process further: then this is only asked once more.
         return bool(others) and max(others) > mine <= min(others)
 
     def _end_itself(self, seconds: float) -> NoReturn:

@@ -219,7 +219,8 @@ class RunWatcher:
         """Wait for the save in progress, if there is one; what went wrong, or None."""
         if not self._writer.busy:
             return None
-        problem = self._writer.wait()
+        with dist.stepping:  # a writer that hangs is found like a step that does
+            problem = self._writer.wait()
         self._retry_at = None if problem is None else time.perf_counter() + _RETRY_SECONDS
         if problem is not None and self._storing_best:
             self._lost_best = True
@@ -235,14 +236,16 @@ class RunWatcher:
         """
         if not files:
             return
-        model, training = self.state(progress, self.metrics)
+        with dist.stepping:
+            model, training = self.state(progress, self.metrics)
         if self.best is not None:
             training = replace(training, best=self.best.state())
         for attempt in range(_LAST_TRIES if last else 1):
             time.sleep(_LAST_SECONDS if attempt else 0)
             self.wait()
             self._storing_best = any(f.name == BEST for f in files)
-            self._writer.start(files, model, training)
+            with dist.stepping:
+                self._writer.start(files, model, training)
             if not last:
                 return
             problem = dist.broadcast_object(self.wait())
@@ -255,4 +258,5 @@ class RunWatcher:
         self._bar.close()
         if at_once:
             self.keeper.given_up.set()
-        self._writer.wait()
+        with dist.stepping:
+            self._writer.wait()
