@@ -7,7 +7,7 @@ DEMO ?= demo
 TEST_PROCESSES ?= 2
 SEED := $(shell date +%s)
 
-.PHONY: help setup demo test faults hard quality bench bench-check bench-gpu lint types docs site clean
+.PHONY: help setup demo test faults hard hard-soak hard-strikes quality bench bench-check bench-gpu lint types docs site clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -32,12 +32,17 @@ test: $(STAMP) ## the tests, in two processes; ALL=1: those over ten seconds too
 faults: $(STAMP) ## strike a training on two processes down 50 times (make test ALL=1: 8), some 15 minutes
 	SLIDEVLM_FAULTS=50 $(BIN)/python -m pytest -q -s tests/faults
 
-hard: $(STAMP) ## faults, damaged and harmful files, ten minutes of fuzzing, two hours of trainings
+hard: $(STAMP) ## two hours of trainings, and beside them faults, damaged and harmful files, fuzzing
+	$(MAKE) --jobs 2 hard-soak hard-strikes
+
+hard-soak: $(STAMP)
+	SLIDEVLM_SOAK_SECONDS=7200 $(BIN)/python -m pytest -q -s tests/hard/test_soak.py
+
+hard-strikes: $(STAMP)
 	$(BIN)/python -m pytest -q -s tests/hard/test_malicious.py
 	SLIDEVLM_FUZZ_SECONDS=600 SLIDEVLM_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/hard/test_fuzz.py
 	SLIDEVLM_CORRUPTIONS=5000 SLIDEVLM_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q tests/data/formats/test_damage.py
 	$(MAKE) faults
-	SLIDEVLM_SOAK_SECONDS=7200 $(BIN)/python -m pytest -q -s tests/hard/test_soak.py
 
 quality: $(STAMP) ## train and evaluate on ../shared/data/tcga and the demo cohort, 3 seeds, beside baselines
 	$(BIN)/python -m benchmarks.quality --out build/quality
