@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -11,8 +13,16 @@ from slidevlm.models.few_rows import FewRows, few_rows
 from slidevlm.models.quantize import Int8Linear
 
 
+@pytest.fixture(params=[False, True], ids=["amd", "intel"])
+def intel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the processor is taken for one of Intel."""
+    monkeypatch.setattr(module, "is_intel", lambda: request.param)
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(7, 5), (600, 30), (2048, 2050)])
+@pytest.mark.usefixtures("intel")
 def test_the_numbers_are_those_of_the_layer(inputs: int, outputs: int, bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs, bias=bias)
@@ -27,8 +37,8 @@ def test_the_numbers_are_those_of_the_layer(inputs: int, outputs: int, bias: boo
             torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=2e-5)
 
 
-def test_each_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table of `benchmarks/few_rows.py`, in three shapes."""
+def test_each_way_is_taken(monkeypatch: pytest.MonkeyPatch, intel: bool) -> None:
+    """The tables of `benchmarks/few_rows.py`, in some shapes."""
     ways: list[str] = []
     mm, linear, dense = torch.addmm, module.F.linear, torch.Tensor.to_mkldnn
     monkeypatch.setattr(torch, "addmm", lambda *a: (ways.append("other side"), mm(*a))[1])
@@ -42,20 +52,36 @@ def test_each_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             FewRows(nn.Linear(inputs, outputs))(torch.zeros(rows, inputs))
         return list(ways)
 
+    assert way(1024, 4096, 65) == ["linear"] == way(8, 8, 0)
+    if intel:
+        assert way(1024, 4096, 4) == ["oneDNN", "linear"] == way(1024, 1024, 64)
+        assert way(1024, 4096, 3) == ["linear"] == way(512, 64, 8) == way(1024, 1023, 4)
+        return
     assert way(512, 64, 8) == ["other side"] and way(512, 64, 9) == ["linear"]
     assert way(1024, 64, 5) == ["other side"] and way(1024, 64, 6) == ["linear"]
     assert way(1024, 4096, 5) == ["other side"] and way(1024, 4096, 6) == ["oneDNN", "linear"]
     assert way(1024, 4096, 1) == ["other side"] == way(8, 8, 1)
-    assert way(1024, 4096, 65) == ["linear"] == way(8, 8, 0)
     assert way(2048, 64, 1) == ["linear"] and way(2048, 64, 1, threads=2) == ["other side"]
 
 
+@pytest.mark.usefixtures("intel")
 def test_what_comes_from_the_other_side_lies_side_by_side() -> None:
     """Or attention falls back to its slow form: it asks for a last dimension of stride 1."""
     for rows in (1, 4):
         with torch.inference_mode():
             y = FewRows(nn.Linear(64, 48))(torch.randn(rows, 1, 64))
         assert y.is_contiguous()
+
+
+def test_the_maker_of_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = tmp_path / "cpuinfo"
+    monkeypatch.setattr(module, "Path", lambda _: told)
+    monkeypatch.setattr(module.platform, "processor", lambda: "Intel64 Family 6, GenuineIntel")
+    for text, expected in (("vendor_id\t: GenuineIntel\n", True), ("AuthenticAMD", False)):
+        told.write_text(text)
+        assert module.is_intel.__wrapped__() is expected
+    told.unlink()
+    assert module.is_intel.__wrapped__() is True, "elsewhere the interpreter tells"
 
 
 def test_layers_are_as_before_also_after_an_error() -> None:

@@ -3,14 +3,20 @@
 Such a product takes the time of reading the weight. On a CPU the library that multiplies matrices
 is slow at it: one row it reads at half the speed that a core can, on one core however many there
 are; for a few it first copies the weight into the order in which it reads large products. Two ways
-around it, chosen by shape and number of threads alone: the product from the other side, for which
-a single row is taken twice, and oneDNN's. The numbers are those of the layer to rounding.
+around it, chosen by processor, shape and number of threads alone: the product from the other side,
+for which a single row is taken twice, and oneDNN's. The numbers are those of the layer to rounding.
+
+MKL has code of its own for few rows on processors of its maker, where the other side would take
+twice its time: there oneDNN is the only way around it.
 """
 
 from __future__ import annotations
 
+import functools
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +25,13 @@ from torch import Tensor, nn
 from slidevlm.models.linear import is_plain
 
 MOST = 64  # rows; more are many
-# Measured with MKL 2024.2 and oneDNN 3.12 on two processors: `benchmarks/few_rows.py`.
+# Measured with MKL 2024.2 and oneDNN 3.12 on two processors of AMD and one of Intel:
+# `benchmarks/few_rows.py`.
 OTHER_SIDE = 5  # rows for which the product from the other side is the fastest
 OTHER_SIDE_NARROW, NARROW = 8, 512  # likewise, up to so many inputs
 WIDE = 1536  # inputs above which one thread is slower from the other side
 LARGE = 2**22  # weights beyond what the processor keeps near; from here oneDNN is the faster
+INTEL_ROWS, INTEL_LARGE = 4, 2**20  # from so many rows and weights it is, there
 
 
 @contextmanager
@@ -44,6 +52,15 @@ def few_rows(*towers: nn.Module | None) -> Iterator[None]:
     finally:
         for linear in changed:
             linear.__dict__.pop("forward", None)
+
+
+@functools.cache
+def is_intel() -> bool:
+    """Whether the processor is of the maker of MKL."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:  # not Linux
+        return "GenuineIntel" in platform.processor()
 
 
 def _is_wanted() -> bool:
@@ -68,10 +85,13 @@ class FewRows:
 
     def __init__(self, linear: nn.Linear) -> None:
         self.weight, self.bias = linear.weight, linear.bias
+        intel = is_intel()
         self.other_side = OTHER_SIDE_NARROW if linear.in_features <= NARROW else OTHER_SIDE
-        if linear.in_features > WIDE and torch.get_num_threads() == 1:
+        if intel or (linear.in_features > WIDE and torch.get_num_threads() == 1):
             self.other_side = 0
-        self.large = linear.weight.numel() >= LARGE
+        # Rows that oneDNN takes, unless they come from the other side.
+        large = linear.weight.numel() >= (INTEL_LARGE if intel else LARGE)
+        self.one_dnn = range(INTEL_ROWS if intel else 1, MOST + 1 if large else 0)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -86,7 +106,7 @@ class FewRows:
                 columns = torch.addmm(self.bias[:, None], self.weight, flat.T)
             # Attention and GELU are slow on what does not lie side by side.
             return columns.T[:rows].contiguous().view(*x.shape[:-1], -1)
-        if self.large and rows <= MOST and rows:
+        if rows in self.one_dnn:
             flat = x.reshape(rows, -1).to_mkldnn()
             y = F.linear(flat, self.weight, self.bias).to_dense()
             return y.view(*x.shape[:-1], -1)
