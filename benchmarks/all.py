@@ -100,6 +100,9 @@ def _at_a_time(what: str, bar: float) -> Figure:
     return Figure(f"{what}: without cache / eight at a time", _row(row, 6), bar)
 
 
+_STANDS = rf"^beside the loop, .* a checkpoint, {NUMBER} % of a step"
+_BESIDE = rf"^beside.*ms a checkpoint \(.*, {NUMBER} % of a step"
+
 BENCHMARKS = (
     Benchmark(
         "data",
@@ -118,11 +121,13 @@ BENCHMARKS = (
     ),
     Benchmark(
         "loop",
-        ("--threads", "1", "--rounds", "3"),
+        ("--threads", "1", "--rounds", "3", "--width", "128"),  # steps of some 100 ms
         ("--threads", "1", "--rounds", "1", "--batch", "100", "--width", "16", "--workers", "0"),
         (
+            Figure("besides forward, backward and optimizer, of a step",
+                   _row("besides the computation, %", 1), 2, "%", more=False, ratio=False),
             Figure("a run's step / a bare loop's, processor",
-                   _row("our loop / bare loop", 2), 1.02, more=False),
+                   _row("our loop / bare loop", 2), more=False),
         ),
     ),
     Benchmark(
@@ -180,17 +185,26 @@ BENCHMARKS = (
     ),
     Benchmark(
         "saving",
-        (),
+        ("--blocks", "15"),
         ("--width", "64", "--rows", "8", "--blocks", "1", "--every", "2"),
         (
-            Figure("the loop stands still for a checkpoint, of a step",
-                   rf"^beside the loop, .* a checkpoint, {NUMBER} % of a step", 5, "%", more=False,
+            Figure("the loop stands still for a checkpoint, of a step", _STANDS, 5, "%", more=False,
                    ratio=False),
-            Figure("a checkpoint beside the loop, of a step",
-                   rf"^beside.*ms a checkpoint \(.*, {NUMBER} % of a step", 5, "%", more=False,
-                   ratio=False),
+            Figure("a checkpoint beside the loop, a core free, of a step", _BESIDE, 5, "%",
+                   more=False, ratio=False),
+        ),
+    ),
+    Benchmark(
+        "saving_busy",
+        ("--blocks", "15"),
+        ("--width", "64", "--rows", "8", "--blocks", "1", "--every", "2"),
+        (
+            Figure("the same, all cores in the steps", _STANDS, 5, "%", more=False, ratio=False),
+            Figure("a checkpoint beside the loop, all cores in the steps, of a step", _BESIDE,
+                   None, "%", more=False, ratio=False),
         ),
         threads=None,
+        module="saving",
     ),
     Benchmark(
         "scaling",

@@ -11,7 +11,10 @@ process's processor time, which other work on the machine disturbs less; the rat
 bare loop's, round by round; and what the loop spends where: the step, waiting for an epoch's first
 batch and for the others, and the rest (moving batches, log lines, the bar). "Steps alone" are
 those of `Step` on the bare loop's batches, each batch through one and then the other, in turns:
-what it computes beyond the bare loop.
+what it computes beyond the bare loop. The last line is what is to be small, everything but
+forward, backward and optimizer: what `Step` computes beyond them and what the loop does outside
+it, in shares of a step of the bare loop. The whole ratio holds more: steps take longer where
+workers that read share cores and memory with them, and the bare loop has its batches ready.
 """
 
 from __future__ import annotations
@@ -186,10 +189,22 @@ def paired(rounds: int) -> Callable[..., Progress]:
                 )
                 for kind in ("clock", "processor")
             ]
-            print(f"| {name} / bare loop | {ratios[0]:.3f} | {ratios[1]:.3f} |", flush=True)
+            print(f"| {name} / bare loop | {ratios[0]:.3f} | {ratios[1]:.3f} |")
+        beyond = [100 * _beyond(found, kind) for kind in ("clock", "processor")]
+        print(f"| besides the computation, % | {beyond[0]:.2f} | {beyond[1]:.2f} |", flush=True)
         return start
 
     return run
+
+
+def _beyond(found: dict[str, list[Spent]], kind: str) -> float:
+    """The share of a bare loop that is not forward, backward or optimizer: median over rounds."""
+    shares = []
+    for number, plain in enumerate(found["bare loop"]):
+        outside = [found[n][number] for n in ("first batch", "other batches", "rest")]
+        steps = getattr(found["steps alone"][number], kind) - getattr(plain, kind)
+        shares.append((steps + sum(getattr(s, kind) for s in outside)) / getattr(plain, kind))
+    return median(shares)
 
 
 def main() -> None:
