@@ -20,6 +20,7 @@ import struct
 import threading
 import tracemalloc
 import types
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -188,6 +189,24 @@ def torch_runs(place: Any, runs: Callable[[dict[str, Any]], bool]) -> Callable[[
         return torch.load(*words, **{**options, "weights_only": not runs(options)})
 
     return replaced(place, "torch", Loosened(torch, load=load))
+
+
+def inflates(read: Callable[[Path], Any]) -> Callable[[Path], bool]:
+    """Attack: a file of torch.save of 100 kB, of which a member stands for 20 MB."""
+
+    def attack(folder: Path) -> bool:
+        plain, path = folder / "plain", folder / "epoch_1.pt"
+        torch.save({"features": torch.ones(2, 3), "text": " " * 20_000_000}, plain)
+        with (
+            zipfile.ZipFile(plain) as source,
+            zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target,
+        ):
+            for name in source.namelist():
+                target.writestr(name, source.read(name))
+        assert path.stat().st_size < 100_000
+        return takes(lambda: read(path), 15_000_000)
+
+    return attack
 
 
 def npz_unpickles(read: Callable[[Path], Any]) -> Callable[[Path], bool]:
@@ -776,6 +795,22 @@ GUARDS = {
     "bag": Guard(
         unpickles(lambda path: open_bags(path)["epoch_1"].read(None)),
         torch_runs(torch_files, lambda _: True),
+    ),
+    "compressed checkpoint": Guard(inflates(ckpt.load), replaced(ckpt, "verify_archive", same)),
+    "compressed checkpoint among others": Guard(
+        inflates(lambda path: ckpt.newest(path.parent)),
+        replaced(
+            ckpt,
+            "verify_archive",
+            lambda path, *, whole=True: whole and files.verify_archive(path),
+        ),
+    ),
+    "compressed weights": Guard(
+        inflates(files.read_torch), replaced(files, "verify_archive", same)
+    ),
+    "compressed bag": Guard(
+        inflates(lambda path: open_bags(path)["epoch_1"].read(None)),
+        replaced(torch_files, "_check_structure", same),
     ),
     "stored predictions": Guard(npz_unpickles(stored.load), numpy_runs(stored)),
     "file of embeddings": Guard(npz_unpickles(embeddings.load_embeddings), numpy_runs(embeddings)),

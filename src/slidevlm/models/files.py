@@ -42,10 +42,7 @@ def read_torch(path: Path) -> Any:
     """
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+            verify_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile raise many kinds on damaged bytes
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -53,6 +50,27 @@ def read_torch(path: Path) -> Any:
             f"{path} cannot be read ({first}); it is damaged, or holds more than tensors and plain "
             "values, which would run code"
         ) from error
+
+
+def verify_archive(path: Path, *, whole: bool = True) -> None:
+    """That an archive is as torch.save writes it: nothing in it compressed, which torch never does.
+
+    A few kilobytes could stand for more than the memory.
+
+    Args:
+        path: of a zip archive.
+        whole: verify the checksums of all members, too.
+
+    Raises:
+        BadZipFile: it is compressed, damaged, or no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{member.filename} is compressed")
+        damaged = archive.testzip() if whole else None
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"bad checksum of {damaged}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import threading
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 from slidevlm.errors import CheckpointError
+from slidevlm.models.files import verify_archive
 
 log = logging.getLogger("slidevlm.checkpoint")
 
@@ -172,10 +172,7 @@ def load(path: Path) -> tuple[ModelState, TrainState]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; give the path of a .pt file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        verify_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile raise many kinds on damaged bytes
         raise CheckpointError(
@@ -212,6 +209,7 @@ def newest(folder: Path) -> tuple[Path, ModelState, TrainState] | None:
 def _step(path: Path) -> float:
     """How far a checkpoint is; weights stay on the disk. Infinity where it cannot be told."""
     try:
+        verify_archive(path, whole=False)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(content["training"]["progress"]["step"])
     except Exception:  # tried first, so that `load` says what is wrong with it
