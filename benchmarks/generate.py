@@ -14,6 +14,9 @@ itself is encoded once. The two are in turn, and must write the same tokens. The
 time of the last tokens over that of the first ones with the cache: the latter fifth over the first.
 --batch B gives, besides, seconds a report with the cache for B bags at a time. --processor counts
 seconds of the processor, for a machine that does other work too.
+
+One greedy report at a time reads every weight of the decoder for every token. The line under such a
+row tells what that alone takes here, and so the ratio that no way of doing it can pass.
 """
 
 from __future__ import annotations
@@ -134,6 +137,46 @@ def seconds_of(model: Any, number: int, decoding: Decoding, clock: Clock) -> tup
     return clock() - start, [d[0].tokens for d in found]
 
 
+def fastest_reading(model: CoCa, clock: Clock) -> float:
+    """Seconds in which one token's weights come from memory, in the quickest way there is here."""
+    read = ("text.layers.", "decoder.")  # of text.tokens a row is
+    named = model.named_parameters()
+    weights = [p.detach() for name, p in named if name.startswith(read) and p.ndim == 2]
+    rows = [torch.randn(1, w.shape[1]) for w in weights]
+
+    def add() -> None:
+        for weight in weights:
+            weight.sum()
+
+    def multiply() -> None:
+        for row, weight in zip(rows, weights, strict=True):
+            nn.functional.linear(row, weight)
+
+    taken = []
+    for way in (add, multiply) * 5:
+        start = clock()
+        way()
+        taken.append(clock() - start)
+    return min(taken)
+
+
+@torch.inference_mode()
+def tell_limit(model: CoCa, tokens: int, uncached: float, clock: Clock) -> None:
+    """Print what a report cannot be quicker than, one at a time."""
+    encoding = []
+    for _ in range(3):
+        start = clock()
+        model.start(bags_of(1), tokens + 1)
+        encoding.append(clock() - start)
+    reading = fastest_reading(model, clock)
+    limit = uncached / (min(encoding) + tokens * reading)
+    print(
+        f"the slide takes {min(encoding):.2f} s and reading the weights {1000 * reading:.1f} ms a "
+        f"token: no more than {limit:.1f} times",
+        flush=True,
+    )
+
+
 def measure(size: str, form: str, asked: argparse.Namespace) -> None:
     """Print one row."""
     settings, batch, repeats = SIZES[size], asked.batch, asked.repeats
@@ -162,6 +205,8 @@ def measure(size: str, form: str, asked: argparse.Namespace) -> None:
         each = seconds_of(model, batch, decoding, clock)[0] / batch
         row += f" {each:.2f} | {b / each:.1f} |"
     print(row, flush=True)
+    if form == "greedy":
+        tell_limit(model, tokens, b, clock)
 
 
 def main() -> None:
