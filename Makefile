@@ -27,7 +27,7 @@ demo: $(STAMP) ## synthesize a cohort, train, evaluate; a run folder to look at,
 	$(BIN)/slidevlm demo $(DEMO)
 
 test: $(STAMP) ## the tests, in two processes; ALL=1: those over ten seconds too, as CI does
-	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist loadfile $(if $(ALL),,-m "not slow")
+	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(if $(ALL),,-m "not slow")
 
 faults: $(STAMP) ## strike a training on two processes down 50 times (make test ALL=1: 8), some 15 minutes
 	SLIDEVLM_FAULTS=50 $(BIN)/python -m pytest -q -s tests/faults

@@ -82,8 +82,13 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-# Files that take minutes: begun last they would run alone, the other process idle.
-_LONG = ("test_kills.py", "test_exact.py", "test_ranks.py", "test_runs.py", "test_ending.py")
+# Files that take minutes: begun last they would run alone, the other process idle. pytest-xdist
+# keeps this order with --no-loadscope-reorder alone, as the Makefile has it: by itself it takes the
+# files with the most tests first.
+_LONG = (
+    *("test_ranks.py", "test_fsdp.py", "test_kills.py", "test_exact.py", "test_runs.py"),
+    *("test_damage.py", "test_ending.py", "test_soak.py", "test_codebase.py", "test_malicious.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
