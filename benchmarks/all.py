@@ -196,8 +196,8 @@ BENCHMARKS = (
     ),
     Benchmark(
         "saving",
-        ("--blocks", "15"),
-        ("--width", "64", "--rows", "8", "--blocks", "1", "--every", "2"),
+        (),
+        ("--model", "coca_tiny", "--bags", "2", "--tiles", "20", "--blocks", "1"),
         (
             Figure("the loop stands still for a checkpoint, of a step", _STANDS, 5, "%", more=False,
                    ratio=False),
@@ -207,8 +207,8 @@ BENCHMARKS = (
     ),
     Benchmark(
         "saving_busy",
-        ("--blocks", "15"),
-        ("--width", "64", "--rows", "8", "--blocks", "1", "--every", "2"),
+        (),
+        ("--model", "coca_tiny", "--bags", "2", "--tiles", "20", "--blocks", "1"),
         (
             Figure("the same, all cores in the steps", _STANDS, 5, "%", more=False, ratio=False),
             Figure("a checkpoint beside the loop, all cores in the steps, of a step", _BESIDE,
