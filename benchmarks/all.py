@@ -218,6 +218,17 @@ BENCHMARKS = (
         module="saving",
     ),
     Benchmark(
+        "spinning",
+        (),
+        ("--tiles", "5", "--steps", "1", "--rounds", "1"),
+        (
+            Figure("a step alone, libgomp's waiting / ours", rf"^alone, .*: {NUMBER} times"),
+            Figure("a step beside a busy process, likewise", rf"^beside .*: {NUMBER} times"),
+        ),
+        threads=None,
+        module="benchmarks.spinning",
+    ),
+    Benchmark(
         "scaling",
         (),
         ("--rounds", "1", "--steps", "1"),

@@ -49,6 +49,8 @@ OUTPUTS = {
     "resampling  1.90 s, 0.60 s of the processor\n",
     "saving": SAVING,
     "saving_busy": SAVING,
+    "spinning": "alone, libgomp's own / ours: 0.98 times\n"
+    "beside a busy process, libgomp's own / ours: 5.60 times\n",
     "scaling": "| 1 process, 2 threads, specimens/s | 2 processes | ratio |\n|---|---|---|\n"
     "| 3.41 | 5.02 | 1.47 |\n",
     "report_page": "made in 3.0 s, 13.8 MB\nready: 2800 ms\nmap: 1100 ms\n",
@@ -78,6 +80,8 @@ EXPECTED = {
     "beams: large, beams: the last tokens' time / the first's": 1.02,
     "evaluation: retrieval, 1,000 resamples: loop / ours": 1485.0,
     "evaluation: zero-shot, 1,000 resamples: loop / ours": 347.0,
+    "spinning: a step alone, libgomp's waiting / ours": 0.98,
+    "spinning: a step beside a busy process, likewise": 5.6,
     "scaling: 2 processes of a thread / 1 of two": 1.47,
 }
 

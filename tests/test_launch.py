@@ -18,6 +18,7 @@ from slidevlm.launch import (
     check_meeting_file,
     first_node,
     place_of,
+    share_cores,
     slurm_port,
 )
 
@@ -31,6 +32,33 @@ SLURM = {
     "SLURM_JOB_NODELIST": "gpu[017-018,031]",
     "SLURM_JOB_ID": "4711",
 }
+
+
+def test_threads_give_their_core_away_unless_the_user_says_otherwise() -> None:
+    environment: dict[str, str] = {"PATH": "/bin"}
+    share_cores(environment)
+    assert environment == {"PATH": "/bin", "GOMP_SPINCOUNT": "10000"}
+    for mine in ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}):
+        environment = dict(mine)
+        share_cores(environment)
+        assert environment == mine
+
+
+@pytest.mark.parametrize(("mine", "expected"), [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77")])
+def test_the_openmp_of_torch_has_read_it(mine: dict[str, str], expected: str) -> None:
+    code = "from slidevlm.cli import main; main(['--version']); import torch"
+    unset = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, **mine, "OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    if "GOMP_SPINCOUNT" not in told:
+        pytest.skip("torch has another OpenMP here")
+    assert f"GOMP_SPINCOUNT = '{expected}'" in told
 
 
 def test_alone() -> None:

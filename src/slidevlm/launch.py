@@ -1,11 +1,13 @@
-"""Which of several processes this one is, and where they meet: from torchrun, Slurm or a URL."""
+"""What is settled before torch is there: which of several processes this one is, where they meet
+(from torchrun, Slurm or a URL), and how its threads wait for each other.
+"""
 
 from __future__ import annotations
 
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,21 @@ from slidevlm.errors import ConfigError
 
 # Below the ports that systems give out by themselves.
 _FIRST_PORT, _PORTS = 15_000, 15_000
+
+# Turns of the loop in which a thread waits before it sleeps; some 50 microseconds.
+_SPINS = 10_000
+
+
+def share_cores(environment: MutableMapping[str, str]) -> None:
+    """Let threads that wait for each other give their core away after some 50 microseconds.
+
+    The OpenMP of torch's wheels (libgomp) spins for milliseconds. Where anything else wants a core,
+    such as the processes that read bags, the thread that is waited for then has none: steps take
+    2 to 15 times as long (`benchmarks/spinning.py`). It reads the environment once, when torch is
+    imported. What the user has set stays.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
+        environment["GOMP_SPINCOUNT"] = str(_SPINS)
 
 
 @dataclass(frozen=True)
