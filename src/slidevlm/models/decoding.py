@@ -190,9 +190,8 @@ def log_probabilities(
     Returns:
         [R, V] float32 logarithms; -inf for what may not be. Where nothing else may, EOS may.
     """
-    logits = logits.float().clone()
+    logits = logits.float().nan_to_num(nan=_BANNED, neginf=_BANNED)  # a copy
     logits[:, [decoding.bos_id, decoding.pad_id]] = _BANNED
-    logits.masked_fill_(logits.isnan(), _BANNED)
     if decoding.repetition_penalty != 1 and seen.shape[1]:
         there, penalty = logits.gather(1, seen), decoding.repetition_penalty
         logits.scatter_(1, seen, torch.where(there > 0, there / penalty, there * penalty))
@@ -203,7 +202,7 @@ def log_probabilities(
         logits[:, decoding.eos_id].masked_fill_(early, _BANNED)
     elif written < decoding.min_tokens:
         logits[:, decoding.eos_id] = _BANNED
-    stuck = ~logits.isfinite().any(1)
+    stuck = logits.amax(1) == _BANNED
     logits[:, decoding.eos_id].masked_fill_(stuck, 0.0)
     return logits.log_softmax(1)
 
