@@ -57,6 +57,11 @@ def test_where_nothing_may_follow_the_report_ends() -> None:
     assert logs_of([math.nan] * 5)[EOS] == 0.0
 
 
+def test_a_token_beyond_all_numbers_is_the_next_one() -> None:
+    found = logs_of([0, 0, 1.0, math.inf, math.nan])
+    assert found[3] == 0.0 and found[4] == -math.inf
+
+
 def test_draws_among_the_k_most_likely_with_their_probabilities() -> None:
     logits = torch.tensor([[9.0, 9.0, 0.0, 1.0, 2.0, -1.0]])  # padding and BOS look best
     decoding = Decoding(BOS, EOS, PAD, top_k=3)
