@@ -322,6 +322,12 @@ VAL, TEST = {"val_split": ("v.txt",)}, {"test_split": "t.txt"}
         ({"logs": "None", "report_to": "tensorboard"}, ["--report-to: .*--logs None"]),
         ({"logs": "None", "report_to": "", "log_local": True}, ["--log-local: .*--logs None"]),
         ({"test": True, "save_captions": True, "logs": "None", "log_local": True}, []),
+        (
+            {"skip_scheduler": True, "lr_scheduler": "cosine"},
+            ["--lr-scheduler: .*--skip-scheduler keeps the rate constant"],
+        ),
+        ({"skip_scheduler": True, "lr_scheduler": "const"}, []),
+        ({"skip_scheduler": True}, []),
     ],
 )
 def test_what_has_no_effect_is_told(values: dict[str, Any], told: list[str]) -> None:

@@ -272,6 +272,26 @@ def test_key_values_that_are_none(words: list[str], message: str) -> None:
         parse_key_values(words)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--val-split", "a.txt", "--val-split", "b.txt"],
+        ["--val-split", "a.txt", "--val_split=b.txt"],
+        ["--aug-cfg", "transform_type=random_flip", "--aug-cfg", "probability=0.3"],
+        ["--zsc-class-prompt-mapping", "a", "--zsc-class-prompt-mapping", "b"],
+    ],
+)
+def test_several_values_stand_after_one_flag(words: list[str]) -> None:
+    """The second flag would have put the first one's values out of the way, without a word."""
+    with pytest.raises(ConfigError, match=f"{words[0]} is given twice; write all its values after"):
+        parsed(*words)
+
+
+def test_of_a_flag_with_one_value_the_last_counts() -> None:
+    """So that what a script ends with can be appended to."""
+    assert parsed("--batch-size", "3", "--batch_size", "5").data.batch_size == 5
+
+
 # --- other commands -------------------------------------------------------------------------
 
 

@@ -717,6 +717,8 @@ def without_effect(config: Config) -> list[str]:
     data, evaluation = config.data, config.evaluation
     judged = bool(data.val_split or data.test_split)
     reasons: dict[str, tuple[str, ...]] = {}
+    if config.optim.skip_scheduler and config.optim.lr_scheduler != "const":
+        reasons["--skip-scheduler keeps the rate constant after the warmup"] = ("lr_scheduler",)
     if not judged:
         reasons["no split is evaluated: give --val-split or --test-split"] = (
             *_CAPTIONS, *_INTERVALS, *_PROMPTS, "save_captions", "eval_metric_bootstraps",

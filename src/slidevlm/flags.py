@@ -87,6 +87,17 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}\nsee {self.prog} --help")
 
 
+class _Once(argparse.Action):
+    """Several values after one flag. Of two such flags the first values would be gone, unsaid."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            parser.error(f"{option_string} is given twice; write all its values after one")
+        setattr(namespace, self.dest, values)
+
+
 def _formatter(prog: str) -> argparse.HelpFormatter:
     width = min(shutil.get_terminal_size().columns, 100)
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)
@@ -127,11 +138,11 @@ def _add(parser: Any, argument: Argument) -> None:
     if spec.choices:
         options |= {"choices": spec.choices}
     if kind == "list[str]":
-        options |= {"nargs": "+", "metavar": "FILE" if spec.file else "TEXT"}
+        options |= {"nargs": "+", "action": _Once, "metavar": "FILE" if spec.file else "TEXT"}
     elif kind == "list[float]":
-        options |= {"nargs": "+", "metavar": "X", "type": float}
+        options |= {"nargs": "+", "action": _Once, "metavar": "X", "type": float}
     elif kind == "key=value...":
-        options |= {"nargs": "+", "metavar": "KEY=VALUE"}
+        options |= {"nargs": "+", "action": _Once, "metavar": "KEY=VALUE"}
     else:
         numbers: dict[str, Any] = {"int": int, "float": float}
         options |= {"type": numbers.get(kind, str)}
