@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models import CoCa, Model
 from slidevlm.models.freeze import image_groups, text_groups
 from slidevlm.models.text.encoder import PositionEmbedding
+from slidevlm.models.text.huggingface import HuggingFaceTower
 
 
 def parameter_groups(
@@ -27,9 +28,7 @@ def parameter_groups(
             `layer_factors`. Every factor has two groups of its own.
     """
     factors = factors or {}
-    spared = {
-        id(p) for m in model.modules() if isinstance(m, PositionEmbedding) for p in m.parameters()
-    }
+    spared = {id(p) for table in _position_tables(model) for p in table.parameters()}
     members: dict[tuple[float, bool], dict[str, nn.Parameter]] = defaultdict(dict)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -48,6 +47,14 @@ def parameter_groups(
         for key in keys
         if key in members or not factors
     ]
+
+
+def _position_tables(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if isinstance(module, PositionEmbedding):
+            yield module
+        elif isinstance(module, HuggingFaceTower):
+            yield from module.position_tables()
 
 
 def layer_factors(model: Model, layer_decay: float) -> dict[int, float]:

@@ -12,6 +12,8 @@ from slidevlm import hub
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models import Model, build_model, from_dict, load_sources, resolve
+from slidevlm.models.freeze import lock_text
+from slidevlm.train.optim import parameter_groups
 
 transformers = pytest.importorskip("transformers")
 
@@ -120,6 +122,30 @@ def test_every_parameter_is_in_one_group_and_learns(tmp_path: Path) -> None:
     frozen = clip(tmp_path, pooling="attention", freeze=True)
     assert not any(p.requires_grad for p in frozen.text.model.parameters())
     assert all(p.requires_grad for p in frozen.text.pooler.parameters())
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_norms_outside_the_layers_stay_trainable_in_a_locked_tower(
+    kind: str, tmp_path: Path
+) -> None:
+    published(kind, tmp_path)
+    for frozen in (False, True):
+        model = clip(tmp_path)
+        lock_text(model, 0, freeze_layer_norm=frozen)
+        trainable = {n for n, p in model.text.named_parameters() if p.requires_grad}
+        norms = {n for n, _ in model.text.named_parameters() if "norm" in n.lower()}
+        assert any("embeddings" in n for n in norms)
+        assert trainable == (set() if frozen else norms)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "t5"])
+def test_position_vectors_do_not_decay(kind: str, tmp_path: Path) -> None:
+    published(kind, tmp_path)
+    model = clip(tmp_path)
+    decayed, others = ({*group["names"]} for group in parameter_groups(model, 0.2))
+    tables = {n for n, _ in model.named_parameters() if "position" in n or "relative" in n}
+    assert tables and tables <= others
+    assert any("word_embeddings" in n or "embed_tokens" in n for n in decayed)
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")

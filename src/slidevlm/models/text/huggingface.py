@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,16 +166,25 @@ class HuggingFaceTower(TextTower):
         before: list[nn.Module | nn.Parameter] = []
         after: list[nn.Module | nn.Parameter] = []
         passed = False
-        for parameter in self.model.parameters():
-            if id(parameter) in inside:
+        for part, parameters in _smallest(self.model):
+            if inside.issuperset(map(id, parameters)):
                 passed = True
             else:
-                (after if passed else before).append(parameter)
+                (after if passed else before).append(part)
         if self.pooler is not None:
             after.append(self.pooler)
         groups: list[Group] = [("embeddings", before)]
         groups += [(f"layer_{i}", [layer]) for i, layer in enumerate(layers)]
         return [*groups, ("final_norm", after)] if after else groups
+
+    def position_tables(self) -> list[nn.Embedding]:
+        """The tables of position vectors, by the names that transformers gives them."""
+        names = r"position|relative_attention_bias|rel_embeddings|\bwpe$"
+        return [
+            module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding) and re.search(names, name)
+        ]
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take a published model's tensors; rows of tokens that it lacks start at the mean."""
@@ -253,6 +263,24 @@ def published_state(config: HuggingFaceConfig, folder: str) -> dict[str, Tensor]
     if missing:
         raise ConfigError(f"text: the weights in {folder} lack {', '.join(sorted(missing)[:5])}")
     return _without_pooler(model).state_dict()
+
+
+def _smallest(
+    model: nn.Module,
+) -> Iterator[tuple[nn.Module | nn.Parameter, list[nn.Parameter]]]:
+    """What holds parameters, each once, in the order of `model.parameters()`.
+
+    Modules without modules in them, as a lock asks of what kind they are; else the parameters.
+    """
+    seen = set[int]()
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen |= {id(p) for p in own}
+        if own and not any(module.children()):
+            yield module, own
+        else:
+            for parameter in own:
+                yield parameter, [parameter]
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
