@@ -18,6 +18,7 @@ from slidevlm.app import evaluate_run
 from slidevlm.config import Config, with_values
 from slidevlm.data.synthetic import DemoCohort
 from slidevlm.errors import CheckpointError, ConfigError
+from slidevlm.models import zoo
 from slidevlm.train import checkpoint as ckpt
 
 SETTINGS = {"warmup": 0, "lr": 1e-2}
@@ -84,6 +85,46 @@ def test_rates_of_a_run_are_the_schedules(
     folder = run(settings, **options)
     rates = [line["learning_rate"] / 1e-2 for line in lines(folder)]
     assert rates == pytest.approx(expected)
+
+
+def test_resumed_without_its_model_a_run_has_the_defaults_of_that_model(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """beta2 and eps of a model with vit in its name, which is then only in the checkpoint."""
+    model = tmp_path / "vit_tiny.json"
+    model.write_text(json.dumps(zoo.load("coca_tiny").to_dict()))
+    whole = run(settings, model=str(model), save_frequency=1)
+    unnamed = {name: value for name, value in settings.items() if name != "model"}
+    again = run(unnamed, resume=str(whole / "checkpoints/epoch_1.pt"), name="again")
+    assert same(weights(again), weights(whole))
+    groups = ckpt.load(again / "checkpoints/epoch_2.pt")[1].optimizer["param_groups"]
+    assert {(g["betas"], g["eps"]) for g in groups} == {((0.9, 0.98), 1e-6)}
+    assert f"\nmodel: {model}\n" in (again / "config.yaml").read_text()
+    given = run(unnamed, resume=str(whole / "checkpoints/epoch_1.pt"), name="given", beta2=0.9)
+    groups = ckpt.load(given / "checkpoints/epoch_2.pt")[1].optimizer["param_groups"]
+    assert {(g["betas"], g["eps"]) for g in groups} == {((0.9, 0.9), 1e-6)}
+
+
+def test_resumed_a_run_says_that_pretrained_weights_are_not_read(
+    settings: dict[str, Any], messages
+) -> None:
+    run(settings, epochs=1)
+    run(settings, epochs=1, resume="latest", pretrained="nowhere")
+    assert "--pretrained nowhere is not read: the checkpoint has the weights" in messages.text
+
+
+def test_moving_positions_that_the_model_does_not_read_is_told(
+    settings: dict[str, Any], tmp_path: Path, messages
+) -> None:
+    settings |= {"epochs": 1, "num_samples": 8, "aug_cfg": {"transform_type": "random_flip"}}
+    run(settings, name="read")
+    assert "without effect" not in messages.text
+    model = tmp_path / "blind.json"
+    content = zoo.load("coca_tiny").to_dict()
+    content["slide"] = {"type": "mean", "width": 32}
+    model.write_text(json.dumps(content))
+    run(settings, model=str(model))
+    assert "--aug-cfg random_flip: without effect; the slide encoder of model" in messages.text
 
 
 # --- averages -----------------------------------------------------------------------------------

@@ -297,6 +297,7 @@ def test_what_a_language_model_cannot_do(cohort: DemoCohort, tmp_path: Path) -> 
         ({"siglip": True}, "does not read"),
         ({"coca_contrastive_loss_weight": 1.0}, "does not read"),
         ({"coca_caption_loss_weight": 0.0}, "leaves a language model nothing"),
+        ({"aug_cfg": {"transform_type": "tile_dropout"}}, "--aug-cfg changes bags of tiles"),
         ({"save_embeddings": True}, "leave out --save-embeddings"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -82,5 +82,7 @@ def _there(device: torch.device, name: str, index: int) -> torch.device:
 
 
 def with_device(config: Config, device: torch.device) -> Config:
-    """The configuration as resolved, for the run folder."""
+    """The configuration as resolved, for the run folder; a device that was given keeps its name."""
+    if "device" in config.given:
+        return config
     return replace(config, optim=replace(config.optim, device=device.type))

@@ -24,6 +24,7 @@ from slidevlm.data.dataset import BagDataset, make_loader
 from slidevlm.data.sampling import TrainBatches
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.flags import to_yaml
+from slidevlm.models import CoCa
 from slidevlm.precision import Precision
 from slidevlm.run import CHECKPOINTS, Run, peak_memory
 from slidevlm.train import checkpoint as ckpt
@@ -296,13 +297,29 @@ def _tell_how_to_go_on(folder: Path | None, end: ckpt.Progress) -> None:
 
 
 def _augmentation(config: Config, trained: Trained) -> Augmentation:
-    """--aug-cfg; ConfigError where it would move positions that are not there."""
+    """--aug-cfg, and a warning where nothing would come of it.
+
+    Raises:
+        ConfigError: it would move positions that are not there, or change tiles that nobody reads.
+    """
+    if not config.data.aug_transforms:
+        return Augmentation()
+    if not isinstance(trained.model, CoCa):
+        raise ConfigError(
+            "--aug-cfg changes bags of tiles, which a language model does not read; leave it out"
+        )
     keys = {k: v for k, v in config.data.aug_cfg.items() if k != "transform_type"}
     augmentation = Augmentation(config.data.aug_transforms, **keys)
     if augmentation.moves and trained.unit is None:
         raise ConfigError(
             f"--aug-cfg {', '.join(augmentation.moves)} moves positions, and this data has none; "
             "leave it out or add positions to the data"
+        )
+    if augmentation.moves and not trained.model.slide.reads_positions:
+        log.warning(
+            "--aug-cfg %s: without effect; the slide encoder of model %s does not read positions",
+            ", ".join(augmentation.moves),
+            config.model.model,
         )
     return augmentation
 

@@ -23,7 +23,7 @@ from slidevlm.app.outputs import Outcome
 from slidevlm.app.preparing import cut, prepare
 from slidevlm.app.syncing import fetch, syncing
 from slidevlm.app.trained import Trained, model_for
-from slidevlm.app.weights import Start, start_of
+from slidevlm.app.weights import Start, start_of, with_saved_model
 from slidevlm.config import (
     BEAM_ARGUMENTS,
     Config,
@@ -164,6 +164,7 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
     prefix = evaluation_prefix(config, folder)  # before the run writes a config.yaml
     with working("opening model and data", shown=dist.is_main()):
         start = start_of(config, folder)
+        config = with_saved_model(config, start)
         data = open_data(config)
         trained = model_for(config, data, start, precision.device)
         prepare(config, trained, precision)

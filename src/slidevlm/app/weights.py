@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from slidevlm.app.pretrained import Pretrained, read_pretrained
-from slidevlm.config import Config
+from slidevlm.config import Config, with_adam_defaults
+from slidevlm.documents import DocumentError, yaml_of
 from slidevlm.errors import CheckpointError
 from slidevlm.models import from_dict, zoo
 from slidevlm.run import CHECKPOINTS
@@ -32,13 +34,13 @@ def start_of(config: Config, folder: Path | None) -> Start:
         assert folder is not None, "validate has refused --resume latest without a run folder"
         found = ckpt.newest(folder / CHECKPOINTS)
         if found is not None:
-            log.info("going on from %s", found[0])
+            _tell(found[0], pretrained)
             return _resumed(config, found[1], found[2])
         if config.evaluation.test:
             raise CheckpointError(f"no checkpoint in {folder / CHECKPOINTS}; train the run first")
         log.warning("no checkpoint in %s yet; starting at the beginning", folder / CHECKPOINTS)
     elif resume is not None:
-        log.info("going on from %s", resume)
+        _tell(Path(resume), pretrained)
         return _resumed(config, *ckpt.load(Path(resume)))
     if pretrained is None:
         return Start()
@@ -46,6 +48,33 @@ def start_of(config: Config, folder: Path | None) -> Start:
     if weights.state is None or _another(config, weights.state):
         return Start(pretrained=weights)
     return Start(weights.state)
+
+
+def _tell(checkpoint: Path, pretrained: str | None) -> None:
+    log.info("going on from %s", checkpoint)
+    if pretrained is not None:
+        log.info("--pretrained %s is not read: the checkpoint has the weights", pretrained)
+
+
+def with_saved_model(config: Config, start: Start) -> Config:
+    """With the --model of the checkpoint that a run goes on from, where none is given.
+
+    The defaults of the optimizer depend on its name.
+    """
+    if start.training is None or "model" in config.given:
+        return config
+    try:
+        saved = yaml_of(str(start.training.config))
+    except DocumentError:  # it is kept for people; training does not need it
+        return config
+    name = saved.get("model") if isinstance(saved, dict) else None
+    if not isinstance(name, str):  # the default stands there as a comment
+        return config
+    unset: dict[str, Any] = {
+        n: None for n in ("lr", "beta1", "beta2", "eps") if n not in config.given
+    }
+    model, optim = replace(config.model, model=name), replace(config.optim, **unset)
+    return with_adam_defaults(replace(config, model=model, optim=optim))
 
 
 def _resumed(config: Config, model: ckpt.ModelState, training: ckpt.TrainState) -> Start:

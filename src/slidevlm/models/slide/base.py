@@ -20,12 +20,14 @@ from slidevlm.registry import Registry
 
 class SlideEncoder(Recomputing):
     """Base class. `width` is the width of the tokens that `forward` returns, `heads` the number
-    of heads with which a pooler should read them.
+    of heads with which a pooler should read them, `reads_positions` whether it matters to them
+    where tiles lie.
     """
 
     Config: ClassVar[type[Any]]
     width: int
     heads: int
+    reads_positions: bool = False
 
     @abstractmethod
     def forward(self, bags: Bags) -> Tensor:

@@ -76,6 +76,7 @@ class LongNet(SlideEncoder):
         self.pairs = tuple(zip(config.segments, config.dilations, strict=True))
         self.tiles = TileEmbedding(tile_width, width)
         self.positions = FourierPositions(width)
+        self.reads_positions = True
         self.layers = nn.ModuleList(
             TileLayer(width, config.heads, config.dropout) for _ in range(config.layers)
         )

@@ -145,6 +145,7 @@ class Perceiver(SlideEncoder):
         self.tile_norm = nn.LayerNorm(tile_width) if self.projects else None
         self.tile_project = nn.Linear(tile_width, width) if self.projects else None
         self.positions = FourierPositions(width) if config.positions == "fourier" else None
+        self.reads_positions = self.positions is not None
         self.latents = nn.Parameter(torch.empty(config.latents, width))
         context = width if self.projects else tile_width
         self.first = _Read(config, context) if config.blocks > 0 else None

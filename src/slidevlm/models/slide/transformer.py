@@ -97,6 +97,7 @@ class Transformer(SlideEncoder):
         width, heads = config.width, config.heads
         self.width, self.heads = width, heads
         self.alibi, self.window = config.positions == "alibi", config.window
+        self.reads_positions = config.positions != "none" or config.window > 0
         self.tiles = TileEmbedding(tile_width, width)
         self.rotary = Rotary(width // heads) if config.positions == "rotary" else None
         self.layers = nn.ModuleList(
