@@ -21,7 +21,7 @@ import torch
 from short_runs import lines, run, weights
 
 from slidevlm import dist
-from slidevlm.app import devices, fitting, preparing, suite, syncing
+from slidevlm.app import devices, fitting, judging, preparing, suite, syncing
 from slidevlm.app.cohorts import open_data
 from slidevlm.app.runs import run_all
 from slidevlm.app.suite import Suite
@@ -29,7 +29,7 @@ from slidevlm.config import Config, with_values
 from slidevlm.data.synthetic import DemoCohort
 from slidevlm.errors import ConfigError
 from slidevlm.flags import arguments
-from slidevlm.models import zoo
+from slidevlm.models import mode, zoo
 from slidevlm.train import checkpoint as ckpt
 
 FLAGS = {a.name: a.flag for a in arguments()}
@@ -92,7 +92,42 @@ def test_the_first_of_the_split_that_can_be_used(
     assert (folder / "without_report_train.txt").read_text() == f"{names[0]}\n"
 
 
+def test_workers_read_for_training_and_for_evaluation(
+    settings: dict[str, Any], cohort: DemoCohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they read is the same: test_runs.py."""
+    made = [calls(monkeypatch, module, "make_loader") for module in (fitting, judging)]
+    settings |= {"val_split": (str(cohort.split("val")),), "num_samples": 8, "epochs": 1}
+    run(settings, workers=1)
+    assert [[values[2] for values, _ in found] for found in made] == [[1], [1]]
+
+
+def test_the_cut_off_is_that_of_training_and_of_evaluation(
+    settings: dict[str, Any], cohort: DemoCohort
+) -> None:
+    settings |= {"val_split": (str(cohort.split("val")),), "num_samples": 8, "lr": 0.0, "epochs": 1}
+    losses = []
+    for cutoff in (7, 11):
+        folder = run(settings, image_features_cutoff=cutoff, name=f"of {cutoff}")
+        (line,) = lines(folder)
+        assert line["tiles_per_second"] / line["samples_per_second"] == pytest.approx(cutoff)
+        losses.append(lines(folder, "evaluation")[0]["val/loss/contrastive"])
+    assert losses[0] != losses[1]
+
+
 # --- the model ----------------------------------------------------------------------------------
+
+
+def test_checkpointing_computes_blocks_again(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the weights are the same: test_preparing.py."""
+    again = calls(monkeypatch, mode, "checkpoint")
+    settings |= {"num_samples": 8, "epochs": 1}
+    run(settings, name="plain")
+    assert not again
+    run(settings, grad_checkpointing=True)
+    assert again
 
 
 def test_locks_reach_the_model_with_their_numbers(
@@ -185,6 +220,17 @@ def test_the_numbers_of_the_optimizer_reach_it(settings: dict[str, Any]) -> None
     assert {g["weight_decay"] for g in groups} == {0.03, 0.0}
 
 
+def test_precision_is_that_of_autocast_and_of_weights(settings: dict[str, Any]) -> None:
+    settings |= {"num_samples": 8, "epochs": 1}
+    runs = {name: run(settings, precision=name, name=name) for name in ("fp32", "amp", "pure_bf16")}
+    losses = {name: lines(folder)[0]["loss"] for name, folder in runs.items()}
+    assert len(set(losses.values())) == 3
+    assert losses["amp"] == pytest.approx(losses["fp32"], rel=0.02)
+    types = {name: {w.dtype for w in weights(folder, 1).values()} for name, folder in runs.items()}
+    assert types["fp32"] == types["amp"] == {torch.float32}
+    assert torch.bfloat16 in types["pure_bf16"]
+
+
 def test_weights_of_the_losses(settings: dict[str, Any]) -> None:
     folder = run(
         settings, epochs=1, coca_contrastive_loss_weight=0.25, coca_caption_loss_weight=3.0
@@ -268,6 +314,8 @@ def test_every_process_has_the_first_device_where_that_is_asked_for(
     second = with_values(Config(), {"device": "cuda:1"})
     assert devices.choose_device(second) == torch.device("cuda:1"), "given with its number"
     assert chosen == [torch.device("cuda", i) for i in (3, 0, 1)]
+    kept = devices.with_device(second, torch.device("cuda:1"))
+    assert kept.optim.device == "cuda:1", "for the next run by this one's config.yaml"
     with pytest.raises(ConfigError, match="no cuda:7; torch sees 4"):
         devices.choose_device(with_values(Config(), {"device": "cuda:7"}))
 
