@@ -201,8 +201,9 @@ def test_wrong_attributes_list_the_right_ones(write):
     path = write([2])
     with pytest.raises(DataError, match=r"no feature attribute 'hipt'.*can be: uni"):
         Hdf5Cases(path, "hipt")
-    with pytest.raises(DataError, match=r"no text attribute 'diagnosis'.*can be: report"):
-        Hdf5Cases(path, "uni", "diagnosis")
+    for name in ("diagnosis", "uni", "uni/features"):  # not there, a group, numbers
+        with pytest.raises(DataError, match=rf"no text attribute '{name}'.*can be: report$"):
+            Hdf5Cases(path, "uni", name)
 
 
 def test_missing_and_damaged_files(write, tmp_path):

@@ -215,7 +215,8 @@ class Hdf5Cases:
         """The first case that has `attribute`; else DataError with the names that exist."""
         suffix = f"/{child}" if child else ""
         for case in self.cases:
-            if self._file.object(f"{case.location}/{attribute}{suffix}") is not None:
+            found = self._file.object(f"{case.location}/{attribute}{suffix}")
+            if found is not None and (child or _is_text(found)):
                 return case
         existing = sorted({name for case in self.cases[:100] for name in names(case)})
         if not existing and not any(self._file.object(case.location) for case in self.cases[:100]):
@@ -234,9 +235,7 @@ class Hdf5Cases:
 
     def _text_names(self, case: Case) -> list[str]:
         names = self._file.names(case.location)
-        return [
-            n for n in names if isinstance(self._file.object(f"{case.location}/{n}"), h5py.Dataset)
-        ]
+        return [n for n in names if _is_text(self._file.object(f"{case.location}/{n}"))]
 
     def _unit_of_file(self, first: Case) -> str:
         """Unit of positions whose dataset names none."""
@@ -429,11 +428,15 @@ def attribute_names(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
                     here = file.object(f"{location}/{name}")
                     if file.object(f"{location}/{name}/features") is not None:
                         features.add(name)
-                    elif isinstance(here, h5py.Dataset) and h5py.check_string_dtype(here.dtype):
+                    elif _is_text(here):
                         texts.add(name)
     finally:
         file.close()
     return tuple(sorted(features)), tuple(sorted(texts))
+
+
+def _is_text(found: Any) -> bool:
+    return isinstance(found, h5py.Dataset) and h5py.check_string_dtype(found.dtype) is not None
 
 
 def case_index(file: Hdf5File) -> list[tuple[str, str, str]]:
