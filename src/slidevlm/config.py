@@ -699,13 +699,17 @@ def with_adam_defaults(config: Config) -> Config:
     return replace(config, optim=replace(optim, **filled))
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, others: Iterable[str] = ()) -> None:
     """Check everything that can be checked before data is opened.
+
+    Args:
+        config: the arguments.
+        others: problems that have been found elsewhere.
 
     Raises:
         ConfigError: listing every problem found, not only the first.
     """
-    _raise([*_values(_entries(config)), *_combinations(config)])
+    _raise([*_values(_entries(config)), *_combinations(config), *others])
 
 
 def without_effect(config: Config) -> list[str]:

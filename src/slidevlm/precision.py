@@ -65,6 +65,15 @@ _TABLE: dict[tuple[str, str], _Form] = {
 }
 
 
+def check(name: str, device: torch.device) -> None:
+    """ConfigError where a form of `--precision` cannot run on a device."""
+    if (name, device.type) not in _TABLE:
+        known = sorted(n for n, d in _TABLE if d == device.type)
+        raise ConfigError(
+            f"--precision {name} does not run on {device.type}; choose one of {', '.join(known)}"
+        )
+
+
 def resolve(name: str, device: torch.device) -> Precision:
     """Look up `--precision name` on `device`.
 
@@ -73,13 +82,8 @@ def resolve(name: str, device: torch.device) -> Precision:
     Raises:
         ConfigError: where that form cannot run on that device.
     """
-    try:
-        form = _TABLE[name, device.type]
-    except KeyError:
-        known = sorted(n for n, d in _TABLE if d == device.type)
-        raise ConfigError(
-            f"--precision {name} does not run on {device.type}; choose one of {', '.join(known)}"
-        ) from None
+    check(name, device)
+    form = _TABLE[name, device.type]
     if _B in (form.autocast, form.weights) and device.type == "cpu" and not cpu_has_bfloat16():
         log.warning(
             "--precision %s on a CPU is bfloat16, for which this CPU has no instructions: it is "

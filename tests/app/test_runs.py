@@ -725,6 +725,16 @@ def test_unknown_model(settings, capsys) -> None:
     assert "unknown model 'coca_stage1'; did you mean coca_stage_1" in message
 
 
+def test_one_message_lists_what_is_wrong_with_arguments_model_and_device(settings, capsys) -> None:
+    more = {"model": "coca_stage1", "precision": "fp16", "epochs": 0}
+    message = failing(settings, capsys, **more, hdf5_filename="nowhere.h5")
+    assert "4 problems with the arguments" in message
+    for part in ("--epochs must be", "nowhere.h5", "mean coca_stage_1", "fp16 does not run"):
+        assert part in message
+    with pytest.raises(ConfigError, match="--model has a character of code 0"):
+        train(config_of(settings, model="a\0.json", device="c\0pu"))
+
+
 def test_existing_run(settings, capsys) -> None:
     (Path(settings["logs"]) / "run").mkdir(parents=True)
     message = failing(settings, capsys)

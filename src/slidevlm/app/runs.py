@@ -39,6 +39,7 @@ from slidevlm.errors import ConfigError
 from slidevlm.flags import read_yaml, to_yaml
 from slidevlm.models import zoo
 from slidevlm.precision import Precision
+from slidevlm.precision import check as check_precision
 from slidevlm.precision import resolve as resolve_precision
 from slidevlm.run import (
     CHECKPOINTS,
@@ -72,12 +73,8 @@ def train(config: Config) -> dict[str, float]:
 
 def run_all(config: Config) -> Outcome:
     """`train`, with everything that the last evaluation found."""
-    validate(config)
-    zoo.load(config.model.model)  # an unknown name is told before data is opened
-    codebase.check(config)
+    device = _checked(config)
     config = with_adam_defaults(config)
-    device = choose_device(config)
-    check_exchange(config, device)
     with LauncherWatch():  # to wait for the others may take minutes
         if config.distributed.horovod:
             dist.start_horovod()
@@ -90,6 +87,34 @@ def run_all(config: Config) -> Outcome:
                 return _train(with_device(config, device), precision)
         finally:
             dist.stop()
+
+
+def _checked(config: Config) -> torch.device:
+    """The device to work on.
+
+    Raises:
+        ConfigError: with everything that is wrong and can be told before data is opened.
+    """
+    problems: list[str] = []
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        try:
+            yield
+        except ConfigError as error:
+            problems.append(str(error))
+
+    device = torch.device("cpu")
+    with noted():
+        zoo.load(config.model.model)
+    with noted():
+        codebase.check(config)
+    with noted():
+        device = choose_device(config)
+        check_exchange(config, device)
+        check_precision(config.optim.precision, device)
+    validate(config, problems)
+    return device
 
 
 def evaluate_run(run: Path, overrides: Config | None = None) -> dict[str, float]:

@@ -25,7 +25,7 @@ def load(name: str) -> ModelConfig:
     Raises:
         ConfigError: unknown name (with the nearest ones), or a file that is not a configuration.
     """
-    if name.endswith((".json", ".yaml", ".yml")):
+    if name.endswith((".json", ".yaml", ".yml")) and "\0" not in name:  # which no file has
         return from_dict(_read(Path(name)), name)
     if name not in names():
         raise ConfigError(
