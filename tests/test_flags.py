@@ -174,6 +174,16 @@ def test_files_that_cannot_be_meant(tmp_path: Path, content: str, message: str) 
     assert str(file) in str(caught.value)
 
 
+def test_keys_and_values_of_a_file_are_those_of_the_command_line(tmp_path: Path) -> None:
+    """YAML reads 1e-2 as text."""
+    words = ["transform_type=random_flip,feature_noise", "probability=1", "noise_std=1e-2"]
+    file = tmp_path / "c.yaml"
+    file.write_text("aug_cfg:\n" + "".join(f"  {word.replace('=', ': ')}\n" for word in words))
+    expected = parsed("--aug-cfg", *words).data.aug_cfg
+    assert parsed("--config", str(file)).data.aug_cfg == expected
+    assert expected["noise_std"] == 0.01
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("name: é".encode("latin-1"))
     for path in (tmp_path / "nowhere.yaml", tmp_path, tmp_path / "latin.yaml"):

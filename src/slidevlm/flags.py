@@ -255,11 +255,16 @@ def parse_key_values(words: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{word!r} is not of the form key=value")
         if key in result:
             raise ConfigError(f"{key!r} is given twice; leave one out")
-        try:
-            result[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            result[key] = text
+        result[key] = _literal(text)
     return result
+
+
+def _literal(text: str) -> Any:
+    """A Python literal where the text reads as such, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 def parse_into(
@@ -394,7 +399,7 @@ def _typed(argument: Argument, value: Any, where: str) -> Any:
     elif kind == "list[str]" and isinstance(value, (str, list)):
         return (value,) if isinstance(value, str) else tuple(str(v) for v in value)
     elif kind == "key=value..." and isinstance(value, dict):
-        return value
+        return {key: _literal(one) if isinstance(one, str) else one for key, one in value.items()}
     elif kind == "str" and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     elif kind == "int" and isinstance(value, int) and not isinstance(value, bool):
