@@ -818,7 +818,7 @@ def _values(entries: Iterable[tuple[str, Any, Spec]]) -> Iterator[str]:
 
 def _is_there(path: str) -> bool:
     try:
-        return Path(path).exists()
+        return path != "" and Path(path).exists()
     except OSError:  # too long for a name
         return False
 
@@ -965,6 +965,12 @@ def _fsdp(config: Config) -> Iterator[str]:
 
 
 def _resuming(config: Config) -> Iterator[str]:
+    for flag, value in (
+        ("--pretrained", config.model.pretrained),
+        ("--resume", config.checkpoint.resume),
+    ):
+        if value == "":  # which as a path is the present folder
+            yield f"{flag} is empty; say what to begin with, or leave it out"
     if config.checkpoint.resume == "latest":
         if config.logs is None:
             yield "--resume latest looks in the run folder, but --logs is None"
