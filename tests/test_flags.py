@@ -297,6 +297,11 @@ def test_several_values_stand_after_one_flag(words: list[str]) -> None:
         parsed(*words)
 
 
+def test_there_is_one_file_of_arguments() -> None:
+    with pytest.raises(ConfigError, match="--config is given twice; leave one out"):
+        parsed("--config", "a.yaml", "--config", "b.yaml")
+
+
 def test_of_a_flag_with_one_value_the_last_counts() -> None:
     """So that what a script ends with can be appended to."""
     assert parsed("--batch-size", "3", "--batch_size", "5").data.batch_size == 5

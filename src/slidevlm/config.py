@@ -36,6 +36,7 @@ class Spec:
     below: float | None = None  # and less than this
     default_text: str | None = None  # what help shows where None is not the whole truth
     positional: bool = False
+    once: bool = False  # of two the first may not be lost; otherwise the last one counts
     file: bool = False  # the value names files that must exist
     shipped: bool = False  # the value may be the name of a shipped model configuration
     extra: bool = False  # not one of the 85 of the specification

@@ -88,13 +88,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Once(argparse.Action):
-    """Several values after one flag. Of two such flags the first values would be gone, unsaid."""
+    """A flag that stands there once. Of two the values of the first would be gone, unsaid."""
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
         if hasattr(namespace, self.dest):
-            parser.error(f"{option_string} is given twice; write all its values after one")
+            remedy = "leave one out" if self.nargs is None else "write all its values after one"
+            parser.error(f"{option_string} is given twice; {remedy}")
         setattr(namespace, self.dest, values)
 
 
@@ -137,6 +138,8 @@ def _add(parser: Any, argument: Argument) -> None:
         return
     if spec.choices:
         options |= {"choices": spec.choices}
+    if spec.once:
+        options |= {"action": _Once}
     if kind == "list[str]":
         options |= {"nargs": "+", "action": _Once, "metavar": "FILE" if spec.file else "TEXT"}
     elif kind == "list[float]":
@@ -304,7 +307,7 @@ class _ConfigFile:
     """config: a file of arguments."""
 
     config: str | None = arg(
-        None, "YAML file of arguments; the command line wins", file=True, extra=True
+        None, "YAML file of arguments; the command line wins", file=True, once=True, extra=True
     )
 
 
