@@ -578,6 +578,12 @@ class Config:
         return self.evaluation.val_gen_top_k == 0 or asked
 
     @property
+    def model_name(self) -> str:
+        """What is evaluated, in logs and results: --model, or weights that bring their own."""
+        named = "model" in self.given or self.model.model != Model().model
+        return self.model.model if named else self.model.pretrained or self.model.model
+
+    @property
     def prompt_pairs(self) -> tuple[tuple[str, str], ...]:
         """(prompt file, label file) of every zero-shot task; `validate` has checked the counts."""
         prompts = self.evaluation.zsc_class_prompt_mapping or ()

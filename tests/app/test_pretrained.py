@@ -84,6 +84,9 @@ def test_all_forms_of_a_whole_model_give_the_same_numbers(
     sources = [run, next((run / "checkpoints").glob("*.pt")), folder, alone, "hf-hub:a/b", "mine"]
     results = [evaluated(cohort, tmp_path, f"e{i}", s) for i, s in enumerate(sources)]
     assert all(r == results[0] for r in results) and results[0]
+    for i, source in enumerate(sources):
+        told = (tmp_path / f"e{i}" / "evaluation.md").read_text()
+        assert told.startswith(f"# Results of {source}\n"), "not of the default of --model"
     tokenizer = Tokenizer.from_folder(folder)
     kept = restore(read_pretrained(str(folder)).state).tokenizer
     text = "Invasive carcinoma, grade 2."

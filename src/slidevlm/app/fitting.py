@@ -319,7 +319,7 @@ def _augmentation(config: Config, trained: Trained) -> Augmentation:
         log.warning(
             "--aug-cfg %s: without effect; the slide encoder of model %s does not read positions",
             ", ".join(augmentation.moves),
-            config.model.model,
+            config.model_name,
         )
     return augmentation
 

@@ -78,7 +78,7 @@ class Judge:
             check_examples(file, {case.specimen: case.patient for case in found.cases})
         if config.evaluation.save_captions and trained.model.decoder is None:
             raise ConfigError(
-                f"--save-captions: model {config.model.model} has no decoder to write reports with"
+                f"--save-captions: model {config.model_name} has no decoder to write reports with"
             )
         _check_language_model(config, trained)
 
@@ -165,7 +165,7 @@ class Judge:
         if write:
             self.run.write_json(f"captions_{name}.json", _captions(results))
         outputs = Outputs(self.run, prefix, self.suite.bootstrap)
-        outcome = outputs.write(name, config.model.model, results, stored)
+        outcome = outputs.write(name, config.model_name, results, stored)
         if config.evaluation.save_embeddings:
             outputs.embeddings(stored)
         log.info("%s: %s", name, _headline(results))
@@ -256,7 +256,7 @@ def _check_language_model(config: Config, trained: Trained) -> None:
     wanted = ", ".join(flag for flag, value in asked.items() if value)
     if trained.config.family == "lm" and wanted:
         raise ConfigError(
-            f"model {config.model.model} is a language model, which embeds neither slides nor "
+            f"model {config.model_name} is a language model, which embeds neither slides nor "
             f"texts: leave out {wanted}"
         )
 

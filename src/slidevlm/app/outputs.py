@@ -57,7 +57,7 @@ def about(
     evaluation = config.evaluation
     machine = environment()
     return {
-        "model": config.model.model,
+        "model": config.model_name,
         "model_hash": None if model is None else model_hash(model),
         "data_hash": {name: data_hash(split) for name, split in splits.items()},
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()},

@@ -218,7 +218,7 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
         parameters = sum(p.numel() for p in trained.model.parameters())
         log.info(
             "model %s: %.1f million parameters, tile width %d, vocabulary %d, on %s",
-            config.model.model,
+            config.model_name,
             parameters / 1e6,
             trained.config.tile_width,
             trained.tokenizer.vocab_size,
