@@ -332,6 +332,10 @@ VAL, TEST = {"val_split": ("v.txt",)}, {"test_split": "t.txt"}
         ),
         ({"skip_scheduler": True, "lr_scheduler": "const"}, []),
         ({"skip_scheduler": True}, []),
+        (
+            {"text_data_file": "t.json", "hdf5_text_attribute": "report"},
+            ["--hdf5-text-attribute: .*all reports are those of --text-data-file"],
+        ),
     ],
 )
 def test_what_has_no_effect_is_told(values: dict[str, Any], told: list[str]) -> None:

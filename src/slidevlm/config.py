@@ -728,6 +728,8 @@ def without_effect(config: Config) -> list[str]:
     data, evaluation = config.data, config.evaluation
     judged = bool(data.val_split or data.test_split)
     reasons: dict[str, tuple[str, ...]] = {}
+    if data.text_data_file:
+        reasons["all reports are those of --text-data-file"] = ("hdf5_text_attribute",)
     if config.optim.skip_scheduler and config.optim.lr_scheduler != "const":
         reasons["--skip-scheduler keeps the rate constant after the warmup"] = ("lr_scheduler",)
     if not judged:
