@@ -321,6 +321,26 @@ def test_what_would_drift_is_refused(settings: dict[str, Any]) -> None:
         train(config_of(settings, resume=step, model="coca_stage_1", name="w"))
 
 
+def test_other_specimens_and_other_reports_do_not_go_on_within_an_epoch(
+    settings: dict[str, Any], tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    train(config_of(settings, epochs=1, save_every_n_steps=2))
+    saved = Path(settings["logs"]) / "run/checkpoints"
+    names = Path(settings["train_split"]).read_text().replace(",", "\n").split()
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join([*names[1:], names[0]]))
+    step = {"resume": str(saved / "step_2.pt"), "name": "x"}
+    with pytest.raises(CheckpointError, match=r"\(other names, other reports\)"):
+        train(config_of(settings, **step, train_split=str(other)))
+    reports = tmp_path / "reports.json"
+    reports.write_text(json.dumps([{"id": name, "report": "tumour"} for name in names]))
+    with pytest.raises(CheckpointError, match=r"\(other reports\)"):
+        train(config_of(settings, **step, text_data_file=str(reports), val_split=()))
+    whole = {"resume": str(saved / "epoch_1.pt"), "name": "y", "train_split": str(other)}
+    train(config_of(settings, **whole))
+    assert "is not that of the checkpoint (other names" in messages.text
+
+
 def test_resuming_with_another_number_of_threads_warns(settings: dict[str, Any], messages) -> None:
     train(config_of(settings, save_frequency=1))
     source = Path(settings["logs"]) / "run/checkpoints/epoch_1.pt"

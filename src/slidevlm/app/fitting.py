@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,7 +88,7 @@ def fit(
     run.write("parameter_groups.txt", groups + "\n")
     steps_an_epoch = len(batches) // optim.accum_freq
     plan = Plan(optim.epochs, optim.accum_freq, _schedule(config, steps_an_epoch), precision.device)
-    order = _order(config, len(dataset), batches)
+    order = _order(config, dataset, batches)
     average = _average(config, trained, start)
     progress = ckpt.Progress()
     if start.training is not None:
@@ -142,15 +143,24 @@ def _closing(watcher: RunWatcher) -> Iterator[None]:
         watcher.close()
 
 
-def _order(config: Config, specimens: int, batches: TrainBatches) -> dict[str, int]:
+def _order(config: Config, dataset: BagDataset, batches: TrainBatches) -> dict[str, int]:
     """What decides which specimens each step has: the same where a run goes on within an epoch."""
     data, optim = config.data, config.optim
     return {
-        "specimens": specimens,
+        "specimens": len(dataset),
+        "names": _checksum(case.specimen for case in dataset.cases),
+        "reports": _checksum(dataset.reports),
         "global_batch": data.batch_size * dist.world_size() * optim.accum_freq,
         "seed": config.evaluation.seed,
         "similar_lengths": batches.lengths_id(),
     }
+
+
+def _checksum(texts: Iterable[str]) -> int:
+    value = 0
+    for text in texts:
+        value = zlib.crc32(text.encode(errors="surrogatepass") + b"\0", value)
+    return value
 
 
 def _states(
@@ -416,16 +426,20 @@ def _go_on(
     Returns where to go on: a step may be made of other micro-batches than before.
     """
     progress = saved.progress
-    was = {name: saved.order.get(name, 0) for name in order}
+    was = {name: saved.order.get(name, order[name]) for name in order}
     if was != order:
-        differs = ", ".join(f"{k} {was[k]} -> {order[k]}" for k in order if was[k] != order[k])
+        differs = ", ".join(
+            f"other {k}" if k in ("names", "reports") else f"{k} {was[k]} -> {order[k]}"
+            for k in order
+            if was[k] != order[k]
+        )
         if progress.batch:
             raise CheckpointError(
-                "the checkpoint lies within an epoch, but the order of the data changed "
+                "the checkpoint lies within an epoch, but the data or its order changed "
                 f"({differs}); use the same data and --seed, and keep --batch-size x processes x "
                 "--accum-freq as it was, or take a checkpoint from the end of an epoch"
             )
-        log.warning("the order of the data differs from that of the checkpoint (%s)", differs)
+        log.warning("the data or its order is not that of the checkpoint (%s)", differs)
     elif saved.accum_freq:
         progress = replace(progress, batch=progress.batch // saved.accum_freq * accum_freq)
     load_state(step.optimizer, saved.optimizer)
