@@ -195,6 +195,7 @@ def test_when_reports_are_searched_with_beams(words: list[str], beams: bool) -> 
         ),
         ({"val_gen_num_beams": 5}, "5 does not divide into --val-gen-num-beam-groups 3"),
         ({"val_gen_num_beam_groups": 4}, "--val-gen-num-beams 6 does not divide into"),
+        ({"val_gen_num_beams": 1}, r"give a multiple of the groups, or fewer groups \(1 is plain"),
         ({"val_gen_top_k": 0, "val_gen_num_beams": 4}, "4 does not divide into"),
         ({"report_to": "mlflow"}, "--report-to does not know mlflow; it knows tensorboard, wandb"),
         ({"wandb_notes": "x"}, "--wandb-notes works only with --report-to wandb"),
@@ -236,7 +237,17 @@ def test_when_reports_are_searched_with_beams(words: list[str], beams: bool) -> 
             },
             r"--zsc-specimen-class-mapping .* stems \(l, l\), which must differ",
         ),
+        (
+            {"few_shot_examples": ("a/5.json", "b/5.json")},
+            r"--few-shot-examples .* stems \(5, 5\), which must differ; leave one out, or copy it",
+        ),
+        ({"train_split": ""}, "--train-split: no file or folder ''"),
         ({"resume": "latest"}, "--resume latest needs --name"),
+        ({"resume": "nowhere.pt"}, "--resume: no checkpoint at 'nowhere.pt' .looked in .*latest"),
+        ({"resume": ""}, "--resume: no checkpoint at ''"),
+        ({"resume": "x" * 5000}, "--resume: no checkpoint at 'x"),
+        ({"resume": "a\0b"}, "--resume has a character of code 0"),
+        ({"logs": ""}, "--logs is empty; give a folder, or None to write nothing"),
         ({"resume": "latest", "name": "a", "logs": "None"}, "--logs is None"),
         ({"name": "../up"}, "must be the name of one folder"),
         ({"name": ".."}, "must be the name of one folder"),
@@ -323,6 +334,10 @@ VAL, TEST = {"val_split": ("v.txt",)}, {"test_split": "t.txt"}
         ({**VAL, "val_gen_num_beams": 6}, ["--val-gen-num-beams: .*belong to --save-captions"]),
         ({**VAL, "eval_metric_ci": 0.9}, ["--eval-metric-ci: .*give --eval-metric-bootstraps"]),
         ({**VAL, "zsc_ensemble": "mean"}, ["--zsc-ensemble: .*there are no prompts"]),
+        (
+            {"coca_contrastive_loss_weight": 0.0, "local_loss": True, "false_negatives": "keep"},
+            ["--local-loss, --false-negatives: .*there is no contrastive loss"],
+        ),
         ({"logs": "None", "report_to": "tensorboard"}, ["--report-to: .*--logs None"]),
         ({"logs": "None", "report_to": "", "log_local": True}, ["--log-local: .*--logs None"]),
         ({"test": True, "save_captions": True, "logs": "None", "log_local": True}, []),
@@ -343,6 +358,14 @@ def test_what_has_no_effect_is_told(values: dict[str, Any], told: list[str]) -> 
     assert len(found) == len(told)
     for text, pattern in zip(found, told, strict=True):
         assert re.match(pattern, text) and "without effect" in text
+
+
+def test_what_is_as_by_default_needs_no_wandb() -> None:
+    """So that a file of arguments of a run with wandb can be used without it."""
+    values = {"wandb_notes": "", "wandb_project_name": "open-clip"}
+    with pytest.raises(ConfigError) as error:  # there is no data
+        validate(with_values(Config(), values))
+    assert "wandb" not in str(error.value)
 
 
 def test_one_prompt_file_serves_several_label_files() -> None:

@@ -559,7 +559,7 @@ class Config:
     @property
     def logs(self) -> Path | None:
         """Folder of the run folders, or None when nothing may be written."""
-        return None if self.logging.logs in ("None", "none", "") else Path(self.logging.logs)
+        return None if self.logging.logs in ("None", "none") else Path(self.logging.logs)
 
     @property
     def reports(self) -> frozenset[str]:
@@ -732,6 +732,10 @@ def without_effect(config: Config) -> list[str]:
         reasons["all reports are those of --text-data-file"] = ("hdf5_text_attribute",)
     if config.optim.skip_scheduler and config.optim.lr_scheduler != "const":
         reasons["--skip-scheduler keeps the rate constant after the warmup"] = ("lr_scheduler",)
+    if config.loss.coca_contrastive_loss_weight == 0:
+        reasons["there is no contrastive loss: --coca-contrastive-loss-weight is 0"] = (
+            "local_loss", "gather_with_grad", "false_negatives",
+        )  # fmt: skip
     if not judged:
         reasons["no split is evaluated: give --val-split or --test-split"] = (
             *_CAPTIONS, *_INTERVALS, *_PROMPTS, "save_captions", "eval_metric_bootstraps",
@@ -827,8 +831,15 @@ def _values(entries: Iterable[tuple[str, Any, Spec]]) -> Iterator[str]:
 
 def _is_there(path: str) -> bool:
     try:
-        return path != "" and Path(path).exists()
+        return path != "" and Path(path).exists()  # Path("") is the folder that one is in
     except OSError:  # too long for a name
+        return False
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long for a name; a character of code 0
         return False
 
 
@@ -917,6 +928,12 @@ def _pairs(config: Config) -> Iterator[str]:
             f"--zsc-specimen-class-mapping files are reported by their stems ({', '.join(stems)}), "
             "which must differ; copy a file to another name to use it with two prompt files"
         )
+    stems = [Path(examples).stem for examples in evaluation.few_shot_examples or ()]
+    if len(set(stems)) < len(stems):
+        yield (
+            f"--few-shot-examples files are reported by their stems ({', '.join(stems)}), which "
+            "must differ; leave one out, or copy it to another name"
+        )
 
 
 def _beams(config: Config) -> Iterator[str]:
@@ -931,7 +948,8 @@ def _beams(config: Config) -> Iterator[str]:
         )
     if config.beam_search and groups >= 1 and beams % groups:
         yield (
-            f"--val-gen-num-beams {beams} does not divide into --val-gen-num-beam-groups {groups}"
+            f"--val-gen-num-beams {beams} does not divide into --val-gen-num-beam-groups {groups}; "
+            "give a multiple of the groups, or fewer groups (1 is plain beam search)"
         )
 
 
@@ -980,11 +998,17 @@ def _resuming(config: Config) -> Iterator[str]:
     ):
         if value == "":  # which as a path is the present folder
             yield f"{flag} is empty; say what to begin with, or leave it out"
-    if config.checkpoint.resume == "latest":
+    resume = config.checkpoint.resume
+    if resume == "latest":
         if config.logs is None:
             yield "--resume latest looks in the run folder, but --logs is None"
         elif config.logging.name is None:
             yield "--resume latest needs --name, the run to go on with"
+    elif resume is not None and not _is_file(resume):
+        yield (
+            f"--resume: no checkpoint at {resume!r} (looked in {Path.cwd()}); give the path of a "
+            ".pt file, or latest with the --name of a run"
+        )
 
 
 def _remote(config: Config) -> Iterator[str]:
@@ -1110,6 +1134,8 @@ def _processes(config: Config) -> Iterator[str]:
 
 
 def _sinks(config: Config) -> Iterator[str]:
+    if config.logging.logs == "":
+        yield "--logs is empty; give a folder, or None to write nothing at all"
     if config.logging.copy_codebase and config.logs is None:
         yield "--copy-codebase copies into the run folder, but --logs is None"
     bad = config.reports - {*SINKS, "all"}
@@ -1119,7 +1145,8 @@ def _sinks(config: Config) -> Iterator[str]:
         )
     if "wandb" not in config.sinks:
         for field_name in ("wandb_notes", "wandb_project_name"):
-            if field_name in config.given:
+            default = getattr(Logging(), field_name)
+            if field_name in config.given and getattr(config.logging, field_name) != default:
                 yield f"--{field_name.replace('_', '-')} works only with --report-to wandb"
 
 
