@@ -297,8 +297,12 @@ def test_a_language_model_trains_writes_and_is_evaluated(
 
 def test_what_a_language_model_cannot_do(cohort: DemoCohort, tmp_path: Path) -> None:
     for more, words in (
-        ({"siglip": True}, "does not read"),
-        ({"coca_contrastive_loss_weight": 1.0}, "does not read"),
+        ({"siglip": True}, "has no contrastive loss: leave out --siglip"),
+        ({"coca_contrastive_loss_weight": 1.0}, "leave out --coca-contrastive-loss-weight"),
+        (
+            {"local_loss": True, "gather_with_grad": True, "false_negatives": "keep"},
+            "leave out --local-loss, --gather-with-grad, --false-negatives",
+        ),
         ({"coca_caption_loss_weight": 0.0}, "leaves a language model nothing"),
         ({"aug_cfg": {"transform_type": "tile_dropout"}}, "--aug-cfg changes bags of tiles"),
         ({"save_embeddings": True}, "leave out --save-embeddings"),

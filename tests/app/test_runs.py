@@ -294,12 +294,16 @@ def test_latest_without_a_checkpoint_starts_at_the_beginning(settings: dict[str,
 
 
 def test_a_finished_run_keeps_its_metrics_and_an_evaluation_its_settings(
-    settings: dict[str, Any],
+    settings: dict[str, Any], messages: pytest.LogCaptureFixture
 ) -> None:
     metrics = train(config_of(settings, save_every_n_steps=2))
     folder = Path(settings["logs"]) / "run"
+    assert "nothing is left to train" not in messages.text
     again = train(config_of(settings, resume="latest"))
     assert again == pytest.approx(metrics, nan_ok=True) and again
+    done = settings["epochs"]
+    told = f"has {done} epochs behind it and --epochs is {done}: nothing is left to train"
+    assert told in messages.text
     told, saved = lines(settings), (folder / "config.yaml").read_text()
     step = str(folder / "checkpoints/step_2.pt")
     train(config_of(settings, resume=step, test=True, train_split=None))
@@ -770,6 +774,13 @@ def test_an_error_before_the_first_step_leaves_no_run_folder(settings, capsys) -
     before = {p.name for p in (Path(settings["logs"]) / "run").iterdir()}
     failing(settings, capsys, resume="latest", batch_size=64)
     assert {p.name for p in (Path(settings["logs"]) / "run").iterdir()} == before
+    # Nor does a run that was to go on from elsewhere, or from a name that was mistyped.
+    source = str(Path(settings["logs"]) / "run/checkpoints/epoch_1.pt")
+    for number, more in enumerate(
+        ({"resume": "latest", "test": True}, {"resume": source, "batch_size": 64})
+    ):
+        failing(settings, capsys, **more, name=f"other {number}")
+        assert not (Path(settings["logs"]) / f"other {number}").exists()
 
 
 def test_too_large_a_batch(settings, capsys) -> None:

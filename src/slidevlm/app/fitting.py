@@ -93,6 +93,13 @@ def fit(
     progress = ckpt.Progress()
     if start.training is not None:
         progress = _go_on(start.training, step, order, optim.accum_freq)
+        if progress.epoch >= optim.epochs:
+            log.warning(
+                "the checkpoint has %d epochs behind it and --epochs is %d: nothing is left to "
+                "train; give more --epochs to go on",
+                progress.epoch,
+                optim.epochs,
+            )
 
     watcher = RunWatcher(
         run,
@@ -378,10 +385,18 @@ def _objective(config: Config, trained: Trained) -> Objective:
             "writes none; leave it out"
         )
     if family == "lm":
-        if loss.siglip or (contrastive and "coca_contrastive_loss_weight" in config.given):
+        asked = {
+            "--siglip": loss.siglip,
+            "--coca-contrastive-loss-weight": contrastive
+            and "coca_contrastive_loss_weight" in config.given,
+            "--local-loss": loss.local_loss,
+            "--gather-with-grad": loss.gather_with_grad,
+            "--false-negatives": "false_negatives" in config.given,
+        }
+        if wanted := ", ".join(flag for flag, value in asked.items() if value):
             raise ConfigError(
-                "--siglip and --coca-contrastive-loss-weight are about slides, which a language "
-                "model does not read; leave them out"
+                "a language model does not read slides and has no contrastive loss: leave out "
+                f"{wanted}"
             )
         if loss.coca_caption_loss_weight == 0:
             raise ConfigError(

@@ -21,12 +21,11 @@ CLAIMED = "SLIDEVLM_CLAIMED_RUN"
 @contextmanager
 def claimed_folder(config: Config) -> Iterator[Path | None]:
     """The run folder; gone again when a user's error ends the run before it did any work."""
-    is_new = config.logs is not None and config.checkpoint.resume is None
-    folder = _claim_folder(config)
+    folder, is_new = _claim_folder(config)
     try:
         yield folder
     except SlideVLMError:
-        if is_new and folder is not None and dist.is_main() and not _has_work(folder):
+        if is_new and folder is not None and not _has_work(folder):
             shutil.rmtree(folder)
         raise
 
@@ -48,28 +47,33 @@ def evaluation_prefix(config: Config, folder: Path | None) -> str:
     return "evaluation_" if config_name(config, folder) == "evaluation.yaml" else ""
 
 
-def _claim_folder(config: Config) -> Path | None:
-    """The run folder, made by the first process; an existing run is an error on every rank."""
+def _claim_folder(config: Config) -> tuple[Path | None, bool]:
+    """The run folder, and whether this process has made it; only the first process does.
+
+    Raises:
+        ConfigError: the run exists and is not resumed, or its folder cannot be made; on every rank.
+    """
     logs = config.logs
     if logs is None:
-        return None
+        return None, False
     name = dist.broadcast_object(config.logging.name or default_name(config))
     folder = logs / name
-    problem = None
+    problem, made = None, False
     if dist.is_main():
         resumes = config.checkpoint.resume is not None
-        resumes |= os.environ.get(CLAIMED) == str(folder.resolve())
-        if folder.exists() and not resumes:
+        claimed = os.environ.get(CLAIMED) == str(folder.resolve())
+        made = not folder.exists() or (claimed and not resumes)
+        if not made and not resumes:
             problem = f"run {name!r} exists in {logs}; choose another --name or --resume latest"
         else:
             try:
-                folder.mkdir(parents=True, exist_ok=resumes)
+                folder.mkdir(parents=True, exist_ok=resumes or claimed)
             except OSError as error:
                 problem = f"--logs: cannot make {folder}: {error}"
     problem = dist.broadcast_object(problem)
     if problem is not None:
         raise ConfigError(problem)
-    return folder
+    return folder, made
 
 
 def default_name(config: Config) -> str:
