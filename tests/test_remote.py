@@ -55,6 +55,18 @@ def test_what_arrives_is_what_left_and_comes_back(place: tuple[str, str], tmp_pa
     assert Remote(*place, "another").sizes() == {}
 
 
+@pytest.mark.parametrize("inside", ["", "runs", "runs/run/copies"])
+def test_a_copy_into_the_folder_itself_is_refused(inside: str, tmp_path: Path) -> None:
+    """Every copy would be copied again, and be no copy at all where it is the folder itself."""
+    run = folder(tmp_path / "runs/run")
+    remote = Remote(f"file://{tmp_path}/{inside}", "fsspec", "run")
+    if not inside:
+        assert Mirror(remote, run).sync() == 3
+        return
+    with pytest.raises(ConfigError, match="would copy the run folder .* into itself; name"):
+        Mirror(remote, run)
+
+
 def test_only_what_changed_is_copied_also_by_the_next_process(
     place: tuple[str, str], tmp_path: Path
 ) -> None:

@@ -102,6 +102,13 @@ class Remote:
         self._whole = protocol == "s3" or url.startswith("s3://")
         self.beat = time.monotonic()  # when a byte or a file arrived
 
+    @property
+    def folder(self) -> Path | None:
+        """Where it is on this machine; None where it is elsewhere."""
+        protocols = self._files.protocol
+        names = (protocols,) if isinstance(protocols, str) else tuple(protocols)
+        return Path(self._root).resolve() if "file" in names else None
+
     def _tell(self, *_: Any) -> None:
         self.beat = time.monotonic()
 
@@ -196,9 +203,19 @@ class Remote:
 
 
 class Mirror:
-    """Copies what changes in a folder, and remembers in it what is copied."""
+    """Copies what changes in a folder, and remembers in it what is copied.
+
+    Raises:
+        ConfigError: the copy would lie in the folder, and every copy be copied again.
+    """
 
     def __init__(self, remote: Remote, folder: Path) -> None:
+        own, there = folder.resolve(), remote.folder
+        if there is not None and own in (there, *there.parents):
+            raise ConfigError(
+                f"--remote-sync {remote.url} would copy the run folder {folder} into itself; name "
+                "a folder outside of it"
+            )
         self.remote, self.folder = remote, folder
         self._copied: dict[str, list[int]] | None = None
         self._seen: set[str] = set()  # what there was in the folder since this process began
