@@ -111,6 +111,16 @@ def test_beams_of_the_arguments(run: Path, cohort: DemoCohort) -> None:
     assert found == expected(run, cohort, max_tokens=12, beams=4, groups=2)
 
 
+def test_more_tokens_than_the_context_has_room_for_are_told(
+    run: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    for number, (asked, told) in enumerate(((63, False), (64, True))):
+        given = {"caption_val_max_seq_len": asked, "val_gen_top_k": 1, "name": f"long {number}"}
+        evaluate_run(run, with_values(Config(), given))
+        text = f"--caption-val-max-seq-len {asked}: the context of model coca_tiny has room for 63"
+        assert (text in messages.text) is told
+
+
 def test_evaluation_generates_in_another_way(run: Path, cohort: DemoCohort) -> None:
     for number, (given, how) in enumerate(
         [

@@ -81,6 +81,7 @@ class Judge:
                 f"--save-captions: model {config.model_name} has no decoder to write reports with"
             )
         _check_language_model(config, trained)
+        _tell_longest(config, trained)
 
     def epoch(
         self, splits: Sequence[Split], epoch: int, write: bool, step: int
@@ -258,6 +259,19 @@ def _check_language_model(config: Config, trained: Trained) -> None:
         raise ConfigError(
             f"model {config.model_name} is a language model, which embeds neither slides nor "
             f"texts: leave out {wanted}"
+        )
+
+
+def _tell_longest(config: Config, trained: Trained) -> None:
+    asked, room = config.evaluation.caption_val_max_seq_len, trained.model.text.context_length - 1
+    given = config.evaluation.save_captions and "caption_val_max_seq_len" in config.given
+    if given and asked > room and dist.is_main():
+        log.warning(
+            "--caption-val-max-seq-len %d: the context of model %s has room for %d tokens, and "
+            "reports end there",
+            asked,
+            config.model.model,
+            room,
         )
 
 
