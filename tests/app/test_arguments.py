@@ -6,6 +6,7 @@ docs/spec/effects.yaml names for every argument the tests that show its effect.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -354,6 +355,8 @@ def test_wandb_has_the_notes_and_the_project(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    # Both are also among the arguments that the run is told, so the file alone would prove nothing.
+    begun = calls(monkeypatch, importlib.import_module("wandb"), "init")
     folder = run(
         settings,
         epochs=1,
@@ -361,6 +364,8 @@ def test_wandb_has_the_notes_and_the_project(
         wandb_notes="a note of this run",
         wandb_project_name="a-project",
     )
+    told = [(named["project"], named["notes"]) for _, named in begun]
+    assert told == [("a-project", "a note of this run")]
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     until = time.monotonic() + 30  # its own process writes it
     while b"a-project" not in file.read_bytes() and time.monotonic() < until:

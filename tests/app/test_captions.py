@@ -22,6 +22,7 @@ from slidevlm.data.cases import open_store
 from slidevlm.data.dataset import BagDataset, collate
 from slidevlm.data.synthetic import DemoCohort
 from slidevlm.data.tokenizer import Tokenizer
+from slidevlm.errors import ConfigError
 from slidevlm.eval.text_metrics.ptb import tokenize
 from slidevlm.models import zoo
 from slidevlm.models.generate import Decoding, generate
@@ -119,6 +120,22 @@ def test_more_tokens_than_the_context_has_room_for_are_told(
         evaluate_run(run, with_values(Config(), given))
         text = f"--caption-val-max-seq-len {asked}: the context of model coca_tiny has room for 63"
         assert (text in messages.text) is told
+
+
+def test_what_does_not_go_with_the_models_own_settings_is_told_before_training(
+    cohort: DemoCohort, tmp_path: Path
+) -> None:
+    file, logs = tmp_path / "model.json", tmp_path / "logs"
+    for number, (own, given, told) in enumerate(
+        (
+            ({"min_tokens": 20}, {"caption_val_max_seq_len": 10}, "min_tokens 20 is above max_tok"),
+            ({"beams": 4, "candidates": 4}, {"val_gen_num_beams": 3}, "4 candidates need as many"),
+        )
+    ):
+        file.write_text(json.dumps(zoo.load("coca_tiny").to_dict() | {"generation": own}))
+        with pytest.raises(ConfigError, match=f"--save-captions: .*{told}.* of model .*leave them"):
+            trained_run(cohort, logs, model=str(file), name=str(number), **given)
+        assert not (logs / str(number)).exists(), "nothing was trained"
 
 
 def test_evaluation_generates_in_another_way(run: Path, cohort: DemoCohort) -> None:

@@ -146,8 +146,10 @@ def test_another_seed_is_another_run(settings: dict[str, Any]) -> None:
 
 def test_workers_and_logs_change_nothing(settings: dict[str, Any]) -> None:
     train(config_of(settings))
-    train(config_of(settings, workers=2, name="workers", log_every_n_steps=100))
+    train(config_of(settings, workers=2, name="workers", log_every_n_steps=4))
     assert same(final(settings), final(settings, "workers"))
+    assert [x["step"] for x in lines(settings)] == [1, 2, 3, 4, 5, 6]
+    assert [x["step"] for x in lines(settings | {"name": "workers"})] == [4, 6], "the last one, too"
 
 
 def test_logs_none_writes_nothing(
@@ -200,6 +202,9 @@ def test_which_checkpoints_are_kept(settings: dict[str, Any]) -> None:
     train(config_of(settings, save_frequency=0, name="last only"))
     names = {p.name for p in (Path(settings["logs"]) / "last only/checkpoints").iterdir()}
     assert names == {"epoch_2.pt"}
+    train(config_of(settings, save_every_n_steps=2, name="within"))
+    names = {p.name for p in (Path(settings["logs"]) / "within/checkpoints").iterdir()}
+    assert names == {"step_2.pt", "step_4.pt", "epoch_2.pt"}
 
 
 def test_num_samples_takes_the_first_of_the_split(settings: dict[str, Any]) -> None:

@@ -81,7 +81,8 @@ class Judge:
                 f"--save-captions: model {config.model_name} has no decoder to write reports with"
             )
         _check_language_model(config, trained)
-        _tell_longest(config, trained)
+        if config.evaluation.save_captions:
+            self._check_writing()
 
     def epoch(
         self, splits: Sequence[Split], epoch: int, write: bool, step: int
@@ -242,6 +243,27 @@ class Judge:
         ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
         return Writing(Decoding(*ids, **own.with_given(given)), tokenizer.decode)
 
+    def _check_writing(self) -> None:
+        """Before any work what the first report would tell after an epoch."""
+        config, model = self.config, self.config.model.model
+        try:
+            most = self._writing().decoding.max_tokens
+        except ConfigError as error:
+            raise ConfigError(
+                f"--save-captions: {error}. The arguments are joined with the generation settings "
+                f"of model {model}; change --caption-val-max-seq-len or --val-gen-*, or leave them "
+                "out to take the model's"
+            ) from None
+        room = self.trained.model.text.context_length - 1
+        if "caption_val_max_seq_len" in config.given and most > room and dist.is_main():
+            log.warning(
+                "--caption-val-max-seq-len %d: the context of model %s has room for %d tokens, "
+                "and reports end there",
+                most,
+                model,
+                room,
+            )
+
     def _embed_text(self, texts: Sequence[str]) -> np.ndarray:
         return embed_text(self.trained, texts, self.precision)
 
@@ -259,19 +281,6 @@ def _check_language_model(config: Config, trained: Trained) -> None:
         raise ConfigError(
             f"model {config.model_name} is a language model, which embeds neither slides nor "
             f"texts: leave out {wanted}"
-        )
-
-
-def _tell_longest(config: Config, trained: Trained) -> None:
-    asked, room = config.evaluation.caption_val_max_seq_len, trained.model.text.context_length - 1
-    given = config.evaluation.save_captions and "caption_val_max_seq_len" in config.given
-    if given and asked > room and dist.is_main():
-        log.warning(
-            "--caption-val-max-seq-len %d: the context of model %s has room for %d tokens, and "
-            "reports end there",
-            asked,
-            config.model.model,
-            room,
         )
 
 
