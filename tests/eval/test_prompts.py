@@ -241,7 +241,7 @@ def test_patients_that_share_a_specimen_name_are_told_apart(tmp_path: Path) -> N
             r"classes without a prompt: '' \(of 's3'\), 'C' \(of 's2'\); the prompts are for A, B; "
             "add a prompt or leave",
         ),
-        ({"s1": None}, "f.json", r"'None' \(of 's1'\)"),
+        ({"s1": None}, "f.json", r"without a prompt: '' \(of 's1'\)"),
         ({"A": ["s1", "s2"]}, "f.json", r"without a prompt: .*s1.*\(of 'A'\)"),
         ({"p": {"s1": {"x": "A"}}}, "f.json", r"without a prompt: .*\(of 's1'\)"),
         ("id,label\ns1,A\ns1,B\n", "f.csv", r"two classes for 's1': 'A' and 'B'; keep one"),
@@ -257,6 +257,20 @@ def test_bad_labels(tmp_path: Path, content: Any, name: str, message: str) -> No
     with pytest.raises(DataError, match=message) as caught:
         read_labels(path, AB)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ({"s1": "A", "s2": None}, "f.json"),
+        ({"s1": ["A"], "s2": ["B", " "]}, "f.json"),
+        ("id,label\ns1,A\ns2,\n", "f.csv"),
+    ],
+)
+def test_without_prompts_an_empty_class_is_none(tmp_path: Path, content: Any, name: str) -> None:
+    """Of few-shot examples and probes: what is not known would be a class of its own."""
+    with pytest.raises(DataError, match=r"f\.\w+: 1 specimens have an empty class, such as 's2'"):
+        read_labels(write(tmp_path, content, name))
 
 
 def test_ten_strange_classes_are_enough(tmp_path: Path) -> None:

@@ -180,10 +180,16 @@ def read_labels(path: Path, prompts: Prompts | None = None) -> Labels:
         prompts: of the classes that may occur; without them any may.
 
     Raises:
-        DataError: unreadable, two classes for one specimen, or a class that has no prompt.
+        DataError: unreadable, two classes for one specimen, an empty one, or one without a prompt.
     """
     classes, several = _read_classes(path)
     known = None if prompts is None else prompts.classes
+    # With prompts it is one of those without.
+    if known is None and (blank := [s for s, found in classes.items() if "" in found]):
+        raise DataError(
+            f"{path}: {len(blank)} specimens have an empty class, such as {blank[0]!r}; leave them "
+            "out, or write their class"
+        )
     strange = {
         c: s for s, found in classes.items() for c in found if known is not None and c not in known
     }
@@ -240,7 +246,7 @@ def _read_classes(path: Path) -> tuple[dict[str, tuple[str, ...]], bool]:
         for specimen, label in value.items() if nested else [(key, value)]:
             several |= isinstance(label, list)
             labels = label if isinstance(label, list) else [label]
-            names = tuple(dict.fromkeys(_name(one) for one in labels))
+            names = tuple(dict.fromkeys("" if one is None else _name(one) for one in labels))
             found.append((_name(key) if nested else "", _name(specimen), names))
     return _collect(found, path), several
 
