@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -30,6 +33,39 @@ def test_the_second_ctrl_c_ends_at_once() -> None:
         assert asked.name == "SIGINT"
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+WRITING = """
+import sys
+from slidevlm.run import configure_logging
+from slidevlm.train.interrupt import Interrupts
+
+configure_logging(debug=False, main=True)
+with Interrupts() as asked:
+    print("ready", flush=True)
+    for _ in range(2000):
+        print("x" * 1000, file=sys.stderr, flush=True)
+    print(asked.name, flush=True)
+"""
+
+
+def test_a_signal_that_comes_while_the_log_is_written_to_is_noted() -> None:
+    """Of a terminal or a launcher that reads slowly. Python writes to a stream once at a time."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=buffered,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.3)  # until the pipe is full
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    found, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told[-2000:]
+    assert found == "SIGTERM\n" and "SIGTERM: saving after this step, then ending\n" in told
 
 
 def test_another_thread_leaves_signals_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import queue
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -12,6 +13,7 @@ log = logging.getLogger("slidevlm.train")
 
 # SIGTERM: a scheduler or torchrun ends the job. SIGUSR1: Slurm's --signal, before the end.
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
+_TELLING_SECONDS = 1.0  # that an end waits for the last message; what reads it may have stopped
 
 
 class Interrupts:
@@ -23,16 +25,25 @@ class Interrupts:
     def __init__(self) -> None:
         self.name: str | None = None  # of the signal that came
         self._before: dict[int, Any] = {}
+        # A signal may come while this thread writes to the log, which Python does not let it do
+        # again within that (RuntimeError); another thread waits for its turn.
+        self._words: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._teller = threading.Thread(target=self._tell, name="signals", daemon=True)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
         again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-        log.warning("%s: saving after this step, then ending%s", self.name, again)
+        self._words.put(f"{self.name}: saving after this step, then ending{again}")
+
+    def _tell(self) -> None:
+        while (words := self._words.get()) is not None:
+            log.warning("%s", words)
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
+            self._teller.start()
             for name in _NAMES:
                 if number := getattr(signal, name, None):  # Windows has no SIGUSR1
                     self._before[number] = signal.signal(number, self._note)
@@ -46,3 +57,6 @@ class Interrupts:
     ) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
+        self._words.put(None)
+        if self._teller.is_alive():
+            self._teller.join(_TELLING_SECONDS)
