@@ -143,6 +143,12 @@ def test_folds_keep_patients_together_and_every_specimen_is_judged_once() -> Non
     assert probe.chosen_on == "5-fold cross-validation" and len(probe.curve) == 45
 
 
+def test_any_seed_of_the_arguments_makes_folds() -> None:
+    train = examples(30, 2, 0)
+    probes = [learners.linear_probe(train, None, seed=s) for s in (0, 10**18)]
+    assert all(len(probe.curve) == len(learners.STRENGTHS) for probe in probes)
+
+
 def test_a_class_of_one_specimen_survives_cross_validation() -> None:
     train = examples(30, 3, 0)
     y = np.where(train.y == 2, 0, train.y)

@@ -86,6 +86,14 @@ def test_a_signal_is_found_and_noise_is_not() -> None:
 
 
 @NEEDS_EXTRA
+def test_any_seed_of_the_arguments_makes_folds() -> None:
+    random = np.random.default_rng(0)
+    names = np.array([f"p{i}" for i in range(30)])
+    x, time = random.normal(size=(30, 3)), random.integers(1, 30, 30).astype(float)
+    assert fit_cox(x, time, random.random(30) < 0.7, names, seed=10**18).penalty > 0
+
+
+@NEEDS_EXTRA
 def test_too_few_events() -> None:
     n = np.array([str(i) for i in range(6)])
     event = np.array([True, *[False] * 5])

@@ -142,7 +142,8 @@ def _folds(train: Examples, seed: int) -> list[tuple[Examples, Examples]]:
     folds = min(_FOLDS, len(np.unique(train.patients)), int(np.bincount(train.y).max()))
     if folds < 2:
         return []
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    # scikit-learn takes 32 bits.
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of classes with fewer specimens than folds
         parts = list(splitter.split(train.x, train.y, train.patients))

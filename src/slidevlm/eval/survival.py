@@ -147,7 +147,8 @@ def fit_cox(
             "--survival-table: the training split has events of fewer than 2 patients; a Cox model "
             "cannot be fitted"
         )
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    # scikit-learn takes 32 bits.
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
     curves = []
     for a, b in splitter.split(x, event, patients):
         risks = [_fit(x[a], time[a], event[a], p)(x[b]) for p in PENALTIES]
