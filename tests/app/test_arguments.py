@@ -22,7 +22,7 @@ import torch
 from short_runs import lines, run, weights
 
 from slidevlm import dist
-from slidevlm.app import devices, fitting, judging, preparing, suite, syncing
+from slidevlm.app import datasets, devices, fitting, judging, preparing, suite, syncing
 from slidevlm.app.cohorts import open_data
 from slidevlm.app.runs import run_all
 from slidevlm.app.suite import Suite
@@ -383,6 +383,30 @@ def test_seconds_between_copies(
     more = {"remote_sync": f"file://{tmp_path}/there", "remote_sync_protocol": "fsspec"}
     run(settings, epochs=1, **more, remote_sync_frequency=7)
     assert [values[1] for values, _ in made] == [7]
+
+
+# --- all of it ----------------------------------------------------------------------------------
+
+
+def test_the_seed_reaches_all_that_is_random(
+    settings: dict[str, Any], cohort: DemoCohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each on its own: a run with another seed differs as soon as one of them does."""
+    orders = calls(monkeypatch, fitting, "TrainBatches")
+    rows = calls(monkeypatch, datasets, "BagDataset")
+    general = calls(monkeypatch, fitting, "seed_everything")
+    begun = calls(monkeypatch, torch, "manual_seed")
+    resampled = calls(monkeypatch, suite, "Bootstrap")
+    written = calls(monkeypatch, judging, "Decoding")
+    captions = {"save_captions": True, "caption_val_max_seq_len": 2}
+    val = {"val_split": (str(cohort.split("val")),)}
+    run(settings, epochs=1, seed=7, num_samples=8, **val, **captions)
+    assert [values[2] for values, _ in orders] == [7]
+    assert {named["seed"] for _, named in rows} == {7}
+    assert [values[0] for values, _ in general] == [8], "of the first process"
+    assert (7,) in [values for values, _ in begun], "of the first weights"
+    assert {values[2] for values, _ in resampled} == {7}
+    assert {named["seed"] for _, named in written} == {7}
 
 
 # --- evaluation ---------------------------------------------------------------------------------

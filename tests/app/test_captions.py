@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from slidevlm.app import evaluate_run, train
+from slidevlm.app import evaluate_run, judging, train
 from slidevlm.app.export import export
 from slidevlm.app.slide_model import load
 from slidevlm.app.trained import restore
+from slidevlm.batch import Predictions
 from slidevlm.cli import main
 from slidevlm.config import Config, with_values
 from slidevlm.data.cases import open_store
@@ -138,7 +139,16 @@ def test_what_does_not_go_with_the_models_own_settings_is_told_before_training(
         assert not (logs / str(number)).exists(), "nothing was trained"
 
 
-def test_evaluation_generates_in_another_way(run: Path, cohort: DemoCohort) -> None:
+def test_evaluation_generates_in_another_way(
+    run: Path, cohort: DemoCohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = judging.predict, []
+
+    def spy(*values: Any, **named: Any) -> Predictions:
+        asked.append(values[4].decoding)
+        return real(*values, **named)
+
+    monkeypatch.setattr(judging, "predict", spy)
     for number, (given, how) in enumerate(
         [
             ({"val_gen_top_k": 1}, {"top_k": 1}),
@@ -151,6 +161,8 @@ def test_evaluation_generates_in_another_way(run: Path, cohort: DemoCohort) -> N
         found = written(run / f"evaluation-{number}/captions_evaluation.json")
         tokens = given.get("caption_val_max_seq_len", 12)
         assert found == expected(run, cohort, max_tokens=tokens, **how), given
+        # Few beams often find the same reports as more.
+        assert {name: getattr(asked[-1], name) for name in how} == how
 
 
 def test_a_model_brings_its_own_decoding(cohort: DemoCohort, tmp_path: Path) -> None:
