@@ -321,6 +321,13 @@ def test_every_process_has_the_first_device_where_that_is_asked_for(
         devices.choose_device(with_values(Config(), {"device": "cuda:7"}))
 
 
+def test_the_backend_reaches_the_start_of_the_processes(settings: dict[str, Any]) -> None:
+    """Of one process, too, which exchanges nothing; without CUDA the two that are known are one."""
+    with pytest.raises(ConfigError, match="--dist-backend 'mpi' is not one of nccl, gloo"):
+        run(settings, dist_backend="mpi")
+    assert not (Path(settings["logs"]) / "run").exists()
+
+
 # --- logging and checkpoints --------------------------------------------------------------------
 
 
