@@ -233,6 +233,12 @@ def test_resuming_within_an_epoch_gives_the_same_weights(settings: dict[str, Any
         source = folder / (f"step_{step}.pt" if step % 3 else f"epoch_{step // 3}.pt")
         train(config_of(settings, resume=str(source), name=name))
         assert same(final(settings), final(settings, name)), step
+        # A training from the beginning would have the same weights, too.
+        done = [x["step"] for x in lines(settings | {"name": name})]
+        assert done == list(range(step + 1, 10))
+    told = lines(settings)
+    train(config_of(settings, resume="latest"))
+    assert lines(settings) == told, "nothing is done again: a second time would have other speeds"
 
 
 def dropout_model(settings: dict[str, Any], rate: float = 0.2) -> str:
