@@ -244,7 +244,7 @@ def test_when_reports_are_searched_with_beams(words: list[str], beams: bool) -> 
         ({"train_split": ""}, "--train-split: no file or folder ''"),
         ({"resume": "latest"}, "--resume latest needs --name"),
         ({"resume": "nowhere.pt"}, "--resume: no checkpoint at 'nowhere.pt' .looked in .*latest"),
-        ({"resume": ""}, "--resume: no checkpoint at ''"),
+        ({"resume": ""}, "--resume is empty"),
         ({"resume": "x" * 5000}, "--resume: no checkpoint at 'x"),
         ({"resume": "a\0b"}, "--resume has a character of code 0"),
         ({"logs": ""}, "--logs is empty; give a folder, or None to write nothing"),

@@ -1004,7 +1004,7 @@ def _resuming(config: Config) -> Iterator[str]:
             yield "--resume latest looks in the run folder, but --logs is None"
         elif config.logging.name is None:
             yield "--resume latest needs --name, the run to go on with"
-    elif resume is not None and not _is_file(resume):
+    elif resume and not _is_file(resume):
         yield (
             f"--resume: no checkpoint at {resume!r} (looked in {Path.cwd()}); give the path of a "
             ".pt file, or latest with the --name of a run"
