@@ -151,6 +151,25 @@ def test_inspect(cohort, tmp_path, capsys):
         assert "slidevlm: error:" in capsys.readouterr().err
 
 
+def test_inspect_tells_a_few_of_many_problems(tmp_path, capsys):
+    (tmp_path / "tiles").mkdir()
+    for number in range(12):
+        with h5py.File(tmp_path / "tiles" / f"s{number:02d}.h5", "w") as file:
+            file["coords"] = np.zeros((3, 2))
+    assert main(["data", "inspect", str(tmp_path / "tiles")]) == 0
+    told = capsys.readouterr().out
+    assert told.count("no features") == 10 and "... and 2 warnings more" in told
+    assert "(none known)" in told
+    assert main(["data", "inspect", str(tmp_path / "tiles"), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["warnings"]) == 12
+
+
+def test_inspect_of_one_bag_tells_its_length_once(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.ones((7, 3), np.float32))
+    assert main(["data", "inspect", str(tmp_path / "a.npy")]) == 0
+    assert "tiles N       7\n" in capsys.readouterr().out
+
+
 def test_convert(cohort, tmp_path, capsys):
     target = tmp_path / "out.h5"
     texts = tmp_path / "texts.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,7 @@ def test_an_empty_file_gives_nothing(tmp_path: Path) -> None:
         ("--train_splits", "--train-split"),
         ("--siglp", "--siglip"),
         ("--no-set-device", "--no-set-device-rank"),
+        ("--learning-rate", "--lr"),  # by its help
     ],
 )
 def test_an_unknown_flag_names_the_nearest(wrong: str, near: str) -> None:
@@ -217,6 +219,19 @@ def test_an_unknown_flag_names_the_nearest(wrong: str, near: str) -> None:
     hint = str(caught.value).partition("did you mean ")[2].partition("?")[0]
     assert near in hint.split(" or ")
     assert "see slidevlm train --help" in str(caught.value)
+
+
+def test_what_resembles_little_is_not_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parsed("--lrr", "3")
+    assert "did you mean --lr?" in str(caught.value)
+
+
+def test_help_never_breaks_an_argument_at_its_hyphens(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    told = capsys.readouterr().out
+    assert "--lock-image" in told and not re.search(r"\w-\n", told)
 
 
 def test_words_that_resemble_nothing() -> None:

@@ -22,7 +22,9 @@ def test_every_shipped_model_is_listed_and_can_be_built(
     shared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["models", "list"]) == 0
-    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    told = capsys.readouterr().out
+    assert "learns by LoRA of rank 16" in told, "descriptions are whole"
+    listed = {line.split()[0] for line in told.splitlines()}
     names = (shared / "oracles" / "mosaic" / "NAMES.txt").read_text().split()
     assert set(names) <= listed and len(names) == 21
     assert {"prism", "lm_stage_1", "clip_stage_1", "coca_stage_2_lora"} <= listed

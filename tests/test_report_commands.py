@@ -177,7 +177,7 @@ def test_a_report_is_kept_when_it_is_done(run, cohort, tmp_path, monkeypatch, mo
     assert json.loads(output.read_text()) == json.loads(whole.read_text())
 
 
-def test_a_single_bag_file(run: Path, cohort: DemoCohort, tmp_path: Path) -> None:
+def test_a_single_bag_file(run: Path, cohort: DemoCohort, tmp_path: Path, capsys) -> None:
     name = cohort.split("test").read_text().split()[0]
     with h5py.File(cohort.hdf5) as source, h5py.File(tmp_path / "slide.h5", "w") as bag:
         paths = source["case-index/case_paths"].asstr()[()]
@@ -187,7 +187,9 @@ def test_a_single_bag_file(run: Path, cohort: DemoCohort, tmp_path: Path) -> Non
         bag.attrs.update({"unit": "um", "tile_size_um": 256.0, "extractor": "uni"})
     words = ["caption", run, tmp_path / "slide.h5", "--output", tmp_path / "one.json"]
     assert main([str(w) for w in [*words, "--workers", 0, "--device", "cpu"]]) == 0
-    assert [r["id"] for r in json.loads((tmp_path / "one.json").read_text())] == ["slide"]
+    (record,) = json.loads((tmp_path / "one.json").read_text())
+    assert record["id"] == "slide" and record["image_features_cutoff"] == 100_000
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'one.json'}: 1 report\n"
 
 
 def failing(words: Sequence[object], capsys: pytest.CaptureFixture[str]) -> str:

@@ -734,7 +734,7 @@ def _no_command(words: Sequence[str]) -> str:
     known = [" ".join(name) for name in COMMANDS]
     families = {name[0] for name in COMMANDS if len(name) > 1}
     asked = " ".join(words[:2]) if words[0] in families else words[0]
-    near = nearest(asked, known)
+    near = " or ".join(nearest(asked, known))
     hint = f"did you mean {near}?" if near else f"commands: {', '.join(known)}"
     return f"slidevlm: no command {asked!r}; {hint}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import shutil
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -99,9 +100,15 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # Broken at its hyphens, --lock-image reads as "--lock- image" and cannot be copied.
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def _formatter(prog: str) -> argparse.HelpFormatter:
     width = min(shutil.get_terminal_size().columns, 100)
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)
+    return _Formatter(prog, max_help_position=34, width=width)
 
 
 def _help(argument: Argument) -> str:
@@ -233,9 +240,18 @@ def _canonical(word: str, spellings: Mapping[str, str]) -> str:
 def _stray(words: Sequence[str], known: Sequence[Argument]) -> str:
     """What to say of words that no argument takes."""
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-    names = [a.flag for a in known if not a.spec.positional]
-    hints = [f"; for {f}, did you mean {near}?" for f in flags if (near := nearest(f, names))]
+    help_of = {a.flag: a.spec.help for a in known if not a.spec.positional}
+    hints = [f"; for {f}, did you mean {near}?" for f in flags if (near := _meant(f, help_of))]
     return f"unrecognized arguments: {' '.join(words)}{''.join(hints)}"
+
+
+def _meant(flag: str, help_of: Mapping[str, str]) -> str:
+    """The flags that look like it, else those whose help says it: --learning-rate is --lr."""
+    word = flag.lstrip("-").replace("_", "-")
+    near = nearest(word, [f.lstrip("-") for f in help_of])
+    if near:
+        return " or ".join(f"--{name}" for name in near)
+    return " or ".join([f for f, text in help_of.items() if word.replace("-", " ") in text][:3])
 
 
 def _finish(kind: str, value: Any) -> Any:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -18,7 +21,7 @@ from slidevlm.models import CoCa, Model, ModelConfig, build_model, resolve, zoo
 from slidevlm.models.freeze import image_groups, text_groups
 from slidevlm.models.mode import Group
 from slidevlm.models.text.huggingface import HuggingFaceConfig
-from slidevlm.report.plain import shortened, table
+from slidevlm.report.plain import table
 from slidevlm.run import configure_logging, working, write_text
 
 _TILE_WIDTH = 1024  # where a configuration takes it from the data
@@ -49,7 +52,13 @@ def list_models(*, as_json: bool = False) -> None:
         wanted = ("family", "description")
         print(json.dumps({n: {k: c[k] for k in wanted} for n, c in contents.items()}, indent=1))
         return
-    rows = [(n, c["family"], *shortened([c["description"]], 110)) for n, c in contents.items()]
+    before = max(map(len, contents)) + len("  family  ")
+    # Of many names the descriptions differ at their ends, so none is cut.
+    room = shutil.get_terminal_size().columns - before if sys.stdout.isatty() else sys.maxsize
+    rows: list[tuple[str, str, str]] = []
+    for name, content in contents.items():
+        first, *more = textwrap.wrap(content["description"], max(room, 40))
+        rows += [(name, content["family"], first), *(("", "", line) for line in more)]
     print(table(("model", "family", "what"), rows))
 
 
@@ -211,7 +220,7 @@ def new(name: str, file: Path) -> None:
         ConfigError: no such model, or the file exists.
     """
     if file.suffix != ".json":
-        raise ConfigError(f"{file} must end in .json, as --model wants it")
+        raise ConfigError(f"{file} must end in .json, the form of the shipped models")
     if file.exists():
         raise ConfigError(f"{file} exists; choose another name")
     zoo.load(name)
@@ -229,5 +238,7 @@ def export_model(source: str, folder: Path, *, as_json: bool = False) -> None:
         print(json.dumps({"folder": str(folder), "files": [file.name for file in files]}, indent=1))
         return
     for path in files:
-        print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        kilobytes = path.stat().st_size / 1e3
+        size = f"{kilobytes:.0f} kB" if kilobytes < 1000 else f"{kilobytes / 1e3:.1f} MB"
+        print(f"wrote {path} ({size})")
     print(f"use it by --pretrained {folder}, in every command that uses a model, or slidevlm.load")

@@ -52,11 +52,11 @@ class Registry(Generic[T]):
 def unknown(kind: str, name: str, known: object) -> str:
     """Message for an unknown name: the nearest known ones first, else all of them."""
     names = sorted(known)  # type: ignore[call-overload]
-    near = nearest(name, names)
+    near = " or ".join(nearest(name, names))
     hint = f"did you mean {near}?" if near else f"choose one of: {', '.join(names)}"
     return f"unknown {kind} {name!r}; {hint}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Up to three names that look like `name`, in words; empty where none does."""
-    return " or ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.5))
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three names that look like `name`, the nearest first."""
+    return difflib.get_close_matches(name, known, n=3, cutoff=0.6)

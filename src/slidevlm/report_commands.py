@@ -48,7 +48,7 @@ def caption(asked: Captioning) -> int:
     about = {
         "model": model.hash,
         "decoding": {**decoding.settings, "prompt": asked.prompt},
-        "tiles": using.image_features_cutoff,
+        "image_features_cutoff": using.image_features_cutoff,
     }
 
     def use(batch: Batch, keep: Callable[[Record], None]) -> None:

@@ -244,6 +244,7 @@ def test_what_was_not_stored_is_said(run: Path, cohort: DemoCohort, capsys) -> N
         (["--predictions", "EMPTY"], "has no stored predictions"),
         (["--predictions", "JUNK"], "cannot be read as stored predictions"),
         (["EMPTY"], "is not of a run: it has no config.yaml"),
+        (["nowhere/run"], "no run 'nowhere/run' (looked from"),
         (["UNTRAINED"], "is a run without a checkpoint"),
         (["JUNK"], "the folder above its own has no config.yaml"),
         (["RUN", "--format", "word"], "invalid choice"),
@@ -436,6 +437,17 @@ def test_probes_of_several_classes_are_refused_before_any_work(
     with pytest.raises(DataError, match="--probe needs one class a specimen; several has lists"):
         train(with_values(Config(), {**settings, **more, "name": "refused"}))
     assert not (Path(settings["logs"]) / "refused").exists()
+
+
+def test_labels_of_other_specimens_are_refused_before_training(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "others.json"
+    path.write_text(json.dumps({"elsewhere": "LUNG_SCC"}))
+    more = {"zsc_specimen_class_mapping": (str(path),), "few_shot_examples": None}
+    with pytest.raises(DataError, match="others names no specimen of .*'elsewhere'"):
+        train(with_values(Config(), {**settings, **more, "probe": False, "name": "refused"}))
+    assert not list((Path(settings["logs"]) / "refused").glob("checkpoints/*"))
 
 
 def test_embeddings_in_the_layout_of_trident(run: Path) -> None:

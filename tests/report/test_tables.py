@@ -38,6 +38,14 @@ def test_a_task_is_named_again_for_another_split() -> None:
     assert [x for x in lines if "loss" in x] == ["val: loss", "test: loss"]
 
 
+def test_a_task_is_named_once_though_another_lies_between() -> None:
+    names = ("captions/bleu_1", "captions/clinical/site/f1", "captions/distinct_1")
+    found = score_table([Score("val", n, 0.5, None, None, 7) for n in names], "table")
+    assert [line.split()[0] for line in found.splitlines()[2:]] == [
+        *("val:", "bleu_1", "distinct_1", "val:", "f1")
+    ]
+
+
 def test_markdown() -> None:
     lines = score_table([Score("a|b", "m", 0.25, 0.2, 0.3, 9)], "markdown").splitlines()
     assert lines == [

@@ -262,9 +262,15 @@ def test_other_files_are_not_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "b.pt").write_text("text")
     torch.save({"state_dict": {"w": torch.ones(2)}, "epoch": 3}, tmp_path / "c.pt")
     torch.save(torch.ones(3), tmp_path / "d.pt")
-    torch.save({"format": ckpt.FORMAT + 1}, tmp_path / "e.pt")
-    for name in "abcde":
+    for name in "abcd":
         assert "not a slidevlm checkpoint" in refused(tmp_path / f"{name}.pt")
+
+
+@pytest.mark.parametrize(("more", "version"), [(1, "a later"), (-1, "an earlier")])
+def test_a_checkpoint_of_another_version(tmp_path: Path, more: int, version: str) -> None:
+    torch.save({"format": ckpt.FORMAT + more}, tmp_path / "e.pt")
+    message = refused(tmp_path / "e.pt")
+    assert f"of format {ckpt.FORMAT + more}" in message and f"use it with {version}" in message
 
 
 def whole_content() -> dict[str, Any]:

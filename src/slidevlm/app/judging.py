@@ -84,6 +84,22 @@ class Judge:
         if config.evaluation.save_captions:
             self._check_writing()
 
+    def check_labels(self, splits: Sequence[Split]) -> None:
+        """Refuse a label file that names no specimen of the splits: a wrong one, or another naming.
+
+        Raises:
+            DataError: there is one; it names an identifier of either side.
+        """
+        cases = [case for split in splits for case in split.cases]
+        for labels in self.suite.labels:
+            if cases and not any(labels.of(c.specimen, c.patient) is not None for c in cases):
+                theirs = next(iter(labels.classes), None)
+                raise DataError(
+                    f"--zsc-specimen-class-mapping: {labels.name} names no specimen of "
+                    f"{', '.join(s.name for s in splits)}: it has {theirs!r}, they have "
+                    f"{cases[0].specimen!r}; leave it out or name specimens as the data does"
+                )
+
     def epoch(
         self, splits: Sequence[Split], epoch: int, write: bool, step: int
     ) -> dict[str, float]:

@@ -140,6 +140,8 @@ def with_run_settings(run: Path, overrides: Config) -> Config:
         checkpoint, run = run, run.resolve().parent.parent
     saved = run / "config.yaml"
     if not saved.is_file():
+        if not run.exists():
+            raise ConfigError(f"no run {str(run)!r} (looked from {Path.cwd()})")
         what = "the folder above its own" if checkpoint is not None else "it"
         raise ConfigError(
             f"{checkpoint or run} is not of a run: {what} has no config.yaml; evaluate other "
@@ -233,6 +235,7 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
         if config.evaluation.test:
             outcome = judge.final(data, "evaluation", prefix)
         else:
+            judge.check_labels([split for split in data.splits if split is not data.train])
             with Interrupts() as asked:
                 fitted = fit(config, data, trained, precision, start, run, folder, judge, asked)
             outcome = Outcome(fitted.metrics)

@@ -350,4 +350,5 @@ def tell(
         print(json.dumps(content, indent=1, ensure_ascii=False))
         return
     before = total - results.new
-    print(f"wrote {output}: {total} {what}" + (f", {before} of them before" if before else ""))
+    counted = f"1 {what.removesuffix('s')}" if total == 1 else f"{total} {what}"
+    print(f"wrote {output}: {counted}" + (f", {before} of them before" if before else ""))

@@ -10,6 +10,7 @@ from slidevlm.data.inspect import LOOKED_AT, BagRow, Inspection
 from slidevlm.report.plain import printable, shortened, table
 
 _BAGS = 10  # shown one by one
+_WARNINGS = 10  # a problem that names its file is a warning of its own
 
 
 def terminal(found: Inspection) -> str:
@@ -17,7 +18,7 @@ def terminal(found: Inspection) -> str:
     lengths = found.lengths
     rows: list[tuple[str, str]] = [
         ("path", found.path),
-        ("format", _counted(found.formats)),
+        ("format", _counted(found.formats) or "(none known)"),
         ("bags", str(found.bags)),
     ]
     if found.specimens is not None:
@@ -25,13 +26,8 @@ def terminal(found: Inspection) -> str:
     for kind, attributes in found.attributes.items():
         rows.append((f"{kind} (attributes)", ", ".join(attributes) or "(none)"))
     if lengths:
-        rows.append(
-            (
-                "tiles N",
-                f"{sum(lengths)}; a bag {min(lengths)} to {max(lengths)}, "
-                f"median {int(np.median(lengths))}",
-            )
-        )
+        spread = f"; a bag {min(lengths)} to {max(lengths)}, median {int(np.median(lengths))}"
+        rows.append(("tiles N", f"{sum(lengths)}{spread if len(lengths) > 1 else ''}"))
     for name, values in (
         ("width D", found.widths),
         ("type", found.values("dtype")),
@@ -46,10 +42,13 @@ def terminal(found: Inspection) -> str:
     if len(found.rows) < found.bags:
         parts.append(f"{LOOKED_AT} of {found.bags} bags were looked at, evenly spread")
     lines = []
-    for text, names in found.warnings.items():
+    for text, names in list(found.warnings.items())[:_WARNINGS]:
         lines.append(f"warning: {printable(text)}")
         if names and len(names) < len(found.rows):
             lines.append(f"    {len(names)} of {len(found.rows)}: {', '.join(shortened(names))}")
+    if len(found.warnings) > _WARNINGS:
+        more = len(found.warnings) - _WARNINGS
+        lines.append(f"... and {more} warnings more; --json has them all")
     lines += [f"hint: {hint}" for hint in found.hints]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])])
 

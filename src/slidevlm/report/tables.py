@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 from slidevlm.eval.compare import Difference
 from slidevlm.eval.scores import Score
@@ -83,19 +84,23 @@ def _latex(text: str) -> str:
 
 def _terminal(header: Row, rows: Sequence[Row], width: int) -> str:
     """Split and task once above their metrics, so that names are whole on a narrow terminal too."""
+    tasks: dict[str, list[Row]] = {}  # in their first rows' order: metrics of one may lie apart
+    for row in rows:
+        task = ": ".join(filter(None, (row[0], row[1].rpartition("/")[0])))
+        tasks.setdefault(task, []).append(row)
+    rows = [row for mine in tasks.values() for row in mine]
     cells = [(row[1].rpartition("/")[2], *row[2:]) for row in rows]
     widths = [max(map(len, column)) for column in zip(("metric", *header[2:]), *cells, strict=True)]
     widths[0] += 2  # indented below the task
     rest = sum(widths[1:]) + 2 * (len(widths) - 1)
     widths[0] = min(widths[0], max(_SHORTEST, width - rest))
-    lines, above = [_line(("metric", *header[2:]), widths)], ""
-    lines.append("-" * (widths[0] + rest))
-    for row, mine in zip(rows, cells, strict=True):
-        task = ": ".join(filter(None, (row[0], row[1].rpartition("/")[0])))
-        if task != above:
+    lines = [_line(("metric", *header[2:]), widths), "-" * (widths[0] + rest)]
+    left = iter(cells)
+    for task, members in tasks.items():
+        if task:
             lines.append(_short(task, max(width, widths[0] + rest)))
-            above = task
-        lines.append(_line((f"  {mine[0]}", *mine[1:]), widths))
+        for first, *others in islice(left, len(members)):
+            lines.append(_line((f"  {first}", *others), widths))
     return "\n".join(lines)
 
 

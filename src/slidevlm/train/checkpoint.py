@@ -179,8 +179,14 @@ def load(path: Path) -> tuple[ModelState, TrainState]:
             f"checkpoint {path} is damaged or not a slidevlm checkpoint ({_first_line(error)}); "
             "use an older one"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a slidevlm checkpoint of format {FORMAT}")
+    found = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(found, int):
+        raise CheckpointError(f"{path} is not a slidevlm checkpoint: it says no format")
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path} is a slidevlm checkpoint of format {found}, and this version reads format "
+            f"{FORMAT}; use it with {'a later' if found > FORMAT else 'an earlier'} version"
+        )
     try:
         training = dict(content["training"])
         training["progress"] = Progress(**training["progress"])

@@ -29,7 +29,7 @@ def load(name: str) -> ModelConfig:
         return from_dict(_read(Path(name)), name)
     if name not in names():
         raise ConfigError(
-            f"--model: {unknown('model', name, names())}; or give the path of a .json or .yaml file"
+            f"--model: {unknown('model', name, names())}\nor give the path of a .json or .yaml file"
         )
     text = resources.files(__name__).joinpath(f"{name}.json").read_text(encoding="utf-8")
     return from_dict(json.loads(text), name)
