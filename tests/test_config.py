@@ -66,6 +66,10 @@ def test_lists_switches_numbers() -> None:
     assert config.loss.siglip is True
     assert config.optim.lr == 5e-4
     assert config.given == {"val_split", "siglip", "lr", "epochs"}
+    assert config.model_name == config.model.model
+    assert with_values(config, {"pretrained": "exported"}).model_name == "exported"
+    named = with_values(config, {"pretrained": "exported", "model": "coca_tiny"})
+    assert named.model_name == "coca_tiny"
 
 
 def test_key_value_lists() -> None:

@@ -142,7 +142,10 @@ def compare_with(outcome: Outcome, other: Path, config: Config) -> list[Differen
         )
     bootstrap = Suite(config).bootstrap
     aligned = {name: _in_order(stored.splits[name], outcome.results[name][0]) for name in shared}
-    results = score_stored(replace(stored, splits=aligned), config)
+    try:
+        results = score_stored(replace(stored, splits=aligned), config)
+    except DataError as error:  # which of the two runs it is about is known here alone
+        raise DataError(f"--compare {other}: {error}") from error
     found: list[Difference] = []
     for name in shared:
         found += compare(name, outcome.results[name][1], results[name][1], bootstrap)
