@@ -396,6 +396,10 @@ class BagLoader(DataLoader[Any]):
                 del loaded
         finally:
             asked.put(False)
+            # It may be the last to hold the data, whose HDF5 files it then closes. If the process
+            # ends meanwhile the thread is gone with h5py's lock, which the end waits for, for ever.
+            del batches, words
+            self._receiver.join(_RECEIVER_SECONDS)
 
 
 def _receive(
@@ -412,6 +416,7 @@ def _receive(
             return
 
 
+_RECEIVER_SECONDS = 10  # a loop that is left waits so long for the batch under way
 _GRACE_SECONDS = 30  # a worker lives on after SIGTERM, at most
 
 
