@@ -266,7 +266,6 @@ def test_when_reports_are_searched_with_beams(words: list[str], beams: bool) -> 
         ({"test_split": ""}, "--test-split: no file or folder ''"),
         ({"val_split": ("",)}, "--val-split: no file or folder ''"),
         ({"pretrained": ""}, "--pretrained is empty"),
-        ({"resume": ""}, "--resume is empty"),
         ({"seed": 2**70}, "--seed must be at most 1e\\+18"),
         ({"lock_image_unlocked_groups": 1}, "unlocked-groups belongs to --lock-image"),
         ({"lock_image_freeze_bn_stats": True}, "freeze-bn-stats belongs to --lock-image"),

@@ -562,12 +562,6 @@ class Config:
         return None if self.logging.logs in ("None", "none") else Path(self.logging.logs)
 
     @property
-    def model_name(self) -> str:
-        """What results call the model: --model, or the weights whose own model it is."""
-        own = self.model.pretrained is not None and "model" not in self.given
-        return str(self.model.pretrained) if own else self.model.model
-
-    @property
     def reports(self) -> frozenset[str]:
         """Names in --report-to."""
         return frozenset(r.strip() for r in self.logging.report_to.split(",")) - {""}
