@@ -31,6 +31,7 @@ SLURM = {
     "SLURM_LOCALID": "1",
     "SLURM_JOB_NODELIST": "gpu[017-018,031]",
     "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
 }
 
 
@@ -65,6 +66,15 @@ def test_alone() -> None:
     assert place_of({}) is None
     assert place_of({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}) is None, "salloc, without srun"
     assert place_of({**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None
+
+
+def test_a_batch_script_without_srun_does_not_wait_for_tasks_that_never_come() -> None:
+    batch = {**SLURM, "SLURM_PROCID": "0"}
+    del batch["SLURM_STEP_ID"]
+    with pytest.raises(ConfigError, match=r"of 8 tasks, and srun has not .*: put srun before"):
+        place_of(batch)
+    assert place_of({**batch, "SLURM_NTASKS": "1"}) is None, "what the message proposes"
+    assert place_of({**batch, "SLURM_STEPID": "0"}) is not None, "the older name"
 
 
 def test_torchrun_and_slurm() -> None:
@@ -102,7 +112,11 @@ def test_ports_differ_by_job_and_step_and_stay_in_range() -> None:
         (TORCHRUN, "http://h", "is not env://"),
         (TORCHRUN, "tcp://h", "is not env://"),
         (TORCHRUN, "file://here", "is not env://"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "env://", "SLURM_JOB_NODELIST not"),
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"},
+            "env://",
+            "SLURM_JOB_NODELIST not",
+        ),
     ],
 )
 def test_what_is_lacking_or_wrong(environment: dict[str, str], url: str, message: str) -> None:
@@ -162,6 +176,7 @@ def test_real_processes_meet(way: str, tmp_path: Path) -> None:
                 "SLURM_LOCALID": str(rank),
                 "SLURM_JOB_NODELIST": "localhost",
                 "SLURM_JOB_ID": str(port),
+                "SLURM_STEP_ID": "0",
             }
         processes.append(
             subprocess.Popen(

@@ -51,7 +51,8 @@ def place_of(environment: Mapping[str, str], url: str = "env://") -> Place | Non
     under Slurm at the first node and a port made of the job's number.
 
     Raises:
-        ConfigError: variables that are lacking or no numbers, or a URL of another kind.
+        ConfigError: variables that are lacking or no numbers, a URL of another kind, or a Slurm job
+            of several tasks in which srun has not started this process.
     """
     if not re.fullmatch(r"env://|tcp://[^/]+:\d+|file:///.+", url):
         raise ConfigError(
@@ -60,6 +61,12 @@ def place_of(environment: Mapping[str, str], url: str = "env://") -> Place | Non
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return _of_torchrun(environment, url)
     if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        if not {"SLURM_STEP_ID", "SLURM_STEPID"} & environment.keys():  # srun alone sets them
+            raise ConfigError(
+                f"this is a Slurm job of {environment['SLURM_NTASKS']} tasks, and srun has not "
+                "started this process: put srun before the command, or SLURM_NTASKS=1 for a "
+                "process by itself"
+            )
         return _of_slurm(environment, url)
     if url != "env://":
         raise ConfigError(
