@@ -305,7 +305,10 @@ def test_a_trained_run_on_its_cohort(tmp_path: Path, capsys) -> None:
     assert {p.name.split(".")[0].split("_")[0] for p in alone.iterdir()} == {ids[0]}
 
     assert main([*words, "--specimen", "nobody"]) == 2
-    assert "no specimen 'nobody'" in capsys.readouterr().err
+    assert "no specimen 'nobody' with features\n" in capsys.readouterr().err
+    patient = ids[0].rpartition("-")[0]
+    assert main([*words, "--specimen", patient]) == 2
+    assert f"that is a patient, who has {ids[0]}" in capsys.readouterr().err
     assert main(["attention"]) == 2
 
 

@@ -248,8 +248,10 @@ def _chosen(cohort: Cohort, asked: Attending) -> list[Case]:
     if asked.specimen is not None:
         cases = [case for case in cases if case.specimen == asked.specimen]
         if not cases:
+            of_patient = [c.specimen for c in cohort.cases if c.patient == asked.specimen]
+            hint = f"; that is a patient, who has {some(of_patient, 3)}" if of_patient else ""
             raise DataError(
-                f"{asked.using.source} has no specimen {asked.specimen!r} with features"
+                f"{asked.using.source} has no specimen {asked.specimen!r} with features{hint}"
             )
     if asked.slide_file is not None and len(cases) > 1:
         names = some((case.specimen for case in cases), 3)

@@ -203,6 +203,8 @@ def test_captions(model: SlideModel, tmp_path: Path) -> None:
         model.caption(bags[0], beams=0)
     with pytest.raises(ConfigError, match="batch_size"):
         model.caption(bags, batch_size=0)
+    with pytest.raises(TypeError, match="unknown setting 'beems'; did you mean beams"):
+        model.caption(bags[0], beems=4)
 
 
 def test_what_a_model_cannot_do() -> None:

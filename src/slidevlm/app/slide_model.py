@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -30,6 +30,7 @@ from slidevlm.models.cast import cast_weights
 from slidevlm.models.generate import Decoding, Draft, Lookup, draft
 from slidevlm.precision import Precision, for_use
 from slidevlm.precision import resolve as resolve_precision
+from slidevlm.registry import unknown
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack
@@ -463,7 +464,15 @@ class SlideModel:
         """`Decoding` with the ids of this model's tokenizer.
 
         Settings that are not given are those of the model's configuration.
+
+        Raises:
+            TypeError: there is no such setting.
+            ConfigError: a value out of range, or settings that do not go together.
         """
+        known = {field.name for field in fields(Decoding)} - {"bos_id", "eos_id", "pad_id"}
+        for name in settings:
+            if name not in known:
+                raise TypeError(unknown("setting", name, known))
         tokenizer = self.trained.tokenizer
         chosen = self.trained.config.generation.with_given(settings)
         return Decoding(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, **chosen)
