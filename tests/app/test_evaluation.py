@@ -234,7 +234,7 @@ def test_what_was_not_stored_is_said(run: Path, cohort: DemoCohort, capsys) -> N
     words = ["--zsc-class-prompt-mapping", str(new), "--logs", "None"]
     assert main(["evaluate", "--predictions", stored, *words]) == 2
     assert "lack the embeddings of" in capsys.readouterr().err
-    two = evaluated(run, "two", zsc_class_prompt_mapping=(str(new),)) / "predictions.npz"
+    two = evaluated(run, "lacking", zsc_class_prompt_mapping=(str(new),)) / "predictions.npz"
     words += ["--compare", stored]
     assert main(["evaluate", "--predictions", str(two), *words]) == 2
     assert f"--compare {stored}: the stored predictions lack" in capsys.readouterr().err

@@ -75,7 +75,7 @@ def test_any_number_of_tiles(slide: dict[str, Any]) -> None:
         for lengths in [(7,), (1,), (3, 1, 12), (300, 2), (64, 64, 64, 64, 5)]:
             bags = bags_of(*lengths)
             for mine, theirs in zip(traced.see(bags), plain.see(bags), strict=True):
-                torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+                torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=0)
             assert len(traced.encode_image(bags)) == len(lengths)
 
 
