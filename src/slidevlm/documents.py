@@ -3,7 +3,8 @@ and CSV, written so that it reads back.
 
 The libraries' own readers stop at what is too deep with a RecursionError, repeat what a YAML alias
 stands for as often as it is named (a file of 400 bytes can stand for billions of nodes), and
-raise on damaged values whatever that damage leads them to.
+raise on damaged values whatever that damage leads them to. Likewise the archives of torch.save,
+which hold nothing that is compressed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import zipfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +159,17 @@ def size_problem(length: int, most: int, what: str) -> str | None:
         f"{length / 1e6:.0f} MB are too many for {what} (at most {most / 1e6:.0f} MB); is it the "
         "right file?"
     )
+
+
+def check_stored(archive: zipfile.ZipFile) -> None:
+    """That an archive is as torch.save writes it: a few kilobytes cannot stand for all memory.
+
+    Raises:
+        BadZipFile: something in it is compressed, which torch never does.
+    """
+    for member in archive.infolist():
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise zipfile.BadZipFile(f"{member.filename} is compressed")
 
 
 def is_file_name(name: object) -> bool:

@@ -441,6 +441,7 @@ def _go_on(
     Returns where to go on: a step may be made of other micro-batches than before.
     """
     progress = saved.progress
+    # A checkpoint from before something was compared does not tell it.
     was = {name: saved.order.get(name, order[name]) for name in order}
     if was != order:
         differs = ", ".join(

@@ -261,7 +261,7 @@ class Judge:
 
     def _check_writing(self) -> None:
         """Before any work what the first report would tell after an epoch."""
-        config, model = self.config, self.config.model.model
+        config, model = self.config, self.config.model_name
         try:
             most = self._writing().decoding.max_tokens
         except ConfigError as error:

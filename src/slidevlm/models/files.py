@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slidevlm.documents import check_stored
 from slidevlm.errors import CheckpointError, ConfigError
 
 
@@ -53,9 +54,7 @@ def read_torch(path: Path) -> Any:
 
 
 def verify_archive(path: Path, *, whole: bool = True) -> None:
-    """That an archive is as torch.save writes it: nothing in it compressed, which torch never does.
-
-    A few kilobytes could stand for more than the memory.
+    """That an archive is whole, and as torch.save writes it.
 
     Args:
         path: of a zip archive.
@@ -65,9 +64,7 @@ def verify_archive(path: Path, *, whole: bool = True) -> None:
         BadZipFile: it is compressed, damaged, or no archive.
     """
     with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile(f"{member.filename} is compressed")
+        check_stored(archive)
         damaged = archive.testzip() if whole else None
     if damaged is not None:
         raise zipfile.BadZipFile(f"bad checksum of {damaged}")
