@@ -37,16 +37,14 @@ def slow_rouge(candidate: list[str], reference: list[str]) -> float:
 
 
 def test_recorded_score_of_pycocoevalcap(recorded) -> None:
-    found = rouge.score(rouge.statistics(*recorded))
-    assert found == {"rouge_l": pytest.approx(0.6891037126, abs=1e-9, rel=0)}
+    found = rouge.statistics(*recorded).mean()
+    assert found == pytest.approx(0.6891037126, abs=1e-9, rel=0)
 
 
 def test_slow_reference(texts) -> None:
     expected = [slow_rouge(c, r) for c, r in zip(*texts, strict=True)]
     found = rouge.statistics(*texts)
     assert found.tolist() == pytest.approx(expected, abs=1e-12)
-    mean = sum(expected) / len(expected)
-    assert rouge.score(found) == {"rouge_l": pytest.approx(mean, abs=1e-12)}
 
 
 def test_by_hand() -> None:

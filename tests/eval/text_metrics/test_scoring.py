@@ -68,7 +68,7 @@ def test_resamples_equal_texts_counted_again(seed: int) -> None:
     bootstrap = Bootstrap(20, seed=seed)
     drawn = bootstrap.values(patients, counted.values).values
     ours, theirs = ([tokenize(t) for t in texts] for texts in (generated, references))
-    known = cider.both(ours, theirs)  # rarity is that in all references
+    known = cider.statistics(ours, theirs)  # rarity is that in all references
     assert drawn.keys() == counted.scores().keys() - DIVERSITY
     for r, counts in enumerate(np.concatenate(list(bootstrap.blocks(patients)))):
         rows = np.repeat(np.arange(25), counts)

@@ -28,11 +28,6 @@ def statistics(
     return np.array(rows, dtype=np.float64).reshape(-1, 2 * _ORDER + 2)
 
 
-def score(statistics: np.ndarray) -> dict[str, float]:
-    """`bleu_1` .. `bleu_4` of the corpus whose rows these are."""
-    return {name: float(value) for name, value in finish(statistics.sum(0)).items()}
-
-
 def finish(sums: np.ndarray) -> dict[str, np.ndarray]:
     """Sums [..., 10] of the statistics of corpora -> their `bleu_1` .. `bleu_4`, each [...]."""
     matches, totals = sums[..., :_ORDER], sums[..., _ORDER : 2 * _ORDER]

@@ -20,12 +20,10 @@ _ORDER, _SIGMA = 4, 6.0
 def statistics(
     generated: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
 ) -> np.ndarray:
-    """[N] CIDEr-D of each report; document frequencies are those of all references given."""
-    return both(generated, references)[:, 0]
+    """[N, 2] CIDEr-D and CIDEr of each report, whose means are those of the corpus.
 
-
-def both(generated: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """[N, 2] CIDEr-D and CIDEr of each report."""
+    Document frequencies are those of all references given.
+    """
     theirs = [[ngrams(r, n) for n in range(1, _ORDER + 1)] for r in references]
     frequency: Counter[tuple[str, ...]] = Counter(g for r in theirs for n in r for g in n)
     log_n = math.log(len(references)) if references else 0.0
@@ -43,11 +41,6 @@ def both(generated: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
             plain += product / norms if norms else product
         values.append((10 * total / _ORDER, 10 * plain / _ORDER))
     return np.array(values, dtype=np.float64).reshape(-1, 2)
-
-
-def score(statistics: np.ndarray) -> dict[str, float]:
-    """`cider` of the corpus."""
-    return {"cider": float(statistics.mean())}
 
 
 def _weigh(

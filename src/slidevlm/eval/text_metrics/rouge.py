@@ -18,11 +18,6 @@ def statistics(
     )
 
 
-def score(statistics: np.ndarray) -> dict[str, float]:
-    """`rouge_l` of the corpus."""
-    return {"rouge_l": float(statistics.mean())}
-
-
 def _one(candidate: Sequence[str], reference: Sequence[str]) -> float:
     common = longest_common_subsequence(candidate, reference)
     if common == 0:

@@ -52,7 +52,7 @@ class Scoring:
         fields = list(self.extractor.fields)
         means = _means(generated, references, ours, theirs)
         means["rouge_l"] = rouge.statistics(ours, theirs)
-        means["cider"], means["cider_plain"] = cider.both(ours, theirs).T
+        means["cider"], means["cider_plain"] = cider.statistics(ours, theirs).T
         counted = bleu.statistics(ours, theirs)
         named = self._named(generated, said), self._named(references, meant)
         means["keyword_jaccard"] = np.array([_jaccard(a, b) for a, b in zip(*named, strict=True)])
