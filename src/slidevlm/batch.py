@@ -6,9 +6,8 @@ L tokens of the longest report, E embedding width, V vocabulary size, N specimen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,8 +20,8 @@ if TYPE_CHECKING:  # what scores predictions and reports starts without torch
 class Bags:
     """The bags of a batch laid end to end; no padding anywhere.
 
-    Bag b owns rows `offsets[b]:offsets[b + 1]`. `offsets` stays on the CPU as well as its
-    Python form `lengths`, so that splitting a batch never waits for the device.
+    The rows of a bag follow those of the bags before it. `lengths` are Python numbers, so that
+    splitting a batch never waits for the device.
     """
 
     features: Tensor  # [T, D] float16, bfloat16 or float32
@@ -30,13 +29,6 @@ class Bags:
     positions: Tensor | None = None  # [T, 2] float32, x and y in `unit`, relative to the slide
     slides: Tensor | None = None  # [T] int64, index of the slide within its specimen
     unit: str | None = None  # "um" (micrometres) or "px" (level-0 pixels); None without positions
-
-    @property
-    def offsets(self) -> Tensor:
-        """[B + 1] int64 on the CPU."""
-        import torch
-
-        return torch.tensor([0, *np.cumsum(self.lengths).tolist()], dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -127,18 +119,3 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.specimen_ids)
-
-
-def concatenate(parts: Sequence[Predictions]) -> Predictions:
-    """Join partial predictions (losses and logit_scale of the first part are kept)."""
-    first = parts[0]
-    joined: dict[str, Any] = {}
-    for name in (f.name for f in fields(Predictions)):
-        values = [getattr(p, name) for p in parts]
-        if isinstance(values[0], tuple):
-            joined[name] = tuple(item for value in values for item in value)
-        elif isinstance(values[0], np.ndarray):
-            joined[name] = np.concatenate(values)
-        else:
-            joined[name] = getattr(first, name)
-    return Predictions(**joined)
