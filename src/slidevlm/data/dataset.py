@@ -30,7 +30,7 @@ from slidevlm.errors import DataError
 log = logging.getLogger("slidevlm.data.bad")
 log.setLevel(logging.WARNING)  # every process warns of its own specimens, not the first alone
 
-Key = int | tuple[int, int]  # index, or (epoch, index)
+Key = int | tuple[int, int]  # index, of evaluation; or (epoch, index), of training
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,9 @@ class BagDataset(Dataset[Sample]):
         self.seed = seed
         self.training = training
         self.augmentation = augmentation
-        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.cases)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Epoch of items asked for by a bare index, in this process.
-
-        Workers that live on do not see it; give them (epoch, index), as `TrainBatches` does.
-        """
-        self.epoch = epoch
 
     def truncated(self) -> int:
         """How many reports are longer than `max_tokens`."""
@@ -129,7 +121,7 @@ class BagDataset(Dataset[Sample]):
         return np.sort(draw.choice(length, self.cutoff, replace=False, shuffle=False))
 
     def __getitem__(self, key: Key) -> Sample:
-        epoch, index = key if isinstance(key, tuple) else (self.epoch, key)
+        epoch, index = key if isinstance(key, tuple) else (0, key)
         case = self.cases[index]
         bag = self.store.read(case, self.rows(case, epoch))
         _check_finite(bag.features, case, self.store)
