@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from slidevlm.app import evaluate_run, judging, train
+from slidevlm.app import judging, train
 from slidevlm.app.export import export
+from slidevlm.app.notebook import evaluate
 from slidevlm.app.slide_model import load
 from slidevlm.app.trained import restore
 from slidevlm.batch import Predictions
@@ -118,7 +119,7 @@ def test_more_tokens_than_the_context_has_room_for_are_told(
 ) -> None:
     for number, (asked, told) in enumerate(((63, False), (64, True))):
         given = {"caption_val_max_seq_len": asked, "val_gen_top_k": 1, "name": f"long {number}"}
-        evaluate_run(run, with_values(Config(), given))
+        evaluate(run, with_values(Config(), given))
         text = f"--caption-val-max-seq-len {asked}: the context of model coca_tiny has room for 63"
         assert (text in messages.text) is told
 
@@ -157,7 +158,7 @@ def test_evaluation_generates_in_another_way(
             ({"val_gen_top_k": 0, "caption_val_max_seq_len": 5}, {"beams": 6, "groups": 3}),
         ]
     ):
-        evaluate_run(run, with_values(Config(), {**given, "name": f"evaluation-{number}"}))
+        evaluate(run, with_values(Config(), {**given, "name": f"evaluation-{number}"}))
         found = written(run / f"evaluation-{number}/captions_evaluation.json")
         tokens = given.get("caption_val_max_seq_len", 12)
         assert found == expected(run, cohort, max_tokens=tokens, **how), given
@@ -177,7 +178,7 @@ def test_a_model_brings_its_own_decoding(cohort: DemoCohort, tmp_path: Path) -> 
     assert used.decoding() == used.decoding(**wanted)
     greedy = used.decoding(top_k=1, max_tokens=7)
     assert greedy.settings == Decoding(1, 2, 0, max_tokens=7).settings
-    evaluate_run(mine, with_values(Config(), {"val_gen_top_k": 1, "name": "greedy"}))
+    evaluate(mine, with_values(Config(), {"val_gen_top_k": 1, "name": "greedy"}))
     assert written(mine / "greedy/captions_evaluation.json") == expected(mine, cohort, max_tokens=9)
     exported = tmp_path / "exported"
     export(str(mine), exported)
@@ -204,7 +205,7 @@ def test_the_words_that_are_scored_are_compared_everywhere(
     assert written(agreeing / "captions_epoch_1.json") == wanted
     tokens = expected(agreeing, cohort, lambda _, row: list(map(str, row)), **AGREEING)
     assert wanted != tokens, "words and not tokens"
-    evaluate_run(agreeing, with_values(Config(), {"batch_size": 4, "name": "again"}))
+    evaluate(agreeing, with_values(Config(), {"batch_size": 4, "name": "again"}))
     assert written(agreeing / "again/captions_evaluation.json") == wanted
     for size in (1, 5):
         output = tmp_path / f"{size}.json"

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from slidevlm.app import evaluate_run, judging, train
+from slidevlm.app import judging, train
+from slidevlm.app.notebook import evaluate
 from slidevlm.cli import main
 from slidevlm.config import Config, with_values
 from slidevlm.data.formats.hdf5_cases import Hdf5Cases
@@ -72,7 +73,7 @@ def metrics(folder: Path, name: str = "metrics.json") -> dict[str, dict[str, flo
 def evaluated(run: Path, name: str, **more: Any) -> Path:
     """An evaluation with its own name and without generated reports, unless asked for."""
     overrides = {"name": name, "save_captions": False, **more}
-    evaluate_run(run, with_values(Config(), overrides))
+    evaluate(run, with_values(Config(), overrides))
     return (run.parents[1] if run.is_file() else run) / name
 
 

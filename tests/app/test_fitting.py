@@ -14,7 +14,7 @@ import pytest
 import torch
 from short_runs import lines, run, weights
 
-from slidevlm.app import evaluate_run
+from slidevlm.app.notebook import evaluate
 from slidevlm.config import Config, with_values
 from slidevlm.data.synthetic import DemoCohort
 from slidevlm.errors import CheckpointError, ConfigError
@@ -150,12 +150,12 @@ def test_an_average_is_kept_evaluated_used_and_resumed_exactly(
     in_run = [x[name] for x in lines(whole, "evaluation")]
     assert in_run != [x[name] for x in lines(plain, "evaluation")]
     capsys.readouterr()
-    tested = evaluate_run(whole)
+    tested = evaluate(whole).metrics
     assert tested[name] == pytest.approx(in_run[-1], rel=1e-6)
     assert "their average (--ema)" in capsys.readouterr().err
     written = json.loads((whole / "test.json").read_text())
     assert json.dumps(written) != json.dumps(json.loads((plain / "test.json").read_text()))
-    raw = evaluate_run(whole, with_values(Config(), {"pretrained": f"raw:{whole}"}))
+    raw = evaluate(whole, with_values(Config(), {"pretrained": f"raw:{whole}"})).metrics
     assert raw[name] == pytest.approx([x[name] for x in lines(plain, "evaluation")][-1], rel=1e-6)
     with pytest.raises(CheckpointError, match="resume with --ema DECAY, too"):
         run(settings, resume="latest", epochs=3, **validated)

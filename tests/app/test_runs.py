@@ -25,7 +25,8 @@ import pytest
 import tokenizers
 import torch
 
-from slidevlm.app import evaluate_run, train
+from slidevlm.app import train
+from slidevlm.app.notebook import evaluate
 from slidevlm.cli import main
 from slidevlm.config import Config, with_values
 from slidevlm.data.formats.hdf5_cases import CaseWriter
@@ -125,7 +126,7 @@ def test_a_run_leaves_everything(settings: dict[str, Any], cohort: DemoCohort) -
     events.Reload()
     losses = [e.value for e in events.Scalars("train/loss")]
     assert losses == pytest.approx([x["loss"] for x in lines(settings)])
-    again = evaluate_run(folder)
+    again = evaluate(folder).metrics
     for name in again:
         assert again[name] == pytest.approx(metrics.get(name, again[name]), nan_ok=True), name
     assert again["test/image_to_text/MRR"] == metrics["test/image_to_text/MRR"]
@@ -574,7 +575,7 @@ def test_a_tokenizer_of_a_folder(settings: dict[str, Any], tmp_path: Path) -> No
     assert saved.vocab_size == len(words) == len(saved.weights["text.tokens.weight"])
     assert saved.tokenizer == (folder / "tokenizer.json").read_text()
     shutil.rmtree(source)
-    assert evaluate_run(folder)["val/loss/caption"] == metrics["val/loss/caption"]
+    assert evaluate(folder).metrics["val/loss/caption"] == metrics["val/loss/caption"]
     with pytest.raises(ConfigError, match=r"no folder .*words .*wanted are tokenizer\.json"):
         train(config_of(settings, model=str(path), name="other"))
 

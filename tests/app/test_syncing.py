@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from slidevlm.app import evaluate_run, train
+from slidevlm.app import train
+from slidevlm.app.notebook import evaluate
 from slidevlm.config import Config, with_values
 from slidevlm.errors import ConfigError
 from slidevlm.flags import arguments
@@ -109,7 +110,7 @@ def test_a_copy_that_cannot_be_fetched_is_told_without_keys(
 def test_an_evaluation_of_a_run_copies_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
     settings |= {"remote_sync": f"file://{tmp_path}/copies", "remote_sync_protocol": "fsspec"}
     folder = run(settings, test_split=settings["train_split"], allow_patient_overlap=True)
-    evaluate_run(folder)
+    evaluate(folder)
     assert [f.name for f in (tmp_path / "copies").iterdir()] == ["run"]
     assert not list((tmp_path / "copies").rglob("evaluation*"))
 

@@ -5,6 +5,6 @@ One file a decision; `runs.py` puts them together.
 
 from __future__ import annotations
 
-from slidevlm.app.runs import evaluate_run, train
+from slidevlm.app.runs import train
 
-__all__ = ["evaluate_run", "train"]
+__all__ = ["train"]

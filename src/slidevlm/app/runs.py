@@ -117,20 +117,10 @@ def _checked(config: Config) -> torch.device:
     return device
 
 
-def evaluate_run(run: Path, overrides: Config | None = None) -> dict[str, float]:
-    """Evaluate a run's newest checkpoint, or a checkpoint file, on the run's splits.
-
-    `overrides` says what is otherwise. Writes into `<run>/evaluation-<time>` unless it names
-    another place.
-
-    Returns:
-        Metrics by `<split>/<task>/<metric>`.
-    """
-    return run_all(with_run_settings(run, overrides or Config())).metrics
-
-
 def with_run_settings(run: Path, overrides: Config) -> Config:
-    """The arguments of an evaluation of a run: the run's own where `overrides` gives no others.
+    """The arguments of an evaluation of a run: its own where `overrides` gives no others.
+
+    It writes into `<run>/evaluation-<time>` unless they name another place.
 
     Raises:
         ConfigError: `run` is neither a run folder nor a checkpoint of one, or has no checkpoint.
