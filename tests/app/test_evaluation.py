@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,14 @@ def test_stored_predictions_give_the_same_numbers(run: Path, capsys) -> None:
         "model_hash"
     ]  # fmt: skip
     assert "test: image_to_text\n  R@1 " in capsys.readouterr().out
+
+
+def test_scorings_of_one_second_have_folders_of_their_own(run: Path, tmp_path, monkeypatch) -> None:
+    stored = shutil.copy(run / "predictions.npz", tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form, *_: form.partition("%")[0] + "now")
+    for name in ("evaluation-now", "evaluation-now-2"):
+        assert main(["evaluate", "--predictions", stored]) == 0
+        assert (tmp_path / name / "metrics.json").is_file()
 
 
 def test_stored_predictions_with_other_settings(run: Path, cohort: DemoCohort, capsys) -> None:

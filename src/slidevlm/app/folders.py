@@ -90,6 +90,13 @@ def default_name(config: Config) -> str:
     )
 
 
+def evaluation_name(run: Path) -> str:
+    """`evaluation-<time>`, numbered where another one began within the same second."""
+    name = time.strftime("evaluation-%Y_%m_%d-%H_%M_%S")
+    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
+    return next(n for n in names if not (run / n).exists())
+
+
 def local_log(config: Config, folder: Path | None) -> Path | None:
     """Where --log-local writes: a file of the first process of every node."""
     if folder is None or not config.logging.log_local or dist.local_rank() != 0:

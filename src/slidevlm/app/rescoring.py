@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
-from slidevlm import dist
-from slidevlm.app.folders import claimed_folder
+from slidevlm.app.folders import claimed_folder, evaluation_name
 from slidevlm.app.outputs import Outcome, Outputs, about, newest_predictions
 from slidevlm.app.suite import SUPPORT, Suite, taught_by
 from slidevlm.batch import Predictions
@@ -47,7 +45,7 @@ def with_stored_settings(path: Path, overrides: Config) -> Config:
         for k, v in load(found).about.get("settings", {}).items()
         if k in names
     }
-    place = {"logs": str(found.parent), "name": time.strftime("evaluation-%Y_%m_%d-%H_%M_%S")}
+    place = {"logs": str(found.parent), "name": evaluation_name(found.parent)}
     return with_values(Config(), {**was, **place, **given_values(overrides)})
 
 
@@ -66,7 +64,7 @@ def rescore(path: Path, config: Config) -> Outcome:
     stored = load(stored_predictions(path))
     validate_evaluation(config)
     results = score_stored(stored, config)
-    with claimed_folder(config) as folder, Run(folder if dist.is_main() else None) as run:
+    with claimed_folder(config) as folder, Run(folder) as run:
         run.write("config.yaml", to_yaml(config))
         origin = about(config, None, stored.splits)
         was = {k: stored.about.get(k) for k in ("model", "model_hash")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,13 @@ from slidevlm.app.cohorts import Data, open_data
 from slidevlm.app.datasets import bag_dataset
 from slidevlm.app.devices import check_exchange, choose_device, with_device
 from slidevlm.app.fitting import fit
-from slidevlm.app.folders import claimed_folder, config_name, evaluation_prefix, local_log
+from slidevlm.app.folders import (
+    claimed_folder,
+    config_name,
+    evaluation_name,
+    evaluation_prefix,
+    local_log,
+)
 from slidevlm.app.judging import Judge
 from slidevlm.app.outputs import Outcome
 from slidevlm.app.preparing import cut, prepare
@@ -152,17 +157,10 @@ def with_run_settings(run: Path, overrides: Config) -> Config:
     if decoding & given.keys():  # another way to write reports is not mixed with the run's own
         unwanted |= decoding
     values = {k: v for k, v in values.items() if k not in unwanted}
-    place = {"logs": str(run), "name": _evaluation_name(run)}
+    place = {"logs": str(run), "name": evaluation_name(run)}
     if not others:
         values["pretrained"] = str(checkpoint or run)
     return with_values(Config(), {**values, **place, **given, "test": True})
-
-
-def _evaluation_name(run: Path) -> str:
-    """`evaluation-<time>`, numbered where another one began within the same second."""
-    name = time.strftime("evaluation-%Y_%m_%d-%H_%M_%S")
-    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
-    return next(n for n in names if not (run / n).exists())
 
 
 @contextmanager
