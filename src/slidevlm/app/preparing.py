@@ -57,7 +57,7 @@ def prepare(config: Config, trained: Trained, precision: Precision) -> None:
     if wanted.trace:
         if not isinstance(model, CoCa):
             raise ConfigError(
-                f"--trace: model {wanted.model} encodes neither images nor texts; leave it out"
+                f"--trace: model {config.model_name} encodes neither images nor texts; leave it out"
             )
         trace(model)
 
@@ -88,7 +88,7 @@ def _lock(config: Config, model: Model) -> None:
     wanted = config.model
     if wanted.lock_image:
         if not isinstance(model, CoCa):
-            raise ConfigError(f"--lock-image: model {wanted.model} has no image tower")
+            raise ConfigError(f"--lock-image: model {config.model_name} has no image tower")
         lock_image(
             model,
             wanted.lock_image_unlocked_groups,
@@ -102,8 +102,8 @@ def _lock(config: Config, model: Model) -> None:
         )
     if nothing_to_train(model, with_captions=config.loss.coca_caption_loss_weight > 0):
         raise ConfigError(
-            f"model {wanted.model}: everything is frozen and nothing is left to train; lock one "
-            "tower, or leave some groups or layers unlocked"
+            f"model {config.model_name}: everything is frozen and nothing is left to train; lock "
+            "one tower, or leave some groups or layers unlocked"
         )
     if wanted.lock_image or wanted.lock_text:
         counts = [p.numel() for p in model.parameters() if p.requires_grad]
