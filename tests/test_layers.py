@@ -21,7 +21,7 @@ LAYERS = (
     ("cli_use",),
     (
         *("demo", "doctor", "data_commands", "model_commands", "evaluation_commands"),
-        *("report_commands", "score_commands", "use_commands", "page_commands"),
+        *("caption_commands", "score_commands", "use_commands", "page_commands"),
         "completion",
     ),
     ("app",),

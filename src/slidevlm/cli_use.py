@@ -199,8 +199,8 @@ def caption(argv: Sequence[str]) -> None:
         *("candidates", "choose", "seed"),
     )
     decoding = {n: getattr(a, n) for n in names if getattr(a, n) is not None}
-    from slidevlm.report_commands import Captioning
-    from slidevlm.report_commands import caption as run
+    from slidevlm.caption_commands import Captioning
+    from slidevlm.caption_commands import caption as run
 
     run(Captioning(_using(a, a.output, a.batch_size, a.workers), a.prompt, decoding, a.json))
 

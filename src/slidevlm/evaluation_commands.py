@@ -1,4 +1,4 @@
-"""`slidevlm evaluate`: a run, a checkpoint or stored predictions, perhaps beside another run."""
+"""`slidevlm train`, and `slidevlm evaluate`: a run, a checkpoint or stored predictions."""
 
 from __future__ import annotations
 

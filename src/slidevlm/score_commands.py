@@ -1,4 +1,4 @@
-"""The command score: reports against the true ones, without a model and without torch."""
+"""`slidevlm score`: reports against the true ones, without a model and without torch."""
 
 from __future__ import annotations
 

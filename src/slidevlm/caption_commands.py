@@ -1,9 +1,8 @@
-"""The command caption: reports of slides, written by a trained model."""
+"""`slidevlm caption`: reports of slides, written by a trained model."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,6 @@ from slidevlm.app.using import Cohort, Record, Using, check_output, collect, tel
 from slidevlm.batch import Batch
 from slidevlm.documents import Table
 from slidevlm.run import configure_logging, write_text
-
-log = logging.getLogger("slidevlm")
 
 FORMS = (".json", ".csv", ".txt")
 
