@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags, Output
 from slidevlm.errors import ConfigError
 from slidevlm.models.alignment import Alignment
-from slidevlm.models.attention import AttentionPooler, LayerCache, initialise, place_next
+from slidevlm.models.attention import AttentionPooler, initialise
 from slidevlm.models.linear import narrowed
 from slidevlm.models.mode import Resting
 from slidevlm.models.schema import ModelConfig
@@ -23,6 +22,7 @@ from slidevlm.models.text import (
     DECODERS,
     TEXT_ENCODERS,
     DecoderCache,
+    GenerationCache,
     ReportDecoder,
     TextPrior,
 )
@@ -179,10 +179,10 @@ class CoCa(Resting):
         view = self._view(slide)
         batch, like = len(bags), view[0][0]
         return image, CoCaCache(
-            image,
-            self._words(image),
             self.text.new_caches(batch, capacity, like),
             DecoderCache(self.decoder.new_caches(batch, capacity, like), view),
+            image,
+            self._words(image),
         )
 
     def step(self, tokens: Tensor, cache: CoCaCache) -> Tensor:
@@ -284,31 +284,18 @@ def _check_same_width(slide_width: int, embed_dim: int) -> None:
 
 
 @dataclass
-class CoCaCache:
-    """All that generation keeps between two tokens: of B slides, and of R sequences.
+class CoCaCache(GenerationCache):
+    """What generation keeps of R sequences, and of the B slides that they are of.
 
     R is a multiple of B: the sequences of a slide stand together and share what is kept of it.
     """
 
     image: Tensor  # [B, E]
     words: Tensor | None  # [B, V], added to the logits
-    encoder: list[LayerCache]
-    decoder: DecoderCache
 
     def keep(self, rows: Tensor, slides: Tensor | None = None) -> None:
         """Keep only these sequences, and only these slides; None: all of them."""
         if slides is not None:
             self.image = self.image[slides]
             self.words = None if self.words is None else self.words[slides]
-        for cache in self.encoder:
-            cache.keep(rows)
-        self.decoder.keep(rows, slides)
-
-    def place(self, lengths: Sequence[int], count: int) -> None:
-        """The next `count` tokens of sequence i go after its first `lengths[i]`."""
-        place_next([*self.encoder, *self.decoder.text], lengths, count)
-
-    def reorder(self, rows: Tensor, since: int) -> None:
-        """Sequence i becomes a copy of sequence `rows[i]`, which it equals before place `since`."""
-        for cache in (*self.encoder, *self.decoder.text):
-            cache.reorder(rows, since)
+        super().keep(rows, slides)

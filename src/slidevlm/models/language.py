@@ -5,17 +5,14 @@ What a model of the family coca writes beyond this it must have seen in the slid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from slidevlm.batch import Bags, Output
-from slidevlm.models.attention import LayerCache, initialise, place_next
+from slidevlm.models.attention import initialise
 from slidevlm.models.mode import Resting
 from slidevlm.models.schema import ModelConfig
-from slidevlm.models.text import DECODERS, TEXT_ENCODERS, DecoderCache
+from slidevlm.models.text import DECODERS, TEXT_ENCODERS, DecoderCache, GenerationCache
 
 
 class LanguageModel(Resting):
@@ -60,52 +57,29 @@ class LanguageModel(Resting):
             logits = self.decoder.vocabulary(states[token_mask[:, 1:]] if only_real else states)
         return Output(None, None, logits, self.log_scale.exp(), None)
 
-    def start(self, bags: Bags, capacity: int) -> tuple[None, LanguageCache]:
+    def start(self, bags: Bags, capacity: int) -> tuple[None, GenerationCache]:
         """An empty cache for as many reports as there are bags."""
         batch, like = len(bags), self.decoder.vocabulary.weight
         if torch.is_autocast_enabled(like.device.type):
             like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
-        return None, LanguageCache(
+        return None, GenerationCache(
             self.text.new_caches(batch, capacity, like),
             DecoderCache(self.decoder.new_caches(batch, capacity, like), []),
         )
 
-    def step(self, tokens: Tensor, cache: LanguageCache) -> Tensor:
+    def step(self, tokens: Tensor, cache: GenerationCache) -> Tensor:
         """tokens [R, n] after those in the cache -> logits [R, V] of the next token."""
         logits: Tensor = self.decoder.vocabulary(self._read_on(tokens, cache)[:, -1])
         return logits
 
-    def steps(self, tokens: Tensor, cache: LanguageCache) -> Tensor:
+    def steps(self, tokens: Tensor, cache: GenerationCache) -> Tensor:
         """tokens [R, n] after those in the cache -> logits [R, n, V] after each of them."""
         logits: Tensor = self.decoder.vocabulary(self._read_on(tokens, cache))
         return logits
 
-    def _read_on(self, tokens: Tensor, cache: LanguageCache) -> Tensor:
+    def _read_on(self, tokens: Tensor, cache: GenerationCache) -> Tensor:
         hidden = self.text(tokens, caches=cache.encoder)
         return self.decoder.states(hidden, (), cache.decoder.text)
 
     def clamp_scale(self) -> None:
         """There is no scale to clamp."""
-
-
-@dataclass
-class LanguageCache:
-    """All that generation keeps between two tokens."""
-
-    encoder: list[LayerCache]
-    decoder: DecoderCache
-
-    def keep(self, rows: Tensor, slides: Tensor | None = None) -> None:
-        """Keep only these sequences."""
-        for cache in self.encoder:
-            cache.keep(rows)
-        self.decoder.keep(rows, slides)
-
-    def place(self, lengths: Sequence[int], count: int) -> None:
-        """The next `count` tokens of sequence i go after its first `lengths[i]`."""
-        place_next([*self.encoder, *self.decoder.text], lengths, count)
-
-    def reorder(self, rows: Tensor, since: int) -> None:
-        """Sequence i becomes a copy of sequence `rows[i]`, which it equals before place `since`."""
-        for cache in (*self.encoder, *self.decoder.text):
-            cache.reorder(rows, since)

@@ -8,6 +8,7 @@ from slidevlm.models.text.decoder import (
     Decoder,
     DecoderCache,
     DecoderConfig,
+    GenerationCache,
     ReportDecoder,
 )
 from slidevlm.models.text.encoder import TextConfig, TextEncoder
@@ -22,6 +23,7 @@ __all__ = [
     "Decoder",
     "DecoderCache",
     "DecoderConfig",
+    "GenerationCache",
     "Gpt2Tower",
     "HuggingFaceTower",
     "ReportDecoder",

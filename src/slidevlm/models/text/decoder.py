@@ -10,7 +10,13 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
-from slidevlm.models.attention import CrossAttention, KeyValues, LayerCache, SelfAttentionLayer
+from slidevlm.models.attention import (
+    CrossAttention,
+    KeyValues,
+    LayerCache,
+    SelfAttentionLayer,
+    place_next,
+)
 from slidevlm.models.mode import Group, Recomputing, Unit
 from slidevlm.registry import Registry
 
@@ -49,6 +55,29 @@ class DecoderCache:
             cache.keep(rows)
         if slides is not None:
             self.slide = [(key[slides], value[slides]) for key, value in self.slide]
+
+
+@dataclass
+class GenerationCache:
+    """All that generation keeps of R sequences between two tokens."""
+
+    encoder: list[LayerCache]
+    decoder: DecoderCache
+
+    def keep(self, rows: Tensor, slides: Tensor | None = None) -> None:
+        """Keep only these sequences, and only these slides; None: all of them."""
+        for cache in self.encoder:
+            cache.keep(rows)
+        self.decoder.keep(rows, slides)
+
+    def place(self, lengths: Sequence[int], count: int) -> None:
+        """The next `count` tokens of sequence i go after its first `lengths[i]`."""
+        place_next([*self.encoder, *self.decoder.text], lengths, count)
+
+    def reorder(self, rows: Tensor, since: int) -> None:
+        """Sequence i becomes a copy of sequence `rows[i]`, which it equals before place `since`."""
+        for cache in (*self.encoder, *self.decoder.text):
+            cache.reorder(rows, since)
 
 
 class ReportDecoder(Recomputing):
