@@ -151,8 +151,11 @@ def test_frozen_forms_need_frozen_layers(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lock_image": True}, "--lock-image: model logs/words has no image tower"),
-        ({"trace": True, "test": True}, "--trace: model logs/words encodes neither images nor texts"),
+        ({"lock_image": True}, "--lock-image: model logs/lm has no image tower"),
+        (
+            {"trace": True, "test": True},
+            "--trace: model logs/lm encodes neither images nor texts",
+        ),
     ],
 )
 def test_a_language_model_has_no_image_tower(values: dict[str, Any], message: str) -> None:
@@ -164,6 +167,6 @@ def test_a_language_model_has_no_image_tower(values: dict[str, Any], message: st
     }
     config = from_dict(content, "here")
     trained = Trained(build_model(config, 20), config, None, siglip=False, unit=None)
-    given = with_values(Config(), {**values, "pretrained": "logs/words"})
+    given = with_values(Config(), {**values, "pretrained": "logs/lm"})
     with pytest.raises(ConfigError, match=message):
         prepare(given, trained, resolve("fp32", torch.device("cpu")))
