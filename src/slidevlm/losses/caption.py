@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from slidevlm.precision import wide
+
 
 def caption_loss_sum(logits: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
     """Sum, not mean, over the real tokens after BOS; the caller divides by the global count.
@@ -23,5 +25,4 @@ def caption_loss_sum(logits: Tensor, tokens: Tensor, token_mask: Tensor) -> Tens
     real = token_mask[:, 1:]
     # Only real positions are turned to float32: the logits are the largest tensor of a step.
     picked = logits if logits.ndim == 2 else logits[real]  # [real tokens, V]
-    picked = picked if picked.dtype.itemsize > 4 else picked.float()
-    return F.cross_entropy(picked, tokens[:, 1:][real], reduction="sum")
+    return F.cross_entropy(wide(picked), tokens[:, 1:][real], reduction="sum")

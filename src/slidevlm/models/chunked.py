@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slidevlm.models.linear import wide
+from slidevlm.precision import wide
 
 WINDOW_SCORES = 1 << 25  # entries of a score matrix held at a time by `attention_with_normaliser`
 CHUNK_SCORES = 1 << 19  # the same by `chunked_attention`: 2 MB in float32, which caches hold

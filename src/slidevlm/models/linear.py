@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slidevlm.precision import wide
+
 ROWS_AT_ONCE = 4096
 
 # [..., n] and parameters -> [..., in of the linear layer]
@@ -201,11 +203,6 @@ class _NormalisedLinear(torch.autograd.Function):
 def _normalised(features: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     rows = wide(features)
     return F.layer_norm(rows, rows.shape[-1:], eps=eps).to(dtype)
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x`, in float32 where its type is narrower."""
-    return x if x.dtype.itemsize >= 4 else x.float()
 
 
 def narrowed(x: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slidevlm.batch import Bags
-from slidevlm.models.linear import wide
 from slidevlm.models.ragged import bags_of
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
@@ -18,6 +17,7 @@ from slidevlm.models.slide.base import (
     check_least,
     check_one_of,
 )
+from slidevlm.precision import wide
 
 
 @dataclass(frozen=True)

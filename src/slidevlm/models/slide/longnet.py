@@ -12,7 +12,6 @@ from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import AttentionPooler, TileLayer
 from slidevlm.models.chunked import attention_with_normaliser
-from slidevlm.models.linear import wide
 from slidevlm.models.mode import Unit
 from slidevlm.models.ragged import SCORES_AT_ONCE, bags_of, scripted
 from slidevlm.models.slide.base import (
@@ -25,6 +24,7 @@ from slidevlm.models.slide.base import (
     check_least,
     needed_positions,
 )
+from slidevlm.precision import wide
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _dilated(
     weights: list[Tensor] = []
     for segment, dilation in pairs:
         attended = torch.zeros_like(query)
-        normaliser = torch.full_like(_wide(query[:, :, 0]), float("-inf"))
+        normaliser = torch.full_like(wide(query[:, :, 0]), float("-inf"))
         for offset in range(min(dilation, query.shape[0], query.shape[1])):
             q = query[offset::dilation, offset::dilation]
             k = key[offset::dilation, offset::dilation]
@@ -195,7 +195,7 @@ def _dilated(
                 last = min(first + length, q.shape[1])
                 for row in range(first, last, rows):
                     some = q[:, row : min(row + rows, last)]
-                    scores = _wide(some @ k[:, first:last].transpose(-1, -2))
+                    scores = wide(some @ k[:, first:last].transpose(-1, -2))
                     scores = scores * q.shape[-1] ** -0.5
                     norm = scores.logsumexp(-1)
                     shares = (scores - norm[:, :, None]).exp().to(v.dtype)
@@ -207,12 +207,6 @@ def _dilated(
         weights.append(normaliser)
     shares = torch.stack(weights).softmax(0).to(query.dtype)
     return (torch.stack(found) * shares[:, :, :, None]).sum(0)
-
-
-def _wide(values: Tensor) -> Tensor:
-    """`linear.wide` in the form of TorchScript."""
-    narrow = values.dtype == torch.float16 or values.dtype == torch.bfloat16
-    return values.float() if narrow else values
 
 
 def _in_segments(query: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slidevlm.batch import Bags
-from slidevlm.models.linear import wide
 from slidevlm.models.mode import CountsRows
 from slidevlm.models.ragged import bags_of, scripted
 from slidevlm.models.slide.base import (
@@ -23,6 +22,7 @@ from slidevlm.models.slide.base import (
     check_one_of,
     needed_positions,
 )
+from slidevlm.precision import wide
 
 
 @dataclass(frozen=True)
