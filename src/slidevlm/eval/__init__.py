@@ -1,6 +1,6 @@
 """Evaluation: one pass gives Predictions, tasks turn them into numbers.
 
-A task is a function `Predictions -> TaskResult`. Adding one touches one file in `tasks/`.
+A task is a function `Predictions -> TaskResult`. Adding one: docs/architecture.md.
 """
 
 from __future__ import annotations
