@@ -141,8 +141,9 @@ def test_goes_on_where_it_was(run, cohort, tmp_path, monkeypatch, capsys) -> Non
     with partial.open("a") as file:
         file.write('{"id": "cut sho')
     capsys.readouterr()
-    assert caption(run, cohort, output, "--batch-size", 2, "--min-tokens", 3) == 2
-    assert "with other settings; remove it" in capsys.readouterr().err
+    for other in (("--min-tokens", 3), ("--precision", "amp_bf16")):
+        assert caption(run, cohort, output, "--batch-size", 2, *other) == 2
+        assert "with other settings; remove it" in capsys.readouterr().err
     calls.clear()
     monkeypatch.setattr(slide_model, "draft", generate.draft)
     assert caption(run, cohort, output, "--batch-size", 2) == 0

@@ -58,7 +58,8 @@ def caption(asked: Captioning) -> int:
 
     if using.output is None:
         return to_terminal(using, model, cohort, "writing reports", about, use)
-    results, partial = collect(using, model, cohort, "writing reports", about, use)
+    made_with = {**about, "precision": model.computes_in}
+    results, partial = collect(using, model, cohort, "writing reports", made_with, use)
     records = results.records
     write_text(using.output, _formatted(records, about, using.output.suffix.lower()))
     partial.path.unlink()
