@@ -56,7 +56,6 @@ def score(asked: Comparing) -> dict[str, float]:
     generated, references = _texts(asked)
     names = _matched(generated, references, asked)
     ours, theirs = [generated[n] for n in names], [references[n] for n in names]
-    drawn: dict[str, np.ndarray] = {}
     with working("scoring reports"):
         scoring = Scoring(
             extractor=read_extractor(asked.clinical),
@@ -65,8 +64,7 @@ def score(asked: Comparing) -> dict[str, float]:
         )
         counted = scoring.count(ours, theirs)
         values = counted.scores()
-        if asked.bootstrap:
-            drawn = asked.bootstrap.values(names, counted.values).values
+        drawn = asked.bootstrap.values(names, counted.values).values
     rows = [_row(name, value, drawn, asked.bootstrap, len(names)) for name, value in values.items()]
     if asked.output is not None:
         write_text(asked.output, _as_json(asked, rows))

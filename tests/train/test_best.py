@@ -45,5 +45,7 @@ def test_it_goes_on_from_a_checkpoint_and_can_be_undone() -> None:
 def test_unknown_names_and_directions() -> None:
     with pytest.raises(ConfigError, match="(?s)did you mean val/image_to_text/R@10.*val/odd"):
         Best("val/image_to_text/R@1", KNOWN)
+    with pytest.raises(ConfigError, match=r"has that metric\. It has:\n  val/"):
+        Best("bleu", KNOWN)
     with pytest.raises(ConfigError, match="write val/odd:max or val/odd:min"):
         Best("val/odd", KNOWN)

@@ -70,7 +70,7 @@ class Bootstrap:
         classes: np.ndarray | None = None,
         complete: Collection[str] = (),
     ) -> Resampled:
-        """A statistic on every resample.
+        """A statistic on every resample; no values where there are none.
 
         Args:
             units: as in `blocks`.
@@ -82,6 +82,8 @@ class Bootstrap:
         """
         found: dict[str, list[np.ndarray]] = {}
         redrawn = 0
+        if not self:
+            return Resampled({}, 0)
         again = np.random.default_rng((self.seed, 1))
         for block in self.blocks(units):
             counts = np.ascontiguousarray(block.T, dtype=np.int32)

@@ -98,9 +98,8 @@ def classify(
         log.warning("%s: %d slide embeddings are not finite; no metric is defined", name, broken)
         return TaskResult({f"{name}/{k}": float("nan") for k in values})
     details = task.details() | {"specimens": len(y_true)}
-    resampled = Resampled({}, 0)
+    resampled = bootstrap.values(units, task, y_true, _COMPLETE)
     if bootstrap:
-        resampled = bootstrap.values(units, task, y_true, _COMPLETE)
         details["resamples_redrawn"] = resampled.redrawn
     result = named(name, values, {name: details}, resampled, len(y_true))
     if rows is not None:

@@ -34,7 +34,7 @@ class Best:
         name, _, direction = wanted.partition(":")
         if name not in known:
             near = difflib.get_close_matches(name, known, 3, cutoff=0.5)
-            meant = f"; did you mean {' or '.join(near)}?" if near else ""
+            meant = f"; did you mean {' or '.join(near)}?" if near else "."
             raise ConfigError(
                 f"--save-best {name}: no evaluation of this run has that metric{meant} It has:\n  "
                 + "\n  ".join(known)

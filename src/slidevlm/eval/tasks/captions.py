@@ -27,8 +27,6 @@ class Captions:
         result = TaskResult({f"captions/{k}": v for k, v in counted.scores().items()})
         for name in ("rouge_l", "cider"):
             result.columns[f"captions/{name}"] = counted.means[name].tolist()
-        if self.bootstrap:
-            units = self.bootstrap.units(predictions)
-            drawn = self.bootstrap.values(units, counted.values)
-            result.resampled.update({f"captions/{k}": v for k, v in drawn.values.items()})
+        drawn = self.bootstrap.values(self.bootstrap.units(predictions), counted.values)
+        result.resampled.update({f"captions/{k}": v for k, v in drawn.values.items()})
         return result

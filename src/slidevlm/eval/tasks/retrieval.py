@@ -46,9 +46,8 @@ class Retrieval:
         values = {k: float(v[0]) for k, v in statistic(m.ones(len(predictions))).items()}
         result = TaskResult(values)
         result.columns.update({f"{way}/rank": places.tolist() for way, places in found.items()})
-        if self.bootstrap:
-            units = self.bootstrap.units(predictions)
-            result.resampled.update(self.bootstrap.values(units, statistic).values)
+        units = self.bootstrap.units(predictions)
+        result.resampled.update(self.bootstrap.values(units, statistic).values)
         return result
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from slidevlm.batch import Predictions
 from slidevlm.eval import metrics as m
-from slidevlm.eval.bootstrap import Bootstrap, Resampled
+from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.classification import named
 from slidevlm.eval.labelled import labelled
 from slidevlm.eval.prompts import Labels
@@ -58,9 +58,7 @@ class SlideRetrieval:
         values = {key: float(v[0]) for key, v in statistic(m.ones(len(found))).items()}
         details = {name: {"queries": len(found), "without_target": len(known) - len(found)}}
         units = self.bootstrap.units(predictions)
-        resampled = Resampled({}, 0)
-        if self.bootstrap:
-            resampled = self.bootstrap.values([units[known.rows[i]] for i in found], statistic)
+        resampled = self.bootstrap.values([units[known.rows[i]] for i in found], statistic)
         return named(name, values, details, resampled, len(found))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from slidevlm.batch import Predictions
 from slidevlm.errors import DataError
 from slidevlm.eval import metrics as m
-from slidevlm.eval.bootstrap import Bootstrap, Resampled
+from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.classification import named
 from slidevlm.eval.survival import PENALTIES, Cox, SurvivalTable, concordance, fit_cox
 from slidevlm.eval.task import TaskResult
@@ -57,10 +57,8 @@ class Survival:
             "penalties": PENALTIES.tolist(),
             "concordance_of_penalties": list(self.cox.curve),
         }
-        resampled = Resampled({}, 0)
-        if self.bootstrap:
-            units = self.bootstrap.units(predictions)
-            resampled = self.bootstrap.values([units[i] for i in rows], statistic)
+        units = self.bootstrap.units(predictions)
+        resampled = self.bootstrap.values([units[i] for i in rows], statistic)
         return named(name, values, {name: details}, resampled, len(rows))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from slidevlm.batch import Predictions
 from slidevlm.eval import metrics as m
-from slidevlm.eval.bootstrap import Bootstrap, Resampled
+from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.classification import classify, log_odds, named, spread
 from slidevlm.eval.labelled import Labelled, labelled
 from slidevlm.eval.prompts import Labels, Prompts
@@ -203,7 +203,7 @@ def _multi_label(
             for i, c in enumerate(classes)
         },
     }
-    resampled = bootstrap.values(units, statistic) if bootstrap else Resampled({}, 0)
+    resampled = bootstrap.values(units, statistic)
     return named(name, values, {name: details}, resampled, len(member))
 
 
