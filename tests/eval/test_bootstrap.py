@@ -68,6 +68,7 @@ def test_the_unit_says_what_is_drawn() -> None:
 
 def test_one_resample_is_none() -> None:
     assert not Bootstrap(1) and not Bootstrap(0) and Bootstrap(2)
+    assert not Bootstrap(1).values(("a", "b"), lambda counts: {"sum": counts.sum(0)}).values
     assert list(Bootstrap(5).blocks([])) == []
 
 
