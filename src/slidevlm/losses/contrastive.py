@@ -22,8 +22,7 @@ def contrastive_loss(
     Returns:
         [].
     """
-    logits = scale * image @ text.T  # [N, N]
-    logits = logits.masked_fill(duplicates(report_ids, logits), float("-inf"))
+    logits = logits_of_rows(image, text, scale, 0, report_ids)  # [N, N]
     target = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -50,15 +49,7 @@ def logits_of_rows(
 
 
 def duplicates_of_rows(report_ids: Tensor, first: int, count: int) -> Tensor:
-    """[count, N] bool: rows `first` and following of what `duplicates` gives for all."""
+    """[count, N] bool: of rows `first` and following, which other rows have the same report."""
     rows = torch.arange(first, first + count, device=report_ids.device)
     equal = report_ids[rows][:, None] == report_ids[None, :]
     return equal & (rows[:, None] != torch.arange(len(report_ids), device=equal.device))
-
-
-def duplicates(report_ids: Tensor | None, like: Tensor) -> Tensor:
-    """[N, N] bool: the same report, off the diagonal."""
-    if report_ids is None:
-        return torch.zeros_like(like, dtype=torch.bool)
-    equal = report_ids[:, None] == report_ids[None, :]
-    return equal & ~torch.eye(len(report_ids), dtype=torch.bool, device=equal.device)

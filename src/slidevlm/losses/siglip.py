@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slidevlm.losses.contrastive import duplicates
+from slidevlm.losses.contrastive import duplicates_of_rows
 
 
 def siglip_loss(
@@ -27,4 +27,6 @@ def siglip_loss(
     logits = scale * image @ text.T + bias
     sign = 2 * torch.eye(len(image), dtype=logits.dtype, device=logits.device) - 1
     terms = -F.logsigmoid(sign * logits)
-    return terms.masked_fill(duplicates(report_ids, logits), 0.0).sum() / len(image)
+    if report_ids is not None:
+        terms = terms.masked_fill(duplicates_of_rows(report_ids, 0, len(image)), 0.0)
+    return terms.sum() / len(image)
