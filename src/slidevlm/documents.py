@@ -12,8 +12,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,6 +48,21 @@ def json_of(text: str | bytes, *, unique: bool = False) -> Any:
         raise
     except ValueError as error:
         raise DocumentError(str(error)) from error
+
+
+def finite(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not have.
+
+    >>> finite({"a": [1.0, float("nan")], "b": ("c", float("inf"))})
+    {'a': [1.0, None], 'b': ['c', None]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

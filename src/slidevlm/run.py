@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import logging
-import math
 import os
 import platform
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from slidevlm.documents import json_of
+from slidevlm.documents import finite, json_of
 from slidevlm.errors import ConfigError, without_secrets
 
 log = logging.getLogger("slidevlm")
@@ -47,7 +46,7 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps(_plain({"kind": kind, "step": step, **values})) + "\n")
+        self._file.write(json.dumps(finite({"kind": kind, "step": step, **values})) + "\n")
         self._file.flush()
 
     def text(self, name: str, step: int, content: str) -> None:
@@ -189,7 +188,7 @@ class Run:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file of the run folder; NaN and infinity become null."""
-        self.write(name, json.dumps(_plain(content), indent=1, ensure_ascii=False) + "\n")
+        self.write(name, json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> Run:
         return self
@@ -205,17 +204,6 @@ class Run:
         if self._handler is not None:
             log.removeHandler(self._handler)
             self._handler.close()
-
-
-def _plain(content: Any) -> Any:
-    """`content` with null for NaN and infinity, which JSON does not have."""
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, Mapping):
-        return {key: _plain(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_plain(value) for value in content]
-    return content
 
 
 def write_text(path: Path, content: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from slidevlm.data.reports import ID_COLUMNS, read_text_file, read_utf8
-from slidevlm.documents import json_of
+from slidevlm.documents import finite, json_of
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.scores import Score
@@ -94,12 +94,9 @@ def _as_json(asked: Comparing, rows: Sequence[Score]) -> str:
         "meteor_data": None if asked.meteor_data is None else str(asked.meteor_data),
         "embedder": asked.embedder,
     }
-    scores = {
-        r.metric: {"value": None if math.isnan(r.value) else r.value, "lo": r.lo, "hi": r.hi}
-        for r in rows
-    }
+    scores = {r.metric: {"value": r.value, "lo": r.lo, "hi": r.hi} for r in rows}
     content = {"about": settings, "reports": rows[0].n if rows else 0, "scores": scores}
-    return json.dumps(content, indent=1) + "\n"
+    return json.dumps(finite(content), indent=1) + "\n"
 
 
 def _texts(asked: Comparing) -> tuple[dict[str, str], dict[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from slidevlm.batch import Predictions
 from slidevlm.config import Config, given_values
 from slidevlm.data.formats.slide_vectors import write_slide_vectors
-from slidevlm.documents import Table
+from slidevlm.documents import Table, finite
 from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.scores import Results, Score, scores
 from slidevlm.eval.stored import FILE, Stored, save
@@ -41,9 +40,8 @@ class Outcome:
 
 def metrics_json(folder: Path | None, metrics: Mapping[str, float]) -> str:
     """A JSON document of a run's folder and metrics; null where one is not defined."""
-    known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    content = {"folder": None if folder is None else str(folder), "metrics": known}
-    return json.dumps(content, indent=1)
+    content = {"folder": None if folder is None else str(folder), "metrics": metrics}
+    return json.dumps(finite(content), indent=1)
 
 
 def about(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -23,6 +22,7 @@ from slidevlm.config import (
     validate_evaluation,
     with_values,
 )
+from slidevlm.documents import finite
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval import evaluate
 from slidevlm.eval.compare import Difference, compare, with_holm
@@ -172,9 +172,4 @@ def stored_predictions(path: Path) -> Path:
 
 def difference_rows(found: list[Difference]) -> list[Mapping[str, object]]:
     """For comparison.json; null where a number is not defined, as in every JSON file."""
-    rows = [{**asdict(d), "difference": d.difference} for d in found]
-    return [{k: None if _undefined(v) else v for k, v in row.items()} for row in rows]
-
-
-def _undefined(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+    return [finite({**asdict(d), "difference": d.difference}) for d in found]

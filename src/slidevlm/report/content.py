@@ -15,7 +15,7 @@ from typing import Any
 
 from slidevlm import __version__
 from slidevlm.config import GROUPS, declarations, flag_of
-from slidevlm.documents import json_of, yaml_of
+from slidevlm.documents import finite, json_of, yaml_of
 from slidevlm.errors import DataError
 from slidevlm.eval.stored import FILE
 from slidevlm.models.attention_maps import followed
@@ -54,7 +54,7 @@ def content(
         "runs": shown,
         "comparison": _comparison(runs[0], shown) if len(runs) > 1 else None,
     }
-    return _finite(found)
+    return finite(found)
 
 
 def _run(files: RunFiles, attention: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -313,15 +313,4 @@ def short(value: Any) -> Any:
     """A number with five significant digits: a page of thousands of specimens stays small."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
-    return value
-
-
-def _finite(value: Any) -> Any:
-    """null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
     return value

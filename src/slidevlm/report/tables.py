@@ -10,7 +10,6 @@ from slidevlm.eval.compare import Difference
 from slidevlm.eval.scores import Score
 from slidevlm.report.plain import printable
 
-FORMATS = ("table", "markdown", "latex")
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -64,7 +63,9 @@ def _interval(lo: float | None, hi: float | None) -> str:
 
 
 def render(header: Row, rows: Sequence[Row], form: str, width: int) -> str:
-    """A table in one of `FORMATS`; for a terminal no line is longer than `width` columns."""
+    """A table in the form table, for a terminal, where no line is longer than `width` columns,
+    markdown or latex.
+    """
     rows = [tuple(map(printable, row)) for row in rows]  # names of classes are anybody's
     if form == "markdown":
         lines = [header, ("---",) * len(header), *rows]
