@@ -253,7 +253,8 @@ def test_several_encoders_must_be_chosen(tmp_path, capsys):
     assert "feature attributes conch, uni; choose one by" in capsys.readouterr().err
     command += ["--hdf5_feature_attribute", "conch", "--workers", "0"]
     assert main(command) == 0
-    assert Hdf5Cases(tmp_path / "b.h5", "conch").width() == 5
+    store = Hdf5Cases(tmp_path / "b.h5", "conch")
+    assert store.read(store.cases[0], None).features.shape[1] == 5
 
 
 def test_split(cohort, tmp_path, capsys):

@@ -121,7 +121,8 @@ def test_the_file_holds_what_was_drawn(
 
 def test_width(tmp_path: Path) -> None:
     cohort = synthesize(tmp_path / "narrow", specimens=20, width=16)
-    assert Hdf5Cases(cohort.hdf5, FEATURES, TEXT).width() == 16
+    store = Hdf5Cases(cohort.hdf5, FEATURES, TEXT)
+    assert store.read(store.cases[0], None).features.shape[1] == 16
     assert "16 wide" in (cohort.folder / "README.md").read_text()
 
 

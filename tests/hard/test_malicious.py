@@ -67,7 +67,7 @@ READ_TORCH: dict[str, Callable[[Path], Any]] = {
     "weights": lambda p: read_pretrained(str(p)),
     "a model to use": lambda p: slidevlm.load(p),
     "a Hugging Face folder": lambda p: read_pretrained(str(p.parent)),
-    "a folder of bags": lambda p: SlideFolder(p.parent / "bags").width(),
+    "a folder of bags": lambda p: (store := SlideFolder(p.parent / "bags")).length(store.cases[0]),
 }
 
 

@@ -132,9 +132,6 @@ class _Memory:
     def length(self, case: Case) -> int:
         return len(self._bag.features)
 
-    def width(self) -> int:
-        return int(self._bag.features.shape[1])
-
     def read(self, case: Case, rows: np.ndarray | None) -> Bag:
         if rows is None:
             return self._bag

@@ -60,10 +60,6 @@ class CaseStore(Protocol):
         """Number of tiles of `case`; reads no features."""
         ...
 
-    def width(self) -> int:
-        """Width D of the features, from the first case that has any."""
-        ...
-
     def read(self, case: Case, rows: np.ndarray | None) -> Bag:
         """The bag of `case`; with `rows` ([K] int64, strictly increasing) only those tiles.
 

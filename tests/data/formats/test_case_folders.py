@@ -52,7 +52,7 @@ def test_reading(root):
     assert [(c.patient, c.specimen) for c in store.cases] == [
         ("p1", "s 1"), ("p1", "s2"), ("p2", "s3"),
     ]  # fmt: skip
-    assert store.width() == 4 and [store.length(c) for c in store.cases] == [15, 1, 4]
+    assert [store.length(c) for c in store.cases] == [15, 1, 4]
     assert store.text(store.cases[0]) is None
     truth = torch.cat([tile["feature"] for tile in tiles(5, 3)[0].values()])
     whole = store.read(store.cases[0], None)
@@ -91,8 +91,9 @@ def test_errors(root, tmp_path):
         with pytest.raises(DataError, match=message):
             store.read(store.cases[0], None)
     (tmp_path / "gone/data_0/extracted_features/f.pth").write_bytes(b"junk")
+    gone = CaseFolders(tmp_path / "gone")
     with pytest.raises(DataError, match=r"f\.pth of specimen 's' cannot be read"):
-        CaseFolders(tmp_path / "gone").width()
+        gone.length(gone.cases[0])
 
 
 @pytest.mark.parametrize(

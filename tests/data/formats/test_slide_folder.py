@@ -58,8 +58,9 @@ def test_each_slide_is_a_specimen(root):
         ("a", "a", "a.h5"), ("b", "b", "b.h5"), ("c", "c", "more/c.safetensors"),
     ]  # fmt: skip
     assert [store.length(case) for case in store.cases] == [3, 0, 5]
-    assert store.width() == 4 and store.text(store.cases[0]) is None
+    assert store.text(store.cases[0]) is None
     bag = store.read(store.cases[2], np.array([1, 4]))
+    assert bag.features.shape == (2, 4)
     assert bag.features[:, 0].tolist() == [1, 4] and bag.slides.tolist() == [0, 0]
     assert bag.positions[:, 0].tolist() == [3010, 3040] and bag.unit == "um"
     assert bag.relative_positions()[:, 0].tolist() == [-10, 20]

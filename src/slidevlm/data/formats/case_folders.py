@@ -67,16 +67,6 @@ class CaseFolders:
         """Number of rows after flattening."""
         return len(self._tiles(case).row_slides())
 
-    def width(self) -> int:
-        """Width D of the features, from the first case that has any."""
-        for case in self.cases:
-            if self.has_features(case) and (features := self._tiles(case).features):
-                return features[0].shape[1]
-        raise DataError(
-            f"{self.path}: no .pth file named in {_INDEX} exists or holds tiles; looked for "
-            f"{self.cases[0].location}"
-        )
-
     def read(self, case: Case, rows: np.ndarray | None) -> Bag:
         """See `CaseStore.read`."""
         tiles = self._tiles(case)

@@ -277,13 +277,6 @@ class Hdf5Cases:
         with damage(self.path, f"specimen {case.specimen!r}"):
             return self._shape(case)[0]
 
-    def width(self) -> int:
-        """Width D of the features, from the first case that has any."""
-        for case in self.cases:
-            if self.has_features(case):
-                return self._shape(case)[1]
-        raise AssertionError("checked when the file was opened")
-
     def _shape(self, case: Case) -> tuple[int, int]:
         dataset = self._features(case)
         return flat_shape(dataset.shape or (1,), self.path, dataset.name)

@@ -189,15 +189,6 @@ class SlideFolder:
         """Number of rows of all slides together."""
         return sum(slide.length for slide in self._slides_of(case))
 
-    def width(self) -> int:
-        """Width D of the features, from the first slide that has tiles."""
-        for case in self.cases:
-            if self.has_features(case):
-                for slide in self._slides_of(case):
-                    if slide.length:
-                        return slide.width
-        raise DataError(f"{self.path}: no slide has a tile; extract the features again")
-
     def facts(self, case: Case) -> Facts:
         """See `Described.facts`; what differs between the slides of a specimen is told as both."""
         slides = self._slides_of(case)
