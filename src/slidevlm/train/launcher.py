@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import threading
-from types import TracebackType
 
 log = logging.getLogger("slidevlm.train")
 
@@ -63,10 +62,5 @@ class LauncherWatch:
             threading.Thread(target=self._watch, name="launcher watch", daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
