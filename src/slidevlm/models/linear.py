@@ -67,6 +67,12 @@ def is_replaced(module: nn.Module) -> bool:
     return "forward" in module.__dict__
 
 
+def shares_weight(model: nn.Module, layer: nn.Linear) -> bool:
+    """Whether another module has the layer's weight too, as of a tied vocabulary projection."""
+    owners = [m for m in model.modules() if any(p is layer.weight for p in m._parameters.values())]
+    return len(owners) > 1
+
+
 def outside_autograd() -> bool:
     """Whether a graph of the operations is being made, which knows no `autograd.Function`."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()

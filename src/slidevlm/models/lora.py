@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
+from slidevlm.models.linear import shares_weight
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,11 @@ def add_lora(model: nn.Module, configs: Sequence[LoRAConfig]) -> None:
         part.requires_grad_(False)
         for name in dict.fromkeys(n for names in found.values() for n in names):
             layer = linears[name]
-            _refuse_shared(model, layer, f"{config.part}.{name}")
+            if shares_weight(model, layer):
+                where = f"{config.part}.{name}"
+                raise ConfigError(
+                    f"lora: the weight of {where} is shared with another layer; leave it out"
+                )
             adapted = LoRALinear(layer, config.rank, config.alpha, config.dropout)
             _replace(part, name, adapted)
 
@@ -159,9 +164,3 @@ def _part(model: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         parts = ", ".join(n for n, _ in model.named_children())
         raise ConfigError(f"lora: the model has no part {name!r}; it has {parts}") from None
-
-
-def _refuse_shared(model: nn.Module, layer: nn.Linear, where: str) -> None:
-    owners = [m for m in model.modules() if any(p is layer.weight for p in m._parameters.values())]
-    if len(owners) > 1:
-        raise ConfigError(f"lora: the weight of {where} is shared with another layer; leave it out")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
+from slidevlm.models.linear import shares_weight
 
 
 class Int8Linear(nn.Linear):
@@ -141,7 +142,7 @@ def quantise_linears(model: nn.Module, kind: str, *, training: bool) -> int:
     chosen = []
     for parent in model.modules():
         for child, layer in parent.named_children():
-            if type(layer) is not nn.Linear or _shared(model, layer):
+            if type(layer) is not nn.Linear or shares_weight(model, layer):
                 continue
             if kind == "int8" or not training or not layer.weight.requires_grad:
                 chosen.append((parent, child, layer))
@@ -171,8 +172,3 @@ def bitsandbytes() -> Any:
     # It says with every product that inputs become float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return package
-
-
-def _shared(model: nn.Module, layer: nn.Linear) -> bool:
-    owners = [m for m in model.modules() if any(p is layer.weight for p in m._parameters.values())]
-    return len(owners) > 1
