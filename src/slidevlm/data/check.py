@@ -321,15 +321,13 @@ def _contents(report: CheckReport, scans: Mapping[str, Scan], used: set[str]) ->
     """Errors of specimens that training would meet; the same elsewhere are warnings."""
 
     def both(topic: str, message: str, found: Sequence[Scan], items: Sequence[str]) -> None:
-        for level, wanted, where in (("error", True, ""), ("warning", False, " (no split uses)")):
-            chosen = [
-                item
-                for one, item in zip(found, items, strict=True)
-                if (one.specimen in used) == wanted
-            ]
+        listed: dict[Level, list[str]] = {"error": [], "warning": []}
+        for one, item in zip(found, items, strict=True):
+            listed["error" if one.specimen in used else "warning"].append(item)
+        for level, chosen in listed.items():
             if chosen:
-                kind: Level = "error" if level == "error" else "warning"
-                report.add(kind, topic, f"{_n(len(chosen), 'specimen')}{where} {message}", chosen)
+                where = "" if level == "error" else " (no split uses)"
+                report.add(level, topic, f"{_n(len(chosen), 'specimen')}{where} {message}", chosen)
 
     all_of = list(scans.values())
     broken = [one for one in all_of if one.problem is not None]
@@ -453,21 +451,17 @@ def _duplicate_slides(
     for one in scans.values():
         for digest in one.slides:
             owners[digest].append(one.specimen)
-    across: list[str] = []
-    within: list[str] = []
+    listed: dict[Level, list[str]] = {"error": [], "warning": []}
     for specimens in owners.values():
         if len(specimens) > 1:
             splits = {split_of[name] for name in specimens if name in split_of}
             parts = [f"{n} [{split_of.get(n, NO_SPLIT)}]" for n in specimens]
-            (across if len(splits) > 1 else within).append(" = ".join(parts))
-    for level, found, where in (
-        ("error", across, "more than once, in different splits"),
-        ("warning", within, "more than once"),
-    ):
+            listed["error" if len(splits) > 1 else "warning"].append(" = ".join(parts))
+    for level, found in listed.items():
         if found:
-            kind: Level = "error" if level == "error" else "warning"
-            message = f"{_n(len(found), 'slide')} there {where}"
-            report.add(kind, "duplicate slides", message, found)
+            where = ", in different splits" if level == "error" else ""
+            message = f"{_n(len(found), 'slide')} there more than once{where}"
+            report.add(level, "duplicate slides", message, found)
 
 
 def _duplicate_reports(report: CheckReport, members: Sequence[_Member]) -> None:

@@ -79,17 +79,16 @@ def resolve_examples(
     check_examples(file, patients)
     own = _by_name(patients)
     lacking = [s for found in file.examples.values() for s in found if s not in own]
+    whole = all(set(found) - set(lacking) for found in file.examples.values())
     if lacking and lenient:
         log.warning(
             "few-shot examples %s: %d could not be used, such as %s; %s",
             file.name,
             len(lacking),
             lacking[0],
-            "the others are"
-            if all(set(found) - set(lacking) for found in file.examples.values())
-            else "a class has no other, so the file is left out",
+            "the others are" if whole else "a class has no other, so the file is left out",
         )
-        if not all(set(found) - set(lacking) for found in file.examples.values()):
+        if not whole:
             return {}
     elif lacking:
         raise DataError(
