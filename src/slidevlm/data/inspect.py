@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from slidevlm.data.cases import Case, CaseStore, Facts
-from slidevlm.data.formats.slides import SlideFile, open_bags
+from slidevlm.data.formats.slides import Slide, open_bags
 from slidevlm.data.scan import facts_of
 from slidevlm.errors import DataError
 
@@ -135,7 +135,7 @@ def inspect_file(path: Path) -> Inspection:
     )
 
 
-def _of_bag(name: str, bags: Mapping[str, SlideFile]) -> BagRow:
+def _of_bag(name: str, bags: Mapping[str, Slide]) -> BagRow:
     try:
         bag = bags[name]
         facts = Facts(

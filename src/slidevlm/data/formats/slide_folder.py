@@ -28,12 +28,13 @@ from slidevlm.data.formats import FOLDERS
 from slidevlm.data.formats.slides import (
     IMAGE_EXTENSIONS,
     OpenBags,
-    SlideFile,
+    Slide,
     bag_name,
     extensions,
     open_bags,
 )
 from slidevlm.data.slide_table import SlideRow, patient_of
+from slidevlm.data.splits import some
 from slidevlm.errors import DataError
 
 log = logging.getLogger("slidevlm.data")
@@ -120,13 +121,13 @@ class SlideFolder:
         if not owners:
             raise DataError(
                 f"none of the {len(table)} slides of the slide table has a file in {self.path}; "
-                f"the table names {_some([row.slide for row in table])}, the folder has "
-                f"{_some(slides)}"
+                f"the table names {some([row.slide for row in table], 3)}, the folder has "
+                f"{some(slides, 3)}"
             )
         if missing:
             log.warning(
                 "%d of %d slides of the slide table have no file in %s: %s",
-                len(missing), len(table), self.path, _some(missing, 10),
+                len(missing), len(table), self.path, some(missing, 10),
             )  # fmt: skip
         unused = len(slides) - len(owners)
         if unused:
@@ -142,7 +143,7 @@ class SlideFolder:
             bags.close()
         self._files.clear()
 
-    def _slide(self, case: Case, part: Part) -> SlideFile:
+    def _slide(self, case: Case, part: Part) -> Slide:
         """The open bag; the last few files stay open, in the process that opened them."""
         if self._pid != os.getpid():
             self.close()
@@ -156,7 +157,7 @@ class SlideFolder:
         self._files.move_to_end(part.path)
         return self._checked(_only(bags, part), case)
 
-    def _checked(self, slide: SlideFile, case: Case) -> SlideFile:
+    def _checked(self, slide: Slide, case: Case) -> Slide:
         if self.expected is not None and slide.length:
             mine = Likeness(slide.width, slide.unit, slide.encoder)
             if (difference := self.expected.difference(mine)) is not None:
@@ -166,7 +167,7 @@ class SlideFolder:
                 )
         return slide
 
-    def _slides_of(self, case: Case) -> list[SlideFile]:
+    def _slides_of(self, case: Case) -> list[Slide]:
         """The open bags of a specimen; DataErrors name it."""
         parts = self._parts[case.location]
         if not parts:
@@ -249,20 +250,20 @@ def _both(values: Iterable[str | None]) -> str | None:
     return " and ".join(dict.fromkeys(v for v in values if v is not None)) or None
 
 
-def _only(bags: OpenBags, part: Part) -> SlideFile:
+def _only(bags: OpenBags, part: Part) -> Slide:
     if part.bag is not None:
         if part.bag not in bags:
             raise DataError(f"{part.path} has no bag {part.bag!r} any more; it changed")
         return bags[part.bag]
     if len(bags) != 1:
         raise DataError(
-            f"{part.path} holds {len(bags)} bags ({_some(bags)}), not one slide; give such a file "
-            "by --hdf5_filename, or convert it with `slidevlm data convert`"
+            f"{part.path} holds {len(bags)} bags ({some(bags, 3)}), not one slide; give such a "
+            "file by --hdf5_filename, or convert it with `slidevlm data convert`"
         )
     return next(iter(bags.values()))
 
 
-def _check_one(slides: list[SlideFile]) -> None:
+def _check_one(slides: list[Slide]) -> None:
     """DataError where the slides of one specimen cannot be laid end to end."""
     full = [slide for slide in slides if slide.length]
     for slide in full[1:]:
@@ -272,7 +273,7 @@ def _check_one(slides: list[SlideFile]) -> None:
             raise DataError(f"{slide.path} differs from {full[0].path}: {difference}")
 
 
-def _read(slide: SlideFile, rows: np.ndarray | None) -> tuple[Bag, int]:
+def _read(slide: Slide, rows: np.ndarray | None) -> tuple[Bag, int]:
     """A bag of one file, and how many slides it has."""
     features, positions = slide.read(rows)
     numbers = slide.slides()
@@ -282,7 +283,7 @@ def _read(slide: SlideFile, rows: np.ndarray | None) -> tuple[Bag, int]:
     return make_bag(features, positions, numbers, slide.unit, rows), count
 
 
-def _pieces(slides: list[SlideFile], rows: np.ndarray | None) -> Iterator[tuple[Bag, int]]:
+def _pieces(slides: list[Slide], rows: np.ndarray | None) -> Iterator[tuple[Bag, int]]:
     """The bag of each slide that has rows, and the number of its first slide."""
     start = number = 0
     for slide in slides:
@@ -427,9 +428,3 @@ class _Finder:
 def _without_image_extension(name: str) -> str:
     lower = name.lower()
     return next((name[: -len(e)] for e in IMAGE_EXTENSIONS if lower.endswith(e)), name)
-
-
-def _some(names: Iterable[str], count: int = 3) -> str:
-    listed = list(names)
-    more = f", ... ({len(listed) - count} more)" if len(listed) > count else ""
-    return ", ".join(listed[:count]) + more

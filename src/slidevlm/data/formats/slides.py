@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -63,58 +62,44 @@ def size_text(size: object, unit: str) -> str | None:
     return f"{size:g} {unit}"
 
 
-class SlideFile(Protocol):
+def _nothing() -> None:
+    """What has nothing to close closes by this."""
+
+
+@dataclass
+class Slide:
     """One bag of tiles in an open file: N tiles of D features. Not picklable."""
 
-    @property
-    def format(self) -> str:
-        """Name of the format, as a user would say it: "TRIDENT", "STAMP", ..."""
-        ...
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        ...
+    format: str  # as a user would say it: "TRIDENT", "STAMP", ...
+    path: Path
+    rows: Rows
+    unit: str | None = None  # of the positions, "um" or "px" (level-0 pixels); None without them
+    encoder: str | None = None  # of the tiles, where the file tells it
+    tile_size: str | None = None  # an edge, where the file tells it: "256 um", "512 px at level 0"
+    warnings: tuple[str, ...] = ()  # what a user should know, such as coordinates that are left out
+    positions: Callable[[], np.ndarray | None] = lambda: None  # [N, 2] float64
+    slide_numbers: Callable[[], np.ndarray | None] = lambda: None  # [N] int64
+    close: Callable[[], None] = _nothing  # the file, for all its bags; the next read opens it again
 
     @property
     def length(self) -> int:
         """N; 0 for an empty slide."""
-        ...
+        return self.rows.shape[0]
 
     @property
     def width(self) -> int:
         """D; 0 where an empty slide does not tell it."""
-        ...
+        return self.rows.shape[1]
 
     @property
     def dtype(self) -> str:
         """Type of the features on disk: "float16", "bfloat16", "float32" or "float64"."""
-        ...
-
-    @property
-    def unit(self) -> str | None:
-        """Unit of the positions, "um" or "px" (level-0 pixels); None without positions."""
-        ...
-
-    @property
-    def encoder(self) -> str | None:
-        """Name of the tile encoder, where the file tells it."""
-        ...
-
-    @property
-    def tile_size(self) -> str | None:
-        """Edge of a tile with its unit, where the file tells it: "256 um", "512 px at level 0"."""
-        ...
+        return self.rows.dtype
 
     @property
     def storage(self) -> str | None:
         """How the features lie on disk, where it matters to the speed of reading few rows."""
-        ...
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What a user should know, such as coordinates that are left out."""
-        ...
+        return self.rows.storage if isinstance(self.rows, Hdf5Rows) else None
 
     def read(self, rows: np.ndarray | None) -> tuple[Tensor, np.ndarray | None]:
         """Features [K, D] of `rows` ([K] int64, strictly increasing; None: all N), and positions.
@@ -123,58 +108,6 @@ class SlideFile(Protocol):
         are read where the container allows it. Positions are those of ALL rows, [N, 2] float64,
         x and y, or None where there are none.
         """
-        ...
-
-    def slides(self) -> np.ndarray | None:
-        """[N] int64, number of each row's slide in this bag; None where all are of one slide."""
-        ...
-
-    def close(self) -> None:
-        """Close the file, for every bag of it; the next read opens it again."""
-        ...
-
-
-def _nothing() -> None:
-    """What has nothing to close closes by this."""
-
-
-@dataclass
-class Slide:
-    """A `SlideFile` from its parts."""
-
-    format: str
-    path: Path
-    rows: Rows
-    unit: str | None = None
-    encoder: str | None = None
-    tile_size: str | None = None
-    warnings: tuple[str, ...] = ()
-    positions: Callable[[], np.ndarray | None] = lambda: None  # [N, 2] float64
-    slide_numbers: Callable[[], np.ndarray | None] = lambda: None  # [N] int64
-    close: Callable[[], None] = _nothing
-
-    @property
-    def length(self) -> int:
-        """N."""
-        return self.rows.shape[0]
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.rows.shape[1]
-
-    @property
-    def dtype(self) -> str:
-        """Type of the features on disk."""
-        return self.rows.dtype
-
-    @property
-    def storage(self) -> str | None:
-        """See `SlideFile.storage`."""
-        return self.rows.storage if isinstance(self.rows, Hdf5Rows) else None
-
-    def read(self, rows: np.ndarray | None) -> tuple[Tensor, np.ndarray | None]:
-        """See `SlideFile.read`."""
         assert rows is None or (
             len(rows) and rows[0] >= 0 and rows[-1] < self.length and np.all(np.diff(rows) > 0)
         ), f"rows of {self.length} tiles: {rows}"
@@ -186,25 +119,25 @@ class Slide:
         return features, positions
 
     def slides(self) -> np.ndarray | None:
-        """See `SlideFile.slides`."""
+        """[N] int64, number of each row's slide in this bag; None where all are of one slide."""
         with damage(self.path, "the tiles' slides"):
             return self.slide_numbers()
 
 
-class OpenBags(Mapping[str, SlideFile]):
+class OpenBags(Mapping[str, Slide]):
     """The bags of one file by name. Each is opened when it is asked for, and once."""
 
     def __init__(
         self,
         names: Iterator[str] | list[str],
-        open_bag: Callable[[str], SlideFile],
+        open_bag: Callable[[str], Slide],
         close: Callable[[], None],
     ) -> None:
-        self._opened: dict[str, SlideFile | None] = dict.fromkeys(names)
+        self._opened: dict[str, Slide | None] = dict.fromkeys(names)
         self._open = open_bag
         self._close = close
 
-    def __getitem__(self, name: str) -> SlideFile:
+    def __getitem__(self, name: str) -> Slide:
         found = self._opened[name]
         if found is None:
             found = self._opened[name] = self._open(name)
