@@ -68,7 +68,7 @@ def test_round_trip(makers, tmp_path, kind, count):
                 assert positions is None and any("positions are miss" in w for w in slide.warnings)
             else:
                 assert positions.dtype == np.float64 and np.array_equal(positions, coords)
-        slide.close()
+        bags.close()
         assert torch.equal(slide.read(rows)[0].float(), truth[rows]), "opens again after close"
 
 
@@ -82,12 +82,13 @@ def test_shapes(makers, tmp_path, kind, shape):
     if kind == "gzipped" and not count:
         pytest.skip("HDF5 has no chunks larger than an empty dataset")
     coords = features_and_coords(count)[1]
-    slide = next(iter(open_bags(makers[kind](tmp_path / "a", features, coords)).values()))
+    bags = open_bags(makers[kind](tmp_path / "a", features, coords))
+    slide = next(iter(bags.values()))
     assert (slide.length, slide.width) == (count, 12)
     found, positions = slide.read(None)
     assert np.array_equal(found.float().numpy(), features.reshape(-1, 12))
     assert positions is None or len(positions) == count
-    slide.close()
+    bags.close()
 
 
 DTYPES = {"float16": "f2", "float32": "f4", "float64": "f8", "bfloat16": "u2"}
@@ -102,14 +103,15 @@ def test_types(makers, tmp_path, kind, dtype):
         torch.save(truth, path := tmp_path / "a.pt")
     else:
         path = makers[kind](tmp_path / "a", stored, features_and_coords(20)[1])
-    slide = open_bags(path)["a"]
+    bags = open_bags(path)
+    slide = bags["a"]
     assert slide.dtype == dtype
     expected = truth.float() if dtype == "float64" else truth
     for rows in (None, np.array([0, 3, 19])):
         found = slide.read(rows)[0]
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected if rows is None else expected[rows])
-    slide.close()
+    bags.close()
 
 
 def test_bfloat16_of_safetensors_and_fortran_order(tmp_path):

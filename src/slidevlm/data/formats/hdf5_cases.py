@@ -587,7 +587,6 @@ def _case_bags(source: Source) -> OpenBags:
             else (),
             positions=lambda: positions_of_rows(file, positions, rows.full_shape),
             slide_numbers=lambda: _slides(file, f"{group}/tile_keys", rows.full_shape),
-            close=file.close,
         )
 
     return OpenBags(names, open_bag, file.close)

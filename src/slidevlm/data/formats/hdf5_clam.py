@@ -44,7 +44,6 @@ def _open(source: Source) -> OpenBags:
             tile_size=tile_size,
             warnings=(*unread, *(() if there else ("no coords; positions are missing",))),
             positions=lambda: rows.positions("/coords"),
-            close=file.close,
         )
 
     return OpenBags([source.name], open_bag, file.close)

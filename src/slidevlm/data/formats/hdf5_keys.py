@@ -41,7 +41,6 @@ def _open(source: Source) -> OpenBags:
             file.path,
             Hdf5Rows(file, f"/{name}"),
             warnings=("no coordinates; positions are missing",),
-            close=file.close,
         )
 
     return OpenBags(file.names(), open_bag, file.close)

@@ -61,7 +61,6 @@ def _open(source: Source) -> OpenBags:
             tile_size=size_text(size, "um") or size_text(pixels, "px"),
             warnings=warnings,
             positions=positions,
-            close=file.close,
         )
 
     return OpenBags([source.name], open_bag, file.close)

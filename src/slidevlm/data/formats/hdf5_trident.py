@@ -44,7 +44,6 @@ def _open(source: Source) -> OpenBags:
             encoder=None if encoder is None else str(encoder),
             tile_size=size_text(size, "px at level 0"),
             positions=lambda: rows.positions("/coords"),
-            close=file.close,
         )
 
     return OpenBags([source.name], open_bag, file.close)

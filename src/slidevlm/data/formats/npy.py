@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -104,14 +103,9 @@ def _open_npy(source: Source) -> OpenBags:
             path,
             rows,
             warnings=("no coordinates; positions are missing",),
-            close=_closing(rows),
         )
 
     return OpenBags([source.name], open_bag, lambda: None)
-
-
-def _closing(rows: Rows) -> Callable[[], None]:
-    return rows.close if isinstance(rows, PlainRows) else lambda: None
 
 
 def _recognises_npz(source: Source) -> bool:
@@ -149,7 +143,6 @@ def _open_npz(source: Source) -> OpenBags:
             if coordinates is None
             else ("coordinates name no unit; level-0 pixels are assumed",),
             positions=positions,
-            close=_closing(rows),
         )
 
     return OpenBags([source.name], open_bag, lambda: None)

@@ -315,12 +315,6 @@ class PlainRows:
             self.dtype,
         )
 
-    def close(self) -> None:
-        """Close the file; the next read opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
 
 class OpenFile:
     """A file descriptor that closes itself."""

@@ -155,7 +155,6 @@ def _slide(
         encoder=None if encoder is None else str(encoder),
         warnings=warnings,
         positions=positions,
-        close=rows.close,
     )
 
 

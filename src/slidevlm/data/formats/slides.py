@@ -62,10 +62,6 @@ def size_text(size: object, unit: str) -> str | None:
     return f"{size:g} {unit}"
 
 
-def _nothing() -> None:
-    """What has nothing to close closes by this."""
-
-
 @dataclass
 class Slide:
     """One bag of tiles in an open file: N tiles of D features. Not picklable."""
@@ -79,7 +75,6 @@ class Slide:
     warnings: tuple[str, ...] = ()  # what a user should know, such as coordinates that are left out
     positions: Callable[[], np.ndarray | None] = lambda: None  # [N, 2] float64
     slide_numbers: Callable[[], np.ndarray | None] = lambda: None  # [N] int64
-    close: Callable[[], None] = _nothing  # the file, for all its bags; the next read opens it again
 
     @property
     def length(self) -> int:
