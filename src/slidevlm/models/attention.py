@@ -39,10 +39,10 @@ class OwnStart(nn.Module):
 class GEGLU(nn.Module):
     """Gated feed-forward layer: `W_out(a * gelu(b))` with `a, b = W_in x` (Shazeer, 2020)."""
 
-    def __init__(self, width: int, multiple: float, dropout: float, hidden: int = 0) -> None:
+    def __init__(self, width: int, dropout: float, hidden: int = 0) -> None:
         super().__init__()
-        # Two thirds keep the parameters of an ungated layer of the same multiple.
-        hidden = hidden or int(width * multiple * 2 / 3 + 7) // 8 * 8
+        # Two thirds of 4 times the width keep the parameters of an ungated layer.
+        hidden = hidden or int(width * 8 / 3 + 7) // 8 * 8
         self.inner = nn.Linear(width, 2 * hidden)
         self.outer = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
@@ -175,10 +175,10 @@ class LayerCache:
     """
 
     # Written out, as torch.jit.script has no source of what @dataclass makes.
-    def __init__(self, key: Tensor, value: Tensor, length: int = 0) -> None:
+    def __init__(self, key: Tensor, value: Tensor) -> None:
         self.key = key
         self.value = value
-        self.length = length
+        self.length = 0
         self.places: Tensor | None = None
         self.mask: Tensor | None = None
 
@@ -280,13 +280,12 @@ class SelfAttentionLayer(nn.Module):
         dropout: float,
         *,
         causal: bool,
-        multiple: float = 4.0,
         feed_forward: GEGLU | FeedForward | None = None,
     ) -> None:
         super().__init__()
         self.attention = SelfAttention(width, heads, dropout, causal=causal)
         self.norm = nn.LayerNorm(width)
-        self.feed_forward = feed_forward or GEGLU(width, multiple, dropout)
+        self.feed_forward = feed_forward or GEGLU(width, dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         x = x + self.attention(x, cache)
@@ -323,7 +322,7 @@ class TileLayer(nn.Module):
         super().__init__()
         self.attention = TileAttention(width, heads, dropout)
         self.norm = nn.LayerNorm(width)
-        self.feed_forward = GEGLU(width, 4.0, dropout)
+        self.feed_forward = GEGLU(width, dropout)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         x = x + self.attention(x, attend)

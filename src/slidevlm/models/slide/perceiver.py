@@ -87,7 +87,7 @@ class _Read(OwnStart):
         self.key_values = KeyValues(config.width, context_width, heads)
         self.attention = CrossAttention(config.width, heads, config.dropout)
         self.norm = nn.LayerNorm(config.width)
-        self.feed_forward = GEGLU(config.width, 4.0, config.dropout, config.cross_hidden)
+        self.feed_forward = GEGLU(config.width, config.dropout, config.cross_hidden)
 
     def reset(self) -> None:
         """At 0 the latents would be the same for all bags, unless they have the moments."""
@@ -111,7 +111,7 @@ def _self_layer(config: PerceiverConfig) -> SelfAttentionLayer:
         dropout,
         causal=False,
         feed_forward=(
-            GEGLU(width, 4.0, dropout, hidden)
+            GEGLU(width, dropout, hidden)
             if gated
             else FeedForward(width, hidden or 4 * width, dropout)
         ),
