@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slidevlm.config import arg
+from slidevlm.config import Data, arg
 from slidevlm.flags import parse_into
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ class _SourceArguments:
     slide_table: str | None = arg(
         None, "slides of each specimen, as in training; without it each slide is one", file=True
     )
-    image_features_cutoff: int = arg(100_000, "tiles read of one specimen at most", minimum=1)
+    image_features_cutoff: int = arg(
+        Data.image_features_cutoff, "tiles read of one specimen at most", minimum=1
+    )
     device: str | None = arg(None, "cuda, cuda:1 or cpu", default_text="cuda where there is one")
     precision: str | None = arg(
         None,

@@ -21,6 +21,7 @@ from slidevlm.app.outputs import model_hash
 from slidevlm.app.pretrained import read_pretrained
 from slidevlm.app.trained import Trained, restore
 from slidevlm.batch import Bags
+from slidevlm.config import Data
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.eval.predict import Writing
 from slidevlm.eval.prompts import Prompts, prompts_of, read_prompts
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
         seed: int
 
 
-CUTOFF = 100_000  # tiles of a bag, where nobody asks for another number
+CUTOFF = Data.image_features_cutoff  # tiles of a bag, where nobody asks for another number
 
 PromptsLike = str | os.PathLike[str] | Mapping[str, str | Sequence[str]] | Sequence[str] | Prompts
 
@@ -153,7 +154,7 @@ class SlideModel:
     there are positions too. A list of bags gives a list of results, or an array with a row for
     each. A bag's result is the same alone and in any list, apart from rounding.
 
-    Any number of threads may use one object: nothing of it changes after it was made.
+    Any number of threads may use one object: what it remembers of earlier calls changes no result.
 
     Examples:
         >>> import slidevlm.testing
