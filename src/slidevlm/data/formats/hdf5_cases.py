@@ -275,11 +275,8 @@ class Hdf5Cases:
     def length(self, case: Case) -> int:
         """Number of rows after flattening."""
         with damage(self.path, f"specimen {case.specimen!r}"):
-            return self._shape(case)[0]
-
-    def _shape(self, case: Case) -> tuple[int, int]:
-        dataset = self._features(case)
-        return flat_shape(dataset.shape or (1,), self.path, dataset.name)
+            dataset = self._features(case)
+            return flat_shape(dataset.shape or (1,), self.path, dataset.name)[0]
 
     def read(self, case: Case, rows: np.ndarray | None) -> Bag:
         """See `CaseStore.read`. DataError for damaged data, naming file and specimen."""
