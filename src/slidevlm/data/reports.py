@@ -10,11 +10,12 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from slidevlm.documents import json_of
 from slidevlm.errors import DataError
 
+V = TypeVar("V")
 ID_COLUMNS = ("specimen", "specimen_id", "case_id", "slide_id", "id")
 TEXT_COLUMNS = ("report", "text", "diagnosis", "caption")
 
@@ -161,18 +162,26 @@ def _string(value: Any, path: Path, where: str) -> str:
     return value
 
 
-def _collect(entries: Iterable[tuple[str, str, str]], path: Path) -> dict[str, str]:
+def told_apart(entries: Iterable[tuple[str, str, V]]) -> Iterator[tuple[str, V]]:
+    """(patient or "", specimen, value) -> (name, value), in order.
+
+    The name is the specimen's, or "<patient>/<specimen>" of one that several patients share, as in
+    `unique_cases`.
+    """
     found = list(entries)
     patients: dict[str, set[str]] = {}
     for patient, specimen, _ in found:
         patients.setdefault(specimen, set()).add(patient)
-    texts: dict[str, str] = {}
-    for patient, specimen, text in found:
+    for patient, specimen, value in found:
         shared = len(patients[specimen]) > 1 and patient
-        name = f"{patient}/{specimen}" if shared else specimen
-        if name in texts and texts[name] != text:
+        yield f"{patient}/{specimen}" if shared else specimen, value
+
+
+def _collect(entries: Iterable[tuple[str, str, str]], path: Path) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for name, text in told_apart(entries):
+        if texts.setdefault(name, text) != text:
             raise DataError(f"{path} has two different texts for {name!r}; keep one")
-        texts[name] = text
     if not texts:
         raise DataError(f"{path} holds no texts")
     return texts

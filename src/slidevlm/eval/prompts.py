@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slidevlm.data.reports import read_table, read_utf8
+from slidevlm.data.reports import read_table, read_utf8, told_apart
 from slidevlm.documents import DocumentError, json_of, size_problem, yaml_of
 from slidevlm.errors import DataError
 
@@ -255,12 +255,8 @@ def _collect(
     found: list[tuple[str, str, tuple[str, ...]]], path: Path
 ) -> dict[str, tuple[str, ...]]:
     """(patient or "", specimen, classes) -> classes by specimen."""
-    patients: dict[str, set[str]] = {}
-    for patient, specimen, _ in found:
-        patients.setdefault(specimen, set()).add(patient)
     classes: dict[str, tuple[str, ...]] = {}
-    for patient, specimen, labels in found:
-        name = f"{patient}/{specimen}" if patient and len(patients[specimen]) > 1 else specimen
+    for name, labels in told_apart(found):
         if set(classes.setdefault(name, labels)) != set(labels):
             one, other = (" and ".join(map(repr, part)) for part in (classes[name], labels))
             raise DataError(f"{path}: two classes for {name!r}: {one} and {other}; keep one")
