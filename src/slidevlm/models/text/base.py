@@ -19,10 +19,6 @@ from slidevlm.models.mode import Group, Recomputing
 from slidevlm.registry import Registry
 
 
-class PositionEmbedding(nn.Embedding):
-    """Learned positions; a type of their own because weight decay spares them."""
-
-
 class TextTower(Recomputing):
     """Base class: tokens -> hidden states, and a report's embedding from them.
 
@@ -59,6 +55,10 @@ class TextTower(Recomputing):
     @abstractmethod
     def groups(self) -> list[Group]:
         """Name and parts of each group of weights, from input to output."""
+
+    @abstractmethod
+    def position_tables(self) -> list[nn.Embedding]:
+        """The tables of learned position vectors, which weight decay spares."""
 
     @property
     @abstractmethod

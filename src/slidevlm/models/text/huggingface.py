@@ -178,7 +178,7 @@ class HuggingFaceTower(TextTower):
         return [*groups, ("final_norm", after)] if after else groups
 
     def position_tables(self) -> list[nn.Embedding]:
-        """The tables of position vectors, by the names that transformers gives them."""
+        # By the names that transformers gives them.
         names = r"position|relative_attention_bias|rel_embeddings|\bwpe$"
         return [
             module
