@@ -288,6 +288,7 @@ def test_a_language_model_trains_writes_and_is_evaluated(
     lines = [json.loads(x) for x in (tmp_path / "lm" / "metrics.jsonl").read_text().splitlines()]
     losses = [x["caption_loss"] for x in lines if "caption_loss" in x]
     assert losses[-1] < losses[0] - 0.1
+    assert not any("contrastive_loss" in x for x in lines)
     assert metrics["val/loss/caption"] < losses[0]
     assert not [m for m in metrics if "contrastive" in m or "image_to_text" in m]
     assert (tmp_path / "lm" / "captions_epoch_3.json").is_file()

@@ -144,11 +144,20 @@ class Rig:
         self.watcher.step(line(step, **options))
 
 
-def line(step: int, *, loss: float = 1.5, skipped: bool = False, samples: int = 8) -> StepLine:
+def line(
+    step: int,
+    *,
+    loss: float = 1.5,
+    contrastive: float | None = 0.5,
+    caption: float | None = 0.25,
+    skipped: bool = False,
+    samples: int = 8,
+) -> StepLine:
     tensor = torch.tensor
+    terms = [None if term is None else tensor(term) for term in (contrastive, caption)]
     return StepLine(
         progress=Progress(step, (step - 1) // 3, 0),
-        terms=Terms(tensor(loss), tensor(0.5), tensor(0.25), tensor(14.0), tensor(2.0), skipped),
+        terms=Terms(tensor(loss), *terms, tensor(14.0), tensor(2.0), skipped),
         rate=0.125,
         samples=samples,
         tiles=100,
@@ -203,6 +212,17 @@ def test_memory_stands_in_a_line_where_it_is_asked_for(
         r"  data 0\.500 s  step 2\.000 s  memory 512 MB",
     ):
         assert re.search(shown, messages.text), shown
+
+
+@pytest.mark.parametrize("lacks", ["contrastive", "caption"])
+def test_a_loss_that_there_is_not_is_in_no_line(
+    tmp_path: Path, lacks: str, messages: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig(tmp_path)
+    rig.step(2, **{lacks: None})
+    (told_line,) = told(tmp_path)
+    has = "caption 0.2500" if lacks == "contrastive" else "contrastive 0.5000"
+    assert f"{lacks}_loss" not in told_line and f"loss 1.5000 ({has})  scale" in messages.text
 
 
 def test_a_line_sums_up_the_steps_since_the_last_line(

@@ -140,16 +140,16 @@ class RunWatcher:
         }
         memory = self.memory()
         values |= memory
+        terms = {name: values.get(f"{name}_loss") for name in ("contrastive", "caption")}
         self.run.log("train", step, values)
         log.info(
-            "epoch %d  step %d/%d  loss %.4f (contrastive %.4f, caption %.4f)  scale %.2f  "
+            "epoch %d  step %d/%d  loss %.4f (%s)  scale %.2f  "
             "rate %.2e  norm %.2f  %.1f samples/s  %.0f tiles/s  data %.3f s  step %.3f s%s",
             line.progress.epoch + 1,
             step,
             self._total,
             values["loss"],
-            values["contrastive_loss"],
-            values["caption_loss"],
+            ", ".join(f"{name} {loss:.4f}" for name, loss in terms.items() if loss is not None),
             values["logit_scale"],
             line.rate,
             values["gradient_norm"],
