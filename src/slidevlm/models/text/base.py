@@ -18,6 +18,8 @@ from slidevlm.models.attention import LayerCache
 from slidevlm.models.mode import Group, Recomputing
 from slidevlm.registry import Registry
 
+NORMS = (nn.LayerNorm, nn.RMSNorm)
+
 
 class TextTower(Recomputing):
     """Base class: tokens -> hidden states, and a report's embedding from them.
@@ -59,6 +61,10 @@ class TextTower(Recomputing):
     @abstractmethod
     def position_tables(self) -> list[nn.Embedding]:
         """The tables of learned position vectors, which weight decay spares."""
+
+    def norms(self) -> list[nn.Module]:
+        """The layer norms and RMS norms, which a lock spares."""
+        return [module for module in self.modules() if isinstance(module, NORMS)]
 
     @property
     @abstractmethod
