@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from slidevlm import dist
-from slidevlm.app import codebase
+from slidevlm.app import codebase, pretrained
 from slidevlm.app.cohorts import Data, open_data
 from slidevlm.app.datasets import bag_dataset
 from slidevlm.app.devices import check_exchange, choose_device, with_device
@@ -107,6 +107,8 @@ def _checked(config: Config) -> torch.device:
     device = torch.device("cpu")
     with noted():
         zoo.load(config.model.model)
+    with noted():
+        pretrained.check(config)
     with noted():
         codebase.check(config)
     with noted():
