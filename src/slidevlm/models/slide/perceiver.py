@@ -157,13 +157,13 @@ class Perceiver(SlideEncoder):
     def forward(self, bags: Bags) -> Tensor:
         """Bags -> latents [B, latents, width]."""
         latents = self._begin(bags)
-        tiles = self._tiles(bags)
-        if self.first is not None:
+        if self.first is not None:  # without blocks nothing reads the tiles one by one
+            tiles = self._tiles(bags)
             latents = self._block(self.first, latents, *self._context(self.first, tiles), bags)
-        if self.further is not None:
-            key, value = self._context(self.further, tiles)
-            for _ in range(self.blocks - 1):
-                latents = self._block(self.further, latents, key, value, bags)
+            if self.further is not None:
+                key, value = self._context(self.further, tiles)
+                for _ in range(self.blocks - 1):
+                    latents = self._block(self.further, latents, key, value, bags)
         if self.norm is not None:
             latents = self.norm(latents)
         return latents if self.output is None else self.output(latents)
