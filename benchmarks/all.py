@@ -106,7 +106,7 @@ def _limit(what: str) -> Figure:
 
 def _at_a_time(what: str, bar: float) -> Figure:
     row = what.replace(", ", r" \| ")
-    return Figure(f"{what}: without cache / eight at a time", _row(row, 6), bar)
+    return Figure(f"{what}: eight at a time, without cache / with", _row(row, 7), bar)
 
 
 _STANDS = rf"^beside the loop, .* a checkpoint, {NUMBER} % of a step"
@@ -150,6 +150,17 @@ BENCHMARKS = (
             Figure("a bag of 100,000, padded / ours, memory", r"^bag .*, memory " + NUMBER),
             Figure("memory of that bag", rf"^bag +ours +[\d.]+ s +{NUMBER} MB", 2650, "MB",
                    more=False, ratio=False),
+        ),
+        threads=None,
+    ),
+    Benchmark(
+        "tiles",
+        (),
+        ("--tiles", "300", "--repeats", "1"),
+        (
+            Figure("100,000 before attention, at once / in pieces, time",
+                   rf"^plain / ours: time {NUMBER}"),
+            Figure("the same, memory", r"^plain / ours: .*memory " + NUMBER),
         ),
         threads=None,
     ),

@@ -12,7 +12,7 @@ Without cache, each token takes the text encoder and the decoder over all tokens
 slide's keys and values again, as trainers that generate through the forward pass do; the slide
 itself is encoded once. The two are in turn, and must write the same tokens. The last column is the
 time of the last tokens over that of the first ones with the cache: the latter fifth over the first.
---batch B gives, besides, seconds a report with the cache for B bags at a time. --processor counts
+--batch B gives, besides, seconds a report of either for B bags at a time. --processor counts
 seconds of the processor, for a machine that does other work too.
 
 One greedy report at a time reads every weight of the decoder for every token. The line under such a
@@ -202,8 +202,8 @@ def measure(size: str, form: str, asked: argparse.Namespace) -> None:
     a, b = sorted(fast)[middle], sorted(slow)[middle]
     row = f"| {size} | {form} | {a:.2f} | {b:.2f} | {b / a:.1f} | {sorted(flat)[middle]:.2f} |"
     if batch > 1:
-        each = seconds_of(model, batch, decoding, clock)[0] / batch
-        row += f" {each:.2f} | {b / each:.1f} |"
+        a, b_each = (seconds_of(m, batch, decoding, clock)[0] / batch for m in (model, slow_model))
+        row += f" {a:.2f} | {b_each:.2f} | {b_each / a:.1f} |"
     print(row, flush=True)
     if form == "greedy":
         tell_limit(model, tokens, b, clock)
@@ -222,9 +222,10 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     print(f"torch {torch.__version__}, {asked.threads} thread(s)")
     head = "| model | form | cached s | uncached s | ratio | last / first |"
-    more = f" cached s, {asked.batch} at a time | ratio |" if asked.batch > 1 else ""
-    print(head + more)
-    print("|---" * (head.count("|") - 1 + 2 * bool(more)) + "|")
+    if asked.batch > 1:
+        head += f" cached s, {asked.batch} at a time | uncached s, likewise | ratio |"
+    print(head)
+    print("|---" * (head.count("|") - 1) + "|")
     for size in [s for s in SIZES if s in asked.what] or list(SIZES):
         for form in [f for f in FORMS if f in asked.what] or list(FORMS):
             measure(size, form, asked)

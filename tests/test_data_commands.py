@@ -11,6 +11,7 @@ import pytest
 
 from slidevlm.cli import main
 from slidevlm.data.formats.hdf5_cases import CaseWriter, Hdf5Cases
+from slidevlm.data.scan import scan
 from slidevlm.data.splits import read_identifiers
 from slidevlm.data.synthetic import DemoCohort, synthesize
 
@@ -241,6 +242,50 @@ def test_a_slide_table_puts_slides_together(tmp_path):
     assert main(["data", "split", *given, "--fractions", "0.5", "0.5"]) == 0
     halves = [read_identifiers(tmp_path / "splits" / f"{n}.txt") for n in ("train", "val")]
     assert sorted(halves) == [["x"], ["y"]]
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_pixels_become_micrometres(tmp_path, capsys, workers):
+    """Of files as TRIDENT writes them; the checksums are of what is written."""
+    coords = np.array([[0, 1024], [5120, 70_000]])
+    for name in ("a", "b"):
+        write_trident(tmp_path / "slides" / f"{name}.h5", coords)
+    given = ["data", "convert", str(tmp_path / "slides"), str(tmp_path / "out.h5")]
+    assert main([*given, "--mpp", "0.25", "--workers", workers]) == 0
+    store = Hdf5Cases(tmp_path / "out.h5", "uni")
+    for case in store.cases:
+        bag = store.read(case, None)
+        assert bag.unit == store.facts(case).unit == "um"
+        assert bag.positions.tolist() == (coords / 4).tolist()
+        assert store.facts(case).tile_size == "256 um"
+        found = scan(store, case)
+        assert found.verified and found.damaged == ()
+    again = ["data", "convert", str(tmp_path / "out.h5"), str(tmp_path / "no.h5"), "--mpp", "0.25"]
+    assert main([*again, "--workers", workers]) == 2
+    assert "positions in micrometres already; leave --mpp out" in capsys.readouterr().err
+    assert not (tmp_path / "no.h5").exists()
+
+
+def test_what_mpp_cannot_be(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.ones((2, 4), np.float32))
+    given = ["data", "convert", str(tmp_path / "a.npy"), str(tmp_path / "out.h5"), "--workers", "0"]
+    assert main([*given, "--mpp", "0.5"]) == 2
+    assert "have no positions; leave --mpp out" in capsys.readouterr().err
+    for wrong in ("0", "-1", "nan", "inf"):
+        assert main([*given, f"--mpp={wrong}"]) == 2
+        assert "--mpp" in capsys.readouterr().err
+    assert not (tmp_path / "out.h5").exists()
+
+
+def write_trident(path: Path, coords: np.ndarray) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file["features"] = np.ones((len(coords), 8), np.float32)
+        file["features"].attrs["encoder"] = "uni"
+        file["coords"] = coords
+        file["coords"].attrs.update(
+            patch_size=512, patch_size_level0=1024, level0_magnification=40, target_magnification=20
+        )
 
 
 def test_several_encoders_must_be_chosen(tmp_path, capsys):

@@ -130,6 +130,18 @@ def test_going_on_drops_what_was_told_after_the_checkpoint(tmp_path: Path) -> No
     assert names(tmp_path) == {"metrics.jsonl", "out.log"}, "no temporary file is left"
 
 
+def test_going_on_with_an_evaluation_drops_what_was_told_of_it(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        for step in (2, 4):
+            run.log("train", step, {"loss": float(step)})
+            run.log("evaluation", step, {"R@1": 0.5})
+    with Run(tmp_path, resumed_step=4, evaluates_first=True) as run:
+        run.log("evaluation", 4, {"R@1": 0.75})
+    told = [(line["kind"], line["step"]) for line in lines(tmp_path)]
+    assert told == [("train", 2), ("evaluation", 2), ("train", 4), ("evaluation", 4)]
+    assert lines(tmp_path)[-1]["R@1"] == 0.75
+
+
 def test_going_on_from_nothing_forgets_all_that_was_told(tmp_path: Path) -> None:
     with Run(tmp_path) as run:
         run.log("train", 1, {"loss": 1.0})

@@ -381,6 +381,12 @@ class _ConvertArguments:
         default_text="contiguous, the fastest",
         minimum=1,
     )
+    mpp: float | None = arg(
+        None,
+        "turn positions in level-0 pixels, and sizes of tiles, into micrometres: so many a pixel, "
+        "the same for all slides",
+        above=0.0,
+    )
     workers: int = arg(2, "reading processes; 0 reads in one", minimum=0)
     json: bool = arg(False, cli_use.JSON)
 
@@ -413,6 +419,7 @@ def _convert(argv: Sequence[str]) -> None:
             arguments.text_attribute or "report",
             arguments.dtype,
             arguments.chunk_rows,
+            arguments.mpp,
             arguments.workers,
         ),
         as_json=arguments.json,

@@ -237,6 +237,7 @@ class Conversion:
     text_attribute: str = "report"  # in the target, of the texts from text_data_file
     dtype: str = "float16"
     chunk_rows: int | None = None
+    mpp: float | None = None  # micrometres a level-0 pixel, into which positions are converted
     workers: int = 2
 
 
@@ -270,6 +271,7 @@ def convert_path(wanted: Conversion, *, as_json: bool = False) -> None:
             workers=wanted.workers,
             settings=_of_sources(wanted),
             progress=bars.show,
+            mpp=wanted.mpp,
         )
     finally:
         bars.close()

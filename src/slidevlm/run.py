@@ -144,6 +144,7 @@ class Run:
         resumed_step: the step that training goes on from; later lines of metrics.jsonl, which a
             killed process left, are dropped. None for a new run.
         wandb: for the sink of that name.
+        evaluates_first: that step is to be evaluated; what was told of that is dropped, too.
     """
 
     def __init__(
@@ -152,6 +153,8 @@ class Run:
         report_to: Sequence[str] = (),
         resumed_step: int | None = None,
         wandb: WandbSettings | None = None,
+        *,
+        evaluates_first: bool = False,
     ) -> None:
         self.folder = folder
         self._sinks: list[Sink] = []
@@ -160,7 +163,8 @@ class Run:
             return
         folder.mkdir(parents=True, exist_ok=True)
         if resumed_step is not None:
-            _drop_lines_after(folder / METRICS, resumed_step)
+            evaluated = resumed_step - evaluates_first
+            _drop_lines_after(folder / METRICS, resumed_step, evaluated)
         self._sinks.append(JsonLines(folder / METRICS))
         if "tensorboard" in report_to:
             self._sinks.append(TensorBoard(folder / "tensorboard", resumed_step))
@@ -211,13 +215,15 @@ def write_text(path: Path, content: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
+def _drop_lines_after(path: Path, step: int, evaluated: int) -> None:
+    """Of evaluations those after step `evaluated`, of anything else those after `step`."""
     if not path.exists():
         return
     kept = []
     for line in path.read_bytes().splitlines():
         try:
-            if json_of(line)["step"] <= step:
+            told = json_of(line)
+            if told["step"] <= (evaluated if told["kind"] == "evaluation" else step):
                 kept.append(line.decode())
         except (ValueError, KeyError, TypeError):
             continue  # a line that a kill cut short, or a bad disk spoiled

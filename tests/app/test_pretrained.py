@@ -211,6 +211,26 @@ def test_the_text_tower_starts_from_openais_clip(
         train(settings_of(cohort, tmp_path, name="c", model="coca_tiny", pretrained="openai"))
 
 
+def test_openais_clip_is_not_scripted(
+    cohort: DemoCohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told before anything is fetched, with the other problems."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    more = {"model": "clip_openai_text", "pretrained": "openai", "torchscript": True}
+    settings = settings_of(cohort, tmp_path, name="no", batch_size=0, **more)
+    with pytest.raises(ConfigError, match="--batch-size must be") as told:
+        train(settings)
+    assert "--pretrained openai and --torchscript" in str(told.value)
+    assert "leave --torchscript out" in str(told.value)
+    tags = tmp_path / "tags.yaml"
+    tags.write_text("openai: nowhere\n")
+    monkeypatch.setenv("SLIDEVLM_REGISTRY", str(tags))
+    with pytest.raises(ConfigError, match="--batch-size must be") as told:
+        train(settings)
+    assert "--torchscript" not in str(told.value), "a tag of one's own is something else"
+
+
 def test_what_cannot_be_used(
     cohort: DemoCohort, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +308,7 @@ def test_a_language_model_trains_writes_and_is_evaluated(
     lines = [json.loads(x) for x in (tmp_path / "lm" / "metrics.jsonl").read_text().splitlines()]
     losses = [x["caption_loss"] for x in lines if "caption_loss" in x]
     assert losses[-1] < losses[0] - 0.1
+    assert not any("contrastive_loss" in x for x in lines)
     assert metrics["val/loss/caption"] < losses[0]
     assert not [m for m in metrics if "contrastive" in m or "image_to_text" in m]
     assert (tmp_path / "lm" / "captions_epoch_3.json").is_file()

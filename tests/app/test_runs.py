@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from slidevlm.app.notebook import evaluate
 from slidevlm.cli import main
 from slidevlm.config import Config, with_values
 from slidevlm.data.formats.hdf5_cases import CaseWriter
+from slidevlm.data.sampling import EvalBatches
 from slidevlm.data.synthetic import DemoCohort
 from slidevlm.errors import CheckpointError, ConfigError, DataError, SlideVLMError
 from slidevlm.flags import arguments
@@ -240,6 +241,53 @@ def test_resuming_within_an_epoch_gives_the_same_weights(settings: dict[str, Any
     told = lines(settings)
     train(config_of(settings, resume="latest"))
     assert lines(settings) == told, "nothing is done again: a second time would have other speeds"
+
+
+def test_asked_to_end_while_it_evaluates_a_run_does_so_and_then_makes_up_for_it(
+    settings: dict[str, Any], cohort: DemoCohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the batch in progress, in any epoch; at the end all is as if nothing had happened."""
+    settings |= {"batch_size": 3, "model": dropout_model(settings), "save_frequency": 2}
+    settings |= {
+        "ema": 0.9,
+        "save_best": "val/loss/caption",
+        "test_split": str(cohort.split("test")),
+    }
+    train(config_of(settings, name="undisturbed"))
+    evaluations: list[list[int]] = []
+
+    class Struck(EvalBatches):
+        def __iter__(self) -> Iterator[list[int]]:
+            evaluations.append([])
+            for number, batch in enumerate(super().__iter__()):
+                evaluations[-1].append(number)
+                if number == 1 and len(evaluations) in (1, 3):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+    monkeypatch.setattr("slidevlm.app.judging.EvalBatches", Struck)
+    folder = Path(settings["logs"]) / "run"
+    for epoch in (1, 2):
+        train(config_of(settings, resume="latest"))
+        assert evaluations[-1] == [0, 1], "it was left after the batch in progress"
+        found = ckpt.newest(folder / "checkpoints")
+        assert found is not None and found[2].progress.step == 13 * epoch
+        assert len(lines(settings, "evaluation")) == epoch - 1
+        assert not (folder / "test.json").exists()
+    train(config_of(settings, resume="latest"))
+    whole, test = [0, 1, 2], [0, 1, 2, 3, 4]
+    assert evaluations == [[0, 1], whole, [0, 1], whole, test]
+    assert (folder / "test.json").exists()
+    other = settings | {"name": "undisturbed"}
+    assert lines(settings, "evaluation") == lines(other, "evaluation")
+    assert [x["loss"] for x in lines(settings)] == [x["loss"] for x in lines(other)]
+    for name in ("epoch_2.pt", "best.pt"):
+        mine, wanted = (
+            ckpt.load(folder.parent / run / "checkpoints" / name) for run in ("run", "undisturbed")
+        )
+        assert same(mine[0].weights, wanted[0].weights)
+        assert same(mine[0].averaged, wanted[0].averaged)
+        assert (mine[1].metrics, mine[1].best) == (wanted[1].metrics, wanted[1].best)
 
 
 def dropout_model(settings: dict[str, Any], rate: float = 0.2) -> str:

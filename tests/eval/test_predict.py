@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slidevlm.batch import Bags, Batch, Predictions
 from slidevlm.eval import predict as module
-from slidevlm.eval.predict import Writing, predict, split_contrastive_loss
+from slidevlm.eval.predict import LeftError, Writing, predict, split_contrastive_loss
 from slidevlm.models import CoCa, build_model, create_model, from_dict, zoo
 from slidevlm.models.generate import Decoding, generate
 from slidevlm.precision import resolve
@@ -263,6 +263,14 @@ def test_weights_and_gradients_are_untouched() -> None:
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_it_can_be_left_before_the_first_batch_and_after_each(after: int) -> None:
+    model, done = model_for().train(), list[int]()
+    with pytest.raises(LeftError):
+        predict(model, batches(4), REPORTS, FP32, None, done.append, lambda: len(done) == after)
+    assert done == [4, 8, 11][:after] and model.training
+
+
 def test_progress_counts_specimens() -> None:
     done: list[int] = []
     predict(model_for(), batches(4), REPORTS, FP32, on_batch=done.append)
@@ -327,6 +335,19 @@ def test_any_share_of_processes_gives_the_same(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_array_equal(together.image_embedding, alone.image_embedding)
     np.testing.assert_array_equal(together.text_embedding, alone.text_embedding)
     assert together.losses == pytest.approx(alone.losses, rel=1e-12)
+
+
+def test_where_one_process_leaves_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that have no batches, or had done theirs."""
+    model = model_for()
+
+    def run(share: list[Batch]) -> Predictions:
+        mine = bool(share) and share[0].specimen_ids == ("s3",)
+        return predict(model, share, REPORTS, FP32, leave=lambda: mine)
+
+    for last in (batches(1, [7, 8]), [], batches(1, [3, 5])):
+        with pytest.raises(LeftError):
+            across(monkeypatch, [batches(1, [0, 1]), [], batches(1, [3, 5]), last], run)
 
 
 def test_autocast_reaches_the_model_and_embeddings_stay_float32() -> None:

@@ -299,6 +299,14 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def losses(one: Training) -> list[tuple[int, float]]:
-    """Step and loss of each line of the run's metrics."""
-    lines = [json.loads(x) for x in (one.run / "metrics.jsonl").read_text().splitlines()]
-    return [(x["step"], x["loss"]) for x in lines if x["kind"] == "train"]
+    """Step and loss of each step of the run's metrics."""
+    return [(x["step"], x["loss"]) for x in _told(one) if x["kind"] == "train"]
+
+
+def evaluations(one: Training) -> list[dict[str, Any]]:
+    """Each line of the run's metrics that an evaluation has left."""
+    return [x for x in _told(one) if x["kind"] == "evaluation"]
+
+
+def _told(one: Training) -> list[dict[str, Any]]:
+    return [json.loads(x) for x in (one.run / "metrics.jsonl").read_text().splitlines()]

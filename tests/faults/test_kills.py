@@ -40,6 +40,8 @@ def test_strikes_leave_no_trace(tmp_path: Path) -> None:
     assert started.agent.wait(timeout=harness.END_SECONDS) == 0, started.said()
     wanted = harness.final_state(undisturbed)
     wanted_losses = harness.losses(undisturbed)
+    wanted_evaluations = harness.evaluations(undisturbed)
+    assert len(wanted_evaluations) == harness.EPOCHS
     assert [step for step, _ in wanted_losses] == list(range(1, harness.STEPS + 1))
 
     left = harness.strikes(NUMBER, SEED)
@@ -64,4 +66,5 @@ def test_strikes_leave_no_trace(tmp_path: Path) -> None:
         assert started.agent.wait(timeout=harness.END_SECONDS) == 0, started.said()
         assert harness.equal(harness.final_state(one), wanted), f"{one.name} ended elsewhere"
         assert harness.losses(one) == wanted_losses, f"{one.name} logged something else"
+        assert harness.evaluations(one) == wanted_evaluations, f"{one.name} was judged otherwise"
         print(f"{one.name}: {one.starts} starts, the same to the last bit")

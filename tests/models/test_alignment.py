@@ -16,6 +16,7 @@ from slidevlm.data.tokenizer import Tokenizer
 from slidevlm.errors import ConfigError
 from slidevlm.models import CoCa, build_model, from_dict, zoo
 from slidevlm.models.alignment import Aligned, Alignment, AlignmentConfig
+from slidevlm.models.linear import BYTES_AT_ONCE
 
 WIDTH = 5
 REPORTS = [
@@ -198,7 +199,7 @@ def test_neither_batch_nor_padding_nor_pieces_change_an_embedding(
     bags, (tokens, mask) = bags_of(4, 1, 7), pair(tokenizer, REPORTS)
     with torch.no_grad():
         together, texts = model.encode_image(bags), model.encode_text(tokens, mask)
-        monkeypatch.setattr("slidevlm.models.alignment._ROWS", 3)
+        monkeypatch.setitem(BYTES_AT_ONCE, "cpu", 3 * 4 * bags.features.shape[1])
         first = 0
         for number, length in enumerate(bags.lengths):
             rows = slice(first, first + length)

@@ -13,17 +13,23 @@ from slidevlm.models.few_rows import FewRows, few_rows
 from slidevlm.models.quantize import Int8Linear
 
 
-@pytest.fixture(params=[False, True], ids=["amd", "intel"])
-def intel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the processor is taken for one of Intel."""
-    monkeypatch.setattr(module, "is_intel", lambda: request.param)
-    return bool(request.param)
+@pytest.fixture(params=["intel", "amd", "amd with avx512"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the processor is taken for."""
+    told = {"intel": "GenuineIntel avx512f", "amd": "AuthenticAMD avx2"}
+    text = told.get(request.param, "AuthenticAMD avx2 avx512f")
+    monkeypatch.setattr(module, "_processor", lambda: text)
+    return str(request.param)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(7, 5), (600, 30), (2048, 2050)])
-@pytest.mark.usefixtures("intel")
-def test_the_numbers_are_those_of_the_layer(inputs: int, outputs: int, bias: bool) -> None:
+@pytest.mark.usefixtures("processor")
+def test_the_numbers_are_those_of_the_layer(
+    inputs: int, outputs: int, bias: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs, bias=bias)
     exact = nn.Linear(inputs, outputs, bias=bias, dtype=torch.float64)
@@ -37,11 +43,13 @@ def test_the_numbers_are_those_of_the_layer(inputs: int, outputs: int, bias: boo
             torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=2e-5)
 
 
-def test_each_way_is_taken(monkeypatch: pytest.MonkeyPatch, intel: bool) -> None:
+def test_each_way_is_taken(monkeypatch: pytest.MonkeyPatch, processor: str) -> None:
     """The tables of `benchmarks/few_rows.py`, in some shapes."""
     ways: list[str] = []
     mm, linear, dense = torch.addmm, module.F.linear, torch.Tensor.to_mkldnn
+    pieces = torch.baddbmm
     monkeypatch.setattr(torch, "addmm", lambda *a: (ways.append("other side"), mm(*a))[1])
+    monkeypatch.setattr(torch, "baddbmm", lambda *a: (ways.append("pieces"), pieces(*a))[1])
     monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda *a: (ways.append("oneDNN"), dense(*a))[1])
     monkeypatch.setattr(module.F, "linear", lambda *a: (ways.append("linear"), linear(*a))[1])
 
@@ -53,19 +61,26 @@ def test_each_way_is_taken(monkeypatch: pytest.MonkeyPatch, intel: bool) -> None
         return list(ways)
 
     assert way(1024, 4096, 65) == ["linear"] == way(8, 8, 0)
-    if intel:
+    once: list[str] = []  # a product with the weight turned over, which is a tensor's own
+    if processor == "intel":
         assert way(1024, 4096, 4) == ["oneDNN", "linear"] == way(1024, 1024, 64)
         assert way(1024, 4096, 3) == ["linear"] == way(512, 64, 8) == way(1024, 1023, 4)
-        assert way(1024, 4096, 1) == [], "a product with the weight turned over"
+        assert way(1024, 4096, 1) == once == way(8, 8, 1) == way(8, 8, 1, threads=2)
         return
     assert way(512, 64, 8) == ["other side"] and way(512, 64, 9) == ["linear"]
     assert way(1024, 64, 5) == ["other side"] and way(1024, 64, 6) == ["linear"]
     assert way(1024, 4096, 5) == ["other side"] and way(1024, 4096, 6) == ["oneDNN", "linear"]
+    if processor == "amd":
+        assert way(512, 64, 1) == ["pieces"] == way(1024, 64, 1, threads=2)
+        assert way(1024, 4096, 1) == once == way(2048, 64, 1)
+        assert way(2048, 64, 2) == ["other side"]
+        return
     assert way(1024, 4096, 1) == ["other side"] == way(8, 8, 1)
-    assert way(2048, 64, 1) == [] and way(2048, 64, 1, threads=2) == ["other side"]
+    assert way(2048, 64, 1) == once and way(2048, 64, 2) == ["linear"]
+    assert way(2048, 64, 1, threads=2) == ["other side"]
 
 
-@pytest.mark.usefixtures("intel")
+@pytest.mark.usefixtures("processor")
 def test_what_comes_from_the_other_side_lies_side_by_side() -> None:
     """Or attention falls back to its slow form: it asks for a last dimension of stride 1."""
     for rows in (1, 4):
@@ -74,15 +89,19 @@ def test_what_comes_from_the_other_side_lies_side_by_side() -> None:
         assert y.is_contiguous()
 
 
-def test_the_maker_of_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_the_processor_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told = tmp_path / "cpuinfo"
     monkeypatch.setattr(module, "Path", lambda _: told)
+    monkeypatch.setattr(module, "_processor", module._processor.__wrapped__)
     monkeypatch.setattr(module.platform, "processor", lambda: "Intel64 Family 6, GenuineIntel")
-    for text, expected in (("vendor_id\t: GenuineIntel\n", True), ("AuthenticAMD", False)):
+    for text, intel, wide in (
+        ("vendor_id\t: GenuineIntel\nflags\t: avx2", True, False),
+        ("AuthenticAMD avx2 avx512f", False, True),
+    ):
         told.write_text(text)
-        assert module.is_intel.__wrapped__() is expected
+        assert module.is_intel() is intel and module.has_avx512() is wide
     told.unlink()
-    assert module.is_intel.__wrapped__() is True, "elsewhere the interpreter tells"
+    assert module.is_intel() is True, "elsewhere the interpreter tells"
 
 
 def test_layers_are_as_before_also_after_an_error() -> None:

@@ -13,6 +13,7 @@ from slidevlm.models.linear import (
     gelu_linear,
     norm_linear,
     normalised_linear,
+    rows_of,
 )
 
 
@@ -26,16 +27,23 @@ def norm() -> nn.LayerNorm:
     return norm
 
 
+@pytest.mark.parametrize("standardised", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_values_and_gradients_are_exact_over_several_pieces(
-    norm: nn.LayerNorm, monkeypatch: pytest.MonkeyPatch, with_bias: bool
+    norm: nn.LayerNorm, monkeypatch: pytest.MonkeyPatch, with_bias: bool, standardised: bool
 ) -> None:
-    monkeypatch.setattr(linear, "ROWS_AT_ONCE", 4)
+    monkeypatch.setitem(linear.BYTES_AT_ONCE, "cpu", 4 * 6 * 4)
+    assert [len(rows) for rows in rows_of(torch.zeros(10, 6))] == [4, 4, 2]
     features = 3 + torch.randn(10, 6, dtype=torch.float64)
     weights = [torch.randn(w, 6, dtype=torch.float64, requires_grad=True) for w in (3, 5)]
     bias = torch.randn(8, dtype=torch.float64, requires_grad=True) if with_bias else None
     leaves = [norm.weight, norm.bias, *weights, *([] if bias is None else [bias])]
-    ours = torch.cat(normalised_linear(features, norm, tuple(weights), bias), 1)
+    given, standard = features.clone(), None
+    if standardised:
+        mean = torch.randn(6, dtype=torch.float64)
+        standard = mean, 0.5 + torch.rand(6, dtype=torch.float64)
+        features = (features - standard[0]) / standard[1]
+    ours = torch.cat(normalised_linear(given, norm, tuple(weights), bias, standard), 1)
     expected = F.linear(
         F.layer_norm(features, (6,), norm.weight, norm.bias, norm.eps), torch.cat(weights), bias
     )
@@ -48,12 +56,15 @@ def test_values_and_gradients_are_exact_over_several_pieces(
         torch.testing.assert_close(got, reference)
 
 
-def test_features_that_need_a_gradient_get_theirs(norm: nn.LayerNorm) -> None:
+@pytest.mark.parametrize("standardised", [True, False])
+def test_features_that_need_a_gradient_get_theirs(norm: nn.LayerNorm, standardised: bool) -> None:
     features = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 6, dtype=torch.float64)
-    (ours,) = normalised_linear(features, norm, (weight,))
+    standard = (torch.randn(6).double(), 0.5 + torch.rand(6).double()) if standardised else None
+    (ours,) = normalised_linear(features, norm, (weight,), standard=standard)
     (got,) = torch.autograd.grad(ours.square().sum(), features)
-    reference = F.linear(norm(features), weight)
+    tiles = features if standard is None else (features - standard[0]) / standard[1]
+    reference = F.linear(norm(tiles), weight)
     (expected,) = torch.autograd.grad(reference.square().sum(), features)
     torch.testing.assert_close(got, expected)
 

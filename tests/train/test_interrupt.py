@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -65,7 +66,48 @@ def test_a_signal_that_comes_while_the_log_is_written_to_is_noted() -> None:
     time.sleep(0.1)
     found, told = process.communicate(timeout=60)
     assert process.returncode == 0, told[-2000:]
-    assert found == "SIGTERM\n" and "SIGTERM: saving after this step, then ending\n" in told
+    assert (
+        found == "SIGTERM\n" and "SIGTERM: saving after this step or batch, then ending\n" in told
+    )
+
+
+TOLD = """
+import sys, time
+import torch
+from slidevlm import dist
+from slidevlm.train.interrupt import Interrupts
+
+dist.start("gloo", torch.device("cpu"), sys.argv[1])
+rank = dist.rank()
+with Interrupts() as asked:
+    assert not asked.came()
+    dist.barrier()
+    print("ready", flush=True)
+    if rank == 0:
+        while not asked.came():
+            time.sleep(0.01)
+    dist.barrier()
+    print(asked.name, asked.came(), flush=True)
+dist.stop()
+"""
+
+
+def test_a_signal_to_one_process_is_heard_of_by_the_others(tmp_path: Path) -> None:
+    """While the one that has it waits for them."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOLD, f"file://{tmp_path}/meeting"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    processes[1].send_signal(signal.SIGUSR1)
+    found = [process.communicate(timeout=60)[0] for process in processes]
+    assert found == ["None True\n", "SIGUSR1 True\n"]
 
 
 def test_another_thread_leaves_signals_alone() -> None:

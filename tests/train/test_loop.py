@@ -117,7 +117,7 @@ def test_what_the_watcher_hears() -> None:
         for batch in range(1, 8):
             at = Progress(7 * epoch + batch, epoch, batch)
             expected += [("step", at), ("save", at)] if batch < 7 else [("step", at)]
-        expected.append(("epoch", Progress(7 * epoch + 7, epoch + 1, 0)))
+        expected.append(("epoch", Progress(7 * epoch + 7, epoch, 7)))
     assert watcher.calls == expected
 
 
@@ -160,11 +160,23 @@ def test_groups_are_whole(accum_freq: int) -> None:
 def test_going_on_from_any_place_is_going_on_exactly_there(accum_freq: int, workers: int) -> None:
     whole, watcher, end = run(accum_freq)
     places = [p for kind, p in watcher.calls if kind in ("save", "epoch")]
+    places += [p.next_epoch() for kind, p in watcher.calls if kind == "epoch"]
     for place in places if workers == 0 else places[1:4]:
         rest, _, same_end = run(accum_freq, place, workers=workers)
         assert rest.seen == whole.seen[place.step :]
         assert rest.rates == whole.rates[place.step :]
         assert same_end == end
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_whose_evaluation_was_left_goes_on_with_that(workers: int) -> None:
+    whole = run()[0].seen
+    step, watcher, end = run(start=Progress(14, 1, 7), workers=workers)
+    assert watcher.calls[:2] == [("epoch", Progress(14, 1, 7)), ("step", Progress(15, 2, 1))]
+    assert step.seen == whole[14:] and end == Progress(21, EPOCHS, 0)
+    step, watcher, end = run(start=Progress(21, 2, 7), workers=workers)
+    assert watcher.calls == [("epoch", Progress(21, 2, 7))]
+    assert step.seen == [] and end == Progress(21, EPOCHS, 0)
 
 
 def test_a_finished_training_does_nothing() -> None:

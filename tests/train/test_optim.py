@@ -13,6 +13,8 @@ from slidevlm.config import OPTIMIZERS
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models import CoCa, build_model, create_model, zoo
 from slidevlm.models.freeze import image_groups, text_groups
+from slidevlm.models.text import BioGptTower, Gpt2Tower, TextConfig, TextEncoder, TextTower
+from slidevlm.models.text.gpt import BioGptConfig, Gpt2Config
 from slidevlm.train.optim import (
     adamw,
     describe,
@@ -57,6 +59,32 @@ def test_matrices_decay_and_nothing_else(family: str) -> None:
     assert "text.tokens.weight" in names(model, decayed)
     of_decoder = {n for n in names(model, decayed) if n.startswith("decoder.")}
     assert bool(of_decoder) == (family == "coca")
+
+
+class Relative(TextEncoder):
+    """With another table, as a tower from elsewhere may have it."""
+
+    def __init__(self, config: TextConfig, vocab_size: int) -> None:
+        super().__init__(config, vocab_size)
+        self.distances = nn.Embedding(9, 2)
+
+    def position_tables(self) -> list[nn.Embedding]:
+        return [*super().position_tables(), self.distances]
+
+
+@pytest.mark.parametrize(
+    ("tower", "expected"),
+    [
+        (TextEncoder(TextConfig(8, 1, 2), 20), {"positions.weight"}),
+        (Relative(TextConfig(8, 1, 2), 20), {"positions.weight", "distances.weight"}),
+        (Gpt2Tower(Gpt2Config(end=1, width=8, heads=2, pool_heads=2), 20), {"positions.weight"}),
+        (BioGptTower(BioGptConfig(end=1, width=8, heads=2), 20), {"positions.weight"}),
+    ],
+)
+def test_each_tower_says_which_tables_are_spared(tower: TextTower, expected: set[str]) -> None:
+    _, others = parameter_groups(tower, 0.1)
+    spared = {n for n in names(tower, others) if tower.get_parameter(n).ndim >= 2}
+    assert spared == expected
 
 
 def test_a_tied_weight_is_in_one_group_once() -> None:

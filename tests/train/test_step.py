@@ -231,11 +231,12 @@ def test_weight_zero_switches_a_term_off(contrastive: float, caption: float) -> 
     decoder = [p.grad for p in model.decoder.layers.parameters()]
     if caption == 0:
         assert all(g is None for g in decoder)
-        assert terms.loss == terms.contrastive
+        assert terms.loss == terms.contrastive and terms.caption is None
     else:
         assert all(g is not None for g in decoder)
         assert model.text_project.weight.grad is None
         assert model.log_scale.grad is None
+        assert terms.loss == 2 * terms.caption and terms.contrastive is None
 
 
 def test_siglip_takes_the_contrastive_place_in_coca() -> None:

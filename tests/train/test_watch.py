@@ -14,9 +14,10 @@ import torch
 
 from slidevlm import dist
 from slidevlm.errors import CheckpointError
+from slidevlm.eval.predict import LeftError
 from slidevlm.run import Run
 from slidevlm.train import watch
-from slidevlm.train.checkpoint import Keeper, ModelState, Progress, TrainState, load
+from slidevlm.train.checkpoint import Keeper, ModelState, Progress, TrainState, load, newest
 from slidevlm.train.interrupt import Interrupts
 from slidevlm.train.loop import StepLine
 from slidevlm.train.step import Terms
@@ -119,6 +120,8 @@ class Rig:
 
     def evaluate(self, epoch: int, captions: bool, step: int) -> dict[str, float]:
         self.calls.append(("evaluate", epoch, captions, step))
+        if self.interrupts.came():
+            raise LeftError
         return {"val/score": float(epoch)}
 
     def state(self, progress: Progress, metrics: dict[str, float]) -> tuple[ModelState, TrainState]:
@@ -129,7 +132,7 @@ class Rig:
         )
 
     def epoch(self, epoch: int) -> None:
-        self.watcher.epoch(Progress(3 * epoch, epoch, 0))
+        self.watcher.epoch(Progress(3 * epoch, epoch - 1, 3))
         self.watcher.wait()
 
     def save(self, progress: Progress) -> None:
@@ -141,11 +144,20 @@ class Rig:
         self.watcher.step(line(step, **options))
 
 
-def line(step: int, *, loss: float = 1.5, skipped: bool = False, samples: int = 8) -> StepLine:
+def line(
+    step: int,
+    *,
+    loss: float = 1.5,
+    contrastive: float | None = 0.5,
+    caption: float | None = 0.25,
+    skipped: bool = False,
+    samples: int = 8,
+) -> StepLine:
     tensor = torch.tensor
+    terms = [None if term is None else tensor(term) for term in (contrastive, caption)]
     return StepLine(
         progress=Progress(step, (step - 1) // 3, 0),
-        terms=Terms(tensor(loss), tensor(0.5), tensor(0.25), tensor(14.0), tensor(2.0), skipped),
+        terms=Terms(tensor(loss), *terms, tensor(14.0), tensor(2.0), skipped),
         rate=0.125,
         samples=samples,
         tiles=100,
@@ -200,6 +212,17 @@ def test_memory_stands_in_a_line_where_it_is_asked_for(
         r"  data 0\.500 s  step 2\.000 s  memory 512 MB",
     ):
         assert re.search(shown, messages.text), shown
+
+
+@pytest.mark.parametrize("lacks", ["contrastive", "caption"])
+def test_a_loss_that_there_is_not_is_in_no_line(
+    tmp_path: Path, lacks: str, messages: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig(tmp_path)
+    rig.step(2, **{lacks: None})
+    (told_line,) = told(tmp_path)
+    has = "caption 0.2500" if lacks == "contrastive" else "contrastive 0.5000"
+    assert f"{lacks}_loss" not in told_line and f"loss 1.5000 ({has})  scale" in messages.text
 
 
 def test_a_line_sums_up_the_steps_since_the_last_line(
@@ -347,12 +370,44 @@ def test_asked_to_end_within_an_epoch_it_saves_there(tmp_path: Path) -> None:
 
 
 def test_asked_to_end_at_an_epoch_that_keeps_nothing_it_saves_all_the_same(tmp_path: Path) -> None:
-    rig = Rig(tmp_path)
+    rig = Rig(tmp_path, val_frequency=5)
     rig.interrupts.name = "SIGUSR1"
     rig.epoch(1)  # every second epoch is kept
     assert rig.watcher.stops
     saved = load(tmp_path / "checkpoints" / "step_3.pt")[1]
-    assert saved.progress == Progress(3, 1, 0) and saved.metrics == {"val/score": 1.0}
+    assert saved.progress == Progress(3, 1, 0) and saved.metrics == {}
+
+
+def test_asked_to_end_while_it_evaluates_it_saves_what_is_to_be_evaluated(tmp_path: Path) -> None:
+    old, keeper = {"val/score": 0.5}, {"every_epochs": 1, "most_recent": True}
+    rig = Rig(tmp_path, metrics=old, keeper=keeper)
+    rig.interrupts.name = "SIGTERM"
+    rig.epoch(2)
+    assert rig.watcher.stops and rig.watcher.metrics == old
+    files = {f.name: load(f)[1] for f in (tmp_path / "checkpoints").iterdir()}
+    assert files.keys() == {"step_6.pt", "epoch_latest.pt"}, "epoch 2 is not over"
+    assert all(s.progress == Progress(6, 1, 3) and s.metrics == old for s in files.values())
+
+
+@pytest.mark.parametrize("every_epochs", [1, 5])
+def test_gone_on_with_an_evaluation_it_saves_what_came_of_it(
+    tmp_path: Path, every_epochs: int
+) -> None:
+    """Also at an epoch that keeps nothing, or every further start would evaluate again."""
+    rig = Rig(tmp_path, keeper={"every_epochs": every_epochs})
+    rig.interrupts.name = "SIGTERM"
+    rig.epoch(2)
+    found = newest(tmp_path / "checkpoints")
+    assert found is not None
+    rig = Rig(tmp_path, start=found[2].progress, keeper={"every_epochs": every_epochs})
+    rig.epoch(2)
+    assert rig.calls == [("evaluate", 2, False, 6), ("save", 6)] and not rig.watcher.stops
+    path, _, saved = newest(tmp_path / "checkpoints") or pytest.fail("nothing is there")
+    assert path.name == ("epoch_2.pt" if every_epochs == 1 else "step_6.pt")
+    assert saved.progress == Progress(6, 2, 0) and saved.metrics == {"val/score": 2.0}
+    if every_epochs == 5:
+        rig.epoch(3)
+        assert ("save", 9) not in rig.calls, "later epochs are kept as ever"
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def fit(
         run,
         _keeper(config, folder),
         _states(config, trained, step, average, order),
-        _evaluation(judge, data, average),
+        _evaluation(judge, data, average, interrupts),
         _rhythm(config, steps_an_epoch),
         progress,
         {} if start.training is None else start.training.metrics,
@@ -127,13 +127,13 @@ def fit(
 
 
 def _evaluation(
-    judge: Judge, data: Data, average: Average | None
+    judge: Judge, data: Data, average: Average | None, interrupts: Interrupts
 ) -> Callable[[int, bool, int], dict[str, float]]:
     """Epoch, whether to write reports, step -> metrics; of the averages where there are any."""
 
     def evaluate(epoch: int, write: bool, at: int) -> dict[str, float]:
         with nullcontext() if average is None else average.in_place():
-            return judge.epoch(data.vals, epoch, write, at)
+            return judge.epoch(data.vals, epoch, write, at, interrupts.came)
 
     return evaluate
 

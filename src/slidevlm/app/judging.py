@@ -41,6 +41,10 @@ _EXAMPLES = 4  # of generated reports, shown beside the curves
 _TEXTS = 256  # prompts embedded at a time: ensembles of published prompts are thousands
 
 
+def _never() -> bool:
+    return False
+
+
 class Judge:
     """Evaluates splits with the current weights, logs the metrics and writes the files.
 
@@ -101,11 +105,20 @@ class Judge:
                 )
 
     def epoch(
-        self, splits: Sequence[Split], epoch: int, write: bool, step: int
+        self,
+        splits: Sequence[Split],
+        epoch: int,
+        write: bool,
+        step: int,
+        leave: Callable[[], bool] = _never,
     ) -> dict[str, float]:
-        """Evaluate validation splits after an epoch."""
+        """Evaluate validation splits after an epoch.
+
+        Raises:
+            LeftError: `leave` (see `predict`) said so; nothing has been logged or written.
+        """
         with self.weights():
-            results = self._all(splits, write) if splits else {}
+            results = self._all(splits, write, leave) if splits else {}
         found = scores(results, self.suite.bootstrap)
         metrics = {s.name: s.value for s in found}
         if results:
@@ -190,24 +203,25 @@ class Judge:
         return outcome
 
     def _all(
-        self, splits: Sequence[Split], write: bool
+        self, splits: Sequence[Split], write: bool, leave: Callable[[], bool]
     ) -> dict[str, tuple[Predictions, TaskResult]]:
-        support = self._support()
+        support = self._support(leave)
         tasks = self.suite.tasks(self._embed_text, generated=write, support=support)
-        found = {split.name: self._predict(split, write) for split in splits}
+        found = {split.name: self._predict(split, write, leave) for split in splits}
         return {s: (p, self._score(p, tasks)) for s, p in found.items()}
 
     def _score(self, predictions: Predictions, tasks: Sequence[Task]) -> TaskResult:
         # On one process: the others have the same predictions and would make the same numbers.
         return dist.from_main(lambda: evaluate(predictions, tasks))
 
-    def _support(self) -> Predictions | None:
+    def _support(self, leave: Callable[[], bool] = _never) -> Predictions | None:
         """Few-shot examples: any specimens of the data, with or without reports."""
         names = self.suite.support_names
         if not names:
             return None
         cases = find(names, self.store).cases
-        return self._predict(Split(SUPPORT, cases, ("",) * len(cases), (), ()), write=False)
+        split = Split(SUPPORT, cases, ("",) * len(cases), (), ())
+        return self._predict(split, write=False, leave=leave)
 
     def _references(self, data: Data, found: dict[str, Predictions]) -> dict[str, Predictions]:
         """What tasks learn from, beside the splits that are evaluated."""
@@ -224,7 +238,9 @@ class Judge:
             }
         return result
 
-    def _predict(self, split: Split, write: bool) -> Predictions:
+    def _predict(
+        self, split: Split, write: bool, leave: Callable[[], bool] = _never
+    ) -> Predictions:
         dataset = bag_dataset(self.config, self.store, split, self.trained, training=False)
         batches = EvalBatches(
             len(dataset), self.config.data.batch_size, dist.rank(), dist.world_size()
@@ -240,6 +256,7 @@ class Judge:
                 self.precision,
                 self._writing() if write else None,
                 lambda done: bar.update(done * dist.world_size()),
+                leave,
                 complete=not self.config.data.skip_bad_specimens,
             )
         finally:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from slidevlm import hub
+from slidevlm.config import Config
 from slidevlm.documents import json_of, yaml_of
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models.files import (
@@ -31,6 +32,7 @@ log = logging.getLogger("slidevlm")
 # Key of our settings in a folder's config.json and in the metadata of a .safetensors file.
 OURS = "slidevlm"
 HUB = "hf-hub:"
+OPENAI = "openai"
 RAW = "raw:"  # before the name of a checkpoint: not its averaged weights
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -43,6 +45,21 @@ class Pretrained:
     weights: dict[str, torch.Tensor]  # under our names
     state: ckpt.ModelState | None = None  # where all that belongs to a model of ours was there
     config: dict[str, Any] | None = None  # where the model's configuration alone was
+
+
+def check(config: Config) -> None:
+    """Refuse, before anything is fetched, what --torchscript could not script afterwards.
+
+    Raises:
+        ConfigError: the weights go into a text tower of transformers.
+    """
+    name = (config.model.pretrained or "").removeprefix(RAW)
+    if config.model.torchscript and name == OPENAI and name not in registry():
+        raise ConfigError(
+            "--pretrained openai and --torchscript: OpenAI's CLIP text encoder goes into a text "
+            "tower of transformers, which cannot be scripted, and its TorchScript archive is not "
+            "read; leave --torchscript out, the numbers are the same"
+        )
 
 
 def read_pretrained(name: str, argument: str = "--pretrained") -> Pretrained:
@@ -70,7 +87,7 @@ def _read(name: str, argument: str) -> Pretrained:
     tags = registry()
     if name in tags:
         return replace(_read(tags[name], argument), name=name)
-    if name == "openai":
+    if name == OPENAI:
         return Pretrained(name, {f"text.model.{k}": v for k, v in openai_text_weights().items()})
     if name.startswith(HUB):
         return _hub(name, argument)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from slidevlm import dist
-from slidevlm.app import codebase
+from slidevlm.app import codebase, pretrained
 from slidevlm.app.cohorts import Data, open_data
 from slidevlm.app.datasets import bag_dataset
 from slidevlm.app.devices import check_exchange, choose_device, with_device
@@ -113,6 +113,8 @@ def _checked(config: Config) -> torch.device:
     with noted():
         zoo.load(config.model.model)
     with noted():
+        pretrained.check(config)
+    with noted():
         codebase.check(config)
     with noted():
         device = choose_device(config)
@@ -189,10 +191,17 @@ def _train_in(folder: Path | None, config: Config, precision: Precision) -> Outc
         config.logging.wandb_project_name, config.logging.wandb_notes, all_values(config)
     )
     told_until = _told_until(config, start)
+    within_epoch = start.training is not None and start.training.progress.batch > 0
     with (
         syncing(config, folder) as copies,  # left last, when everything is written
         log_to(local_log(config, folder)),
-        Run(folder if new else None, config.sinks, told_until, wandb) as run,
+        Run(
+            folder if new else None,
+            config.sinks,
+            told_until,
+            wandb,
+            evaluates_first=within_epoch,
+        ) as run,
     ):
         run.write(config_name(config, folder), to_yaml(config))
         run.write("tokenizer.json", trained.tokenizer.to_json())

@@ -13,12 +13,13 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from slidevlm.errors import ConfigError, DataError
 log = logging.getLogger("slidevlm.data")
 
 DTYPES = ("float16", "float32", "bfloat16")
+_LEVEL_0 = re.compile(r"([0-9.e+]+) px at level 0")  # size of a tile
 _SYNC_SECONDS = 1.0  # so much work a kill may cost
 
 
@@ -71,6 +73,7 @@ def convert(
     workers: int,
     settings: str = "",
     progress: Progress = lambda what, done, of: None,
+    mpp: float | None = None,
 ) -> Converted:
     """Write all specimens of `store` that have features to `target`.
 
@@ -79,11 +82,12 @@ def convert(
         workers: reading and writing processes; 0 works in this one.
         settings: whatever else makes the result another; an unfinished conversion is gone on with
             only where it is the same.
+        mpp: micrometres a level-0 pixel; positions in pixels become micrometres. None: all stay.
 
     Raises:
         ConfigError: `target` exists, or an unfinished conversion with other settings does.
-        DataError: specimens that cannot be read, cannot be in one file, or do not fit the type,
-            the first twenty of them listed; the others stay done.
+        DataError: specimens that cannot be read, cannot be in one file, do not fit the type, or
+            have no pixels for `mpp`, the first twenty of them listed; the others stay done.
     """
     if target.exists():
         raise ConfigError(f"{target} exists; choose another name or remove it")
@@ -95,15 +99,15 @@ def convert(
         raise DataError(f"{store.path}: none of its {len(store.cases)} specimens has features")
     partial = target.with_name(f".{target.name}.partial")
     with _Journal(partial.with_name(partial.name + ".journal")) as journal:
-        identity = _identity(store, cases, f"{layout} {settings}")
+        identity = _identity(store, cases, f"{layout} {settings} {mpp}")
         if not (partial.exists() and journal.belongs_to(identity)):
             _refuse_another(partial, journal)
-            planned = _plan(store, cases, layout, texts_of, workers, progress)
+            planned = _plan(store, cases, layout, texts_of, workers, progress, mpp)
             journal.remove()  # it would tell of another file than the one that comes now
             _lay_out(store, partial, planned, layout)
             journal.begin(identity)
         resumed = len(journal.done())
-        _fill(store, cases, partial, layout, journal, workers, progress)
+        _fill(store, cases, partial, layout, journal, workers, progress, mpp)
         done, size = journal.done(), partial.stat().st_size
         os.replace(partial, target)
         journal.remove()
@@ -196,6 +200,7 @@ def _plan(
     texts_of: Callable[[Case], Mapping[str, str]],
     workers: int,
     progress: Progress,
+    mpp: float | None,
 ) -> list[PlannedCase]:
     looks: dict[str, _Look] = {}
     for case, found in each(look, store, cases, workers):
@@ -212,6 +217,8 @@ def _plan(
     widths = [found.width for found in full.values() if found.width is not None]
     if not widths:
         raise DataError(f"{store.path}: none of its {len(cases)} specimens has a tile")
+    if mpp is not None:
+        looks = {name: _in_micrometres(store, found, mpp) for name, found in looks.items()}
     return [
         PlannedCase(
             case.patient,
@@ -226,6 +233,21 @@ def _plan(
         for case in cases
         for found in [looks[case.specimen]]
     ]
+
+
+def _in_micrometres(store: CaseStore, found: _Look, mpp: float) -> _Look:
+    """What a specimen is once its positions are converted.
+
+    Raises:
+        DataError: it has none in pixels.
+    """
+    if found.rows and found.unit != "px":
+        has = "positions in micrometres already" if found.positions else "no positions"
+        raise DataError(f"{store.path}: its specimens have {has}; leave --mpp out")
+    attributes = dict(found.attributes or {})
+    if size := _LEVEL_0.fullmatch(attributes.get("tile_size", "")):
+        attributes["tile_size"] = f"{mpp * float(size[1]):g} um"
+    return replace(found, unit="um" if found.positions else None, attributes=attributes)
 
 
 def _same(what: str, values: Mapping[str, object]) -> None:
@@ -298,6 +320,7 @@ def _fill(
     journal: _Journal,
     workers: int,
     progress: Progress,
+    mpp: float | None,
 ) -> None:
     """Fill what the journal lacks, and note it there."""
     target = CaseTarget(partial, layout.feature_attribute)
@@ -315,7 +338,7 @@ def _fill(
             journal.add(waiting)
             waiting.clear()
 
-    work = functools.partial(fill, target=target, dtype=layout.dtype, numbers=numbers)
+    work = functools.partial(fill, target=target, dtype=layout.dtype, numbers=numbers, mpp=mpp)
     done = len(before)
     progress("converting", done, len(cases))
     try:
@@ -337,18 +360,26 @@ def _fill(
 
 
 def fill(
-    store: CaseStore, case: Case, *, target: CaseTarget, dtype: str, numbers: Mapping[str, int]
+    store: CaseStore,
+    case: Case,
+    *,
+    target: CaseTarget,
+    dtype: str,
+    numbers: Mapping[str, int],
+    mpp: float | None = None,
 ) -> Filled:
     """Read a specimen in blocks and write each to its place."""
     try:
-        return _fill_case(store, case, numbers[case.specimen], target, dtype)
+        return _fill_case(store, case, numbers[case.specimen], target, dtype, mpp)
     except TargetError:
         raise  # it would be the same with every other specimen
     except DataError as error:
         return Filled(case.specimen, problem=str(error))
 
 
-def _fill_case(store: CaseStore, case: Case, number: int, target: CaseTarget, dtype: str) -> Filled:
+def _fill_case(
+    store: CaseStore, case: Case, number: int, target: CaseTarget, dtype: str, mpp: float | None
+) -> Filled:
     location = f"/patients/{case.patient}/{_name(case)}"
     length, digest, finite = store.length(case), Digest(), True
     positions: list[np.ndarray] = []
@@ -359,8 +390,8 @@ def _fill_case(store: CaseStore, case: Case, number: int, target: CaseTarget, dt
         digest.update(features)
         target.write(location, "features", first, _stored(features))
         if bag.positions is not None:
-            positions.append(bag.positions.numpy())
-            unit = bag.unit
+            positions.append(bag.positions.numpy() * np.float32(1 if mpp is None else mpp))
+            unit = bag.unit if mpp is None else "um"
     where = np.concatenate(positions) if positions else None
     if where is not None:
         target.write(location, "positions", 0, where)

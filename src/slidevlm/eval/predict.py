@@ -27,6 +27,10 @@ log = logging.getLogger("slidevlm.eval")
 _ROWS = 1024  # of the similarity matrix held at a time
 
 
+class LeftError(Exception):
+    """An evaluation was left before its end, on purpose; it has no result."""
+
+
 @dataclass(frozen=True)
 class Writing:
     """How reports are generated: token choice, and token ids -> text."""
@@ -60,6 +64,7 @@ def predict(
     precision: Precision,
     writing: Writing | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
+    leave: Callable[[], bool] = lambda: False,
     *,
     complete: bool = True,
 ) -> Predictions:
@@ -72,14 +77,20 @@ def predict(
         precision: of the forward pass; embeddings and losses are float32.
         writing: generate reports too.
         on_batch: told the number of specimens done on this rank.
+        leave: asked before the first batch and after each, on every rank for itself: True on one
+            ends the evaluation of all.
         complete: False where the loader may drop specimens; the result then lacks them.
 
     Raises:
         DataError: all have been dropped.
+        LeftError: a rank was to leave; on every rank.
     """
     with evaluation_mode(model), torch.inference_mode():
-        mine = _share(model, batches, precision, writing, on_batch)
-    parts = [p for p in dist.gather_objects(mine) if p.specimens]  # a rank may have had none
+        mine = _share(model, batches, precision, writing, on_batch, leave)
+    shares = dist.gather_objects(mine)
+    if None in shares:
+        raise LeftError
+    parts = [p for p in shares if p is not None and p.specimens]  # a rank may have had none
     found = {s for p in parts for s in p.specimens}
     if not found:
         raise DataError(f"none of the split's {len(reports)} specimens could be used")
@@ -94,7 +105,11 @@ def _share(
     precision: Precision,
     writing: Writing | None,
     on_batch: Callable[[int], None],
-) -> _Part:
+    leave: Callable[[], bool],
+) -> _Part | None:
+    """What this rank finds, or None where it has left."""
+    if leave():
+        return None
     part = _Part([], [], np.zeros(0, np.int64), np.zeros((0, 0)), np.zeros((0, 0)), [], [], 0)
     ids: list[np.ndarray] = []
     images: list[Tensor] = []
@@ -129,6 +144,8 @@ def _share(
             part.specimens += batch.specimen_ids
             part.patients += batch.patient_ids
         on_batch(len(part.specimens))
+        if leave():
+            return None
     if ids:
         part.report_ids = np.concatenate(ids)
     if images:

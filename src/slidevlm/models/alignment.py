@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import OwnStart
-from slidevlm.models.linear import outside_autograd
+from slidevlm.models.linear import outside_autograd, rows_of
 from slidevlm.models.ragged import bags_of
-from slidevlm.models.slide.base import Standardise, moments
+from slidevlm.models.slide.base import Standardise
 from slidevlm.precision import wide
 
 _FACTOR = 0x9E3779B97F4A7C15 - 2**64  # odd, so that no power of it is 0 modulo 2**64
 _LETTERS = 256  # of a word; what follows is read as if it stood at that place
-_ROWS = 4096  # tiles whose random features are in memory at a time
 _NO_WORD = 2**63 - 1
 
 
@@ -170,24 +169,24 @@ class Alignment(OwnStart):
     @torch.no_grad()
     def statistics(self, features: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Mean, deviation and mean random features of each bag: [T, D] -> [B, S]."""
-        tiles = self.standardise(features)
-        found = moments(tiles, lengths)
+        found = self.standardise.moments(features, lengths)
         if not self.config.random_features:
             return found
-        means = [self._random_features(bag) for bag in bags_of(tiles, lengths)]
+        means = [self._random_features(bag) for bag in bags_of(features, lengths)]
         return torch.cat([found, torch.stack(means)], 1)
 
     def _random_features(self, tiles: Tensor) -> Tensor:
         """[N, D] -> [F], the mean over tiles."""
 
         def total(rows: Tensor) -> Tensor:
+            rows = self.standardise(rows)
             return (
                 (F.layer_norm(rows, rows.shape[1:]) @ self.frequencies + self.phases).cos().sum(0)
             )
 
         if outside_autograd():  # a trace would repeat the number of pieces
             return total(tiles) / tiles.shape[0]
-        sums = [total(rows) for rows in tiles.split(_ROWS)]
+        sums = [total(rows) for rows in rows_of(tiles)]
         return torch.stack(sums).sum(0) / len(tiles)
 
     def image(self, features: Tensor, lengths: tuple[int, ...], learned: Tensor) -> Tensor:

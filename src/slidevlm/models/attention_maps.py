@@ -31,7 +31,7 @@ from slidevlm.models.attention import (
 from slidevlm.models.coca import CoCa
 from slidevlm.models.mode import evaluation_mode
 from slidevlm.models.slide.abmil import ABMIL
-from slidevlm.models.slide.base import SLIDE_ENCODERS, moments
+from slidevlm.models.slide.base import SLIDE_ENCODERS
 from slidevlm.models.slide.perceiver import Perceiver
 from slidevlm.models.slide.pooler import Pooler
 from slidevlm.models.slide.transformer import Transformer
@@ -241,12 +241,7 @@ def _trace(encoder: torch.nn.Module, bags: Bags) -> tuple[list[_Step], Tensor]:
 def _perceiver(encoder: Perceiver, bags: Bags) -> tuple[list[_Step], Tensor]:
     """`Perceiver.forward`, step by step."""
     steps: list[_Step] = []
-    features, latents = bags.features, encoder.latents[None]
-    if encoder.standardise is not None:
-        features = encoder.standardise(features)
-    if encoder.moments is not None:
-        latents = latents + encoder.moments(moments(features, bags.lengths))[:, None]
-    tiles = encoder._tiles(bags, features)
+    latents, tiles = encoder._begin(bags), encoder._tiles(bags)
     further = [encoder.further] * (encoder.blocks - 1)
     for read in (read for read in (encoder.first, *further) if read is not None):
         key, value = encoder._context(read, tiles)

@@ -15,8 +15,6 @@ from slidevlm.models.coca import CoCa
 from slidevlm.models.language import LanguageModel
 from slidevlm.models.mode import Group
 
-NORMS = (nn.LayerNorm, nn.RMSNorm)
-
 
 def image_groups(model: CoCa) -> list[Group]:
     """The image tower from input to output: the slide encoder's groups, then what embeds it."""
@@ -67,14 +65,14 @@ def lock_text(model: CoCa | LanguageModel, unlocked: int, *, freeze_layer_norm: 
     Args:
         model: a model with a text tower.
         unlocked: layers left trainable, counted from the output.
-        freeze_layer_norm: freeze the weights of the LayerNorms of locked layers, too.
+        freeze_layer_norm: freeze the weights of the norms of locked layers, too.
 
     Raises:
         ConfigError: more layers than there are.
     """
     groups = text_groups(model)
     locked = _locked(groups, unlocked, "--lock-text-unlocked-layers", "text")
-    _freeze(locked, spared=() if freeze_layer_norm else NORMS)
+    _freeze(locked, spared=() if freeze_layer_norm else model.text.norms())
     model.rest(_resting([model.text, *_modules(_text_end(model))], groups[len(locked) :]))
 
 
@@ -119,13 +117,14 @@ def _locked(groups: Sequence[Group], unlocked: int, flag: str, tower: str) -> Se
     return groups[: len(groups) - unlocked]
 
 
-def _freeze(groups: Iterable[Group], spared: tuple[type[nn.Module], ...]) -> None:
+def _freeze(groups: Iterable[Group], spared: Iterable[nn.Module]) -> None:
+    kept = set(spared)
     for part in (part for _, parts in groups for part in parts):
         if isinstance(part, nn.Parameter):
             part.requires_grad_(False)
             continue
         for module in part.modules():
-            if not isinstance(module, spared):
+            if module not in kept:
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(False)
 

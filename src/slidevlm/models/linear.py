@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 from slidevlm.precision import wide
 
-ROWS_AT_ONCE = 4096
+# Of rows in float32: on a CPU what is made of them stays in its cache, and in memory that the
+# process has (a tensor of 20 MB is new pages each time, which cost as much as what it holds);
+# elsewhere a call costs more than what lies in between.
+BYTES_AT_ONCE = {"cpu": 1 << 21}
+BYTES_ELSEWHERE = 1 << 25
 
 # [..., n] and parameters -> [..., in of the linear layer]
 Before = Callable[..., Tensor]
@@ -125,8 +129,18 @@ class _LinearOf(torch.autograd.Function):
         return (None, to_weight, to_bias, *found)
 
 
+def rows_of(features: Tensor) -> tuple[Tensor, ...]:
+    """Some rows of [T, D] after the other."""
+    most = BYTES_AT_ONCE.get(features.device.type, BYTES_ELSEWHERE)
+    return features.split(max(1, most // (4 * max(1, features.shape[1]))))
+
+
 def normalised_linear(
-    features: Tensor, norm: nn.LayerNorm, weights: tuple[Tensor, ...], bias: Tensor | None = None
+    features: Tensor,
+    norm: nn.LayerNorm,
+    weights: tuple[Tensor, ...],
+    bias: Tensor | None = None,
+    standard: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """`F.linear(norm(features), weight)` for each of several weights.
 
@@ -140,6 +154,7 @@ def normalised_linear(
         norm: over D channels.
         weights: [W, D] each.
         bias: [sum of W], added to the outputs.
+        standard: mean and deviation [D] by which the features are standardised before the norm.
 
     Returns:
         One [T, W] for each weight, contiguous.
@@ -148,14 +163,17 @@ def normalised_linear(
     plain = features.requires_grad or outside_autograd()
     parts = [None] * len(weights) if bias is None else bias.split([len(w) for w in weights])
     if plain:
-        rows = norm(features.to(norm.weight.dtype))
+        rows = features.to(norm.weight.dtype)
+        rows = norm(rows if standard is None else (rows - standard[0]) / standard[1])
         return tuple(F.linear(rows, w, b) for w, b in zip(weights, parts, strict=True))
     folded, biases = [], []
     for weight, part in zip(weights, parts, strict=True):
         folded.append(weight * norm.weight)
         constant = weight @ norm.bias
         biases.append(constant if part is None else constant + part)
-    outputs: tuple[Tensor, ...] = _NormalisedLinear.apply(features, norm.eps, *folded, *biases)
+    outputs: tuple[Tensor, ...] = _NormalisedLinear.apply(
+        features, norm.eps, standard, *folded, *biases
+    )
     return outputs
 
 
@@ -163,7 +181,13 @@ class _NormalisedLinear(torch.autograd.Function):
     """Rows normalised without affine part, then several linear maps."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, eps: float, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        eps: float,
+        standard: tuple[Tensor, Tensor] | None,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
         device = features.device.type
         dtype = parameters[0].dtype
         if torch.is_autocast_enabled(device):
@@ -173,14 +197,15 @@ class _NormalisedLinear(torch.autograd.Function):
         biases = [p.to(dtype) for p in parameters[count:]]
         outputs = tuple(features.new_empty(len(features), len(w), dtype=dtype) for w in weights)
         with torch.autocast(device, enabled=False):
-            for start in range(0, len(features), ROWS_AT_ONCE):
-                rows = _normalised(features[start : start + ROWS_AT_ONCE], eps, dtype)
+            done = 0
+            for some in rows_of(features):
+                rows = _normalised(some, eps, standard, dtype)
                 for output, weight, bias in zip(outputs, weights, biases, strict=True):
                     # Written in place: the product of a chunk is not copied.
-                    part = output[start : start + ROWS_AT_ONCE]
-                    torch.addmm(bias, rows, weight.T, out=part)
+                    torch.addmm(bias, rows, weight.T, out=output[done : done + len(rows)])
+                done += len(rows)
         ctx.save_for_backward(features)
-        ctx.eps, ctx.dtypes = eps, [p.dtype for p in parameters]
+        ctx.eps, ctx.standard, ctx.dtypes = eps, standard, [p.dtype for p in parameters]
         return outputs
 
     @staticmethod
@@ -193,21 +218,28 @@ class _NormalisedLinear(torch.autograd.Function):
             else g.new_zeros(g.shape[1], features.shape[1])
             for g in gradients
         ]
-        for start in range(0, len(features), ROWS_AT_ONCE):
-            rows = _normalised(features[start : start + ROWS_AT_ONCE], ctx.eps, dtype)
+        done = 0
+        for some in rows_of(features):
+            rows = _normalised(some, ctx.eps, ctx.standard, dtype)
             for total, gradient in zip(to_weights, gradients, strict=True):
-                part = gradient[start : start + ROWS_AT_ONCE]
+                part = gradient[done : done + len(rows)]
                 if total.dtype == dtype:
                     total.addmm_(part.T, rows)
                 else:
                     total += part.T @ rows
+            done += len(rows)
         to_biases = [g.sum(0, dtype=t.dtype) for g, t in zip(gradients, to_weights, strict=True)]
         result = [t.to(d) for t, d in zip([*to_weights, *to_biases], ctx.dtypes, strict=True)]
-        return (None, None, *result)
+        return (None, None, None, *result)
 
 
-def _normalised(features: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def _normalised(
+    features: Tensor, eps: float, standard: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+) -> Tensor:
     rows = wide(features)
+    if standard is not None:
+        mean, deviation = standard
+        rows = (rows - mean).div_(deviation)
     return F.layer_norm(rows, rows.shape[-1:], eps=eps).to(dtype)
 
 

@@ -30,11 +30,18 @@ class AbandonedError(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands. `batch` micro-batches of epoch `epoch` (counted from 0) are done."""
+    """Where training stands. `batch` micro-batches of epoch `epoch` (counted from 0) are done.
+
+    With all of them done and the epoch not yet the next one, its evaluation is still to be made.
+    """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
+
+    def next_epoch(self) -> Progress:
+        """The same step, the epoch over and evaluated."""
+        return Progress(self.step, self.epoch + 1, 0)
 
 
 @dataclass(frozen=True)

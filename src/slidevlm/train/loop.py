@@ -42,7 +42,7 @@ class Watcher(Protocol):
         """After every optimizer step but an epoch's last."""
 
     def epoch(self, progress: Progress) -> None:
-        """After every epoch: evaluate and save."""
+        """After every epoch: evaluate and save. `progress` has all its batches behind it."""
 
 
 @dataclass
@@ -109,8 +109,8 @@ def train(
                 if watcher.stops:
                     return progress
             clock = time.perf_counter()
-        progress = Progress(progress.step, epoch + 1, 0)
         watcher.epoch(progress)
+        progress = progress.next_epoch()
         if watcher.stops:
             return progress
     return progress

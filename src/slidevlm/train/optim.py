@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,7 @@ from torch import nn
 from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models import CoCa, Model
 from slidevlm.models.freeze import image_groups, text_groups
-from slidevlm.models.text.encoder import PositionEmbedding
-from slidevlm.models.text.huggingface import HuggingFaceTower
+from slidevlm.models.text import TextTower
 
 
 def parameter_groups(
@@ -28,7 +27,8 @@ def parameter_groups(
             `layer_factors`. Every factor has two groups of its own.
     """
     factors = factors or {}
-    spared = {id(p) for table in _position_tables(model) for p in table.parameters()}
+    towers = [module for module in model.modules() if isinstance(module, TextTower)]
+    spared = {id(p) for t in towers for table in t.position_tables() for p in table.parameters()}
     members: dict[tuple[float, bool], dict[str, nn.Parameter]] = defaultdict(dict)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -47,14 +47,6 @@ def parameter_groups(
         for key in keys
         if key in members or not factors
     ]
-
-
-def _position_tables(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if isinstance(module, PositionEmbedding):
-            yield module
-        elif isinstance(module, HuggingFaceTower):
-            yield from module.position_tables()
 
 
 def layer_factors(model: Model, layer_decay: float) -> dict[int, float]:

@@ -53,18 +53,18 @@ class Terms:
     """What a step tells the log; tensors, so that nothing waits for the device needlessly."""
 
     loss: Tensor
-    contrastive: Tensor
-    caption: Tensor
+    contrastive: Tensor | None  # None: the model has no such loss, or it has no weight
+    caption: Tensor | None
     scale: Tensor
     gradient_norm: Tensor
     skipped: bool
 
     def floats(self) -> dict[str, float]:
         """Values for the log."""
+        losses = {"contrastive_loss": self.contrastive, "caption_loss": self.caption}
         return {
             "loss": self.loss.item(),
-            "contrastive_loss": self.contrastive.item(),
-            "caption_loss": self.caption.item(),
+            **{name: loss.item() for name, loss in losses.items() if loss is not None},
             "logit_scale": self.scale.item(),
             "gradient_norm": self.gradient_norm.item(),
         }
@@ -107,6 +107,7 @@ class Step:
             assert not (ragged or overlap), "a model that is cut sums its gradients its own way"
         cut = zip(self.parameters, self._cut, strict=True)
         self._whole = [parameter for parameter, is_cut in cut if not is_cut]
+        self.with_pairs = objective.contrastive_weight > 0
         self.with_logits = objective.caption_weight > 0 and model.decoder is not None
         self.ragged = ragged
         assert not (ragged and overlap), "a rank without specimens has no backward pass"
@@ -149,8 +150,19 @@ class Step:
         """A step of which no rank has any specimen left: skipped, without touching the weights."""
         self._skip([])
         lost = torch.tensor(math.nan)
-        scale = self.model.log_scale.detach().exp()
-        return Terms(lost, lost, lost, scale, torch.zeros(()), skipped=True)
+        return self._terms(lost, lost, lost, skipped=True)
+
+    def _terms(
+        self, loss: Tensor, contrastive: Tensor, caption: Tensor, *, skipped: bool = False
+    ) -> Terms:
+        return Terms(
+            loss,
+            contrastive if self.with_pairs else None,
+            caption if self.with_logits else None,
+            scale=self.model.log_scale.detach().exp(),
+            gradient_norm=torch.zeros(()),
+            skipped=skipped,
+        )
 
     def _forward(self, batch: Batch, *, with_logits: bool) -> Output:
         with self.precision.autocast():
@@ -190,7 +202,7 @@ class Step:
             output = next(outputs)
             # Sending the known gradient of the global loss through this graph.
             surrogate = output.logit_scale.new_zeros(())
-            if self.objective.contrastive_weight > 0:
+            if self.with_pairs:
                 surrogate = surrogate + (_present(output.image_embedding) * image_gradient).sum()
                 surrogate = surrogate + (_present(output.text_embedding) * text_gradient).sum()
             if self.with_logits:
@@ -209,14 +221,8 @@ class Step:
         both = torch.stack([contrastive, caption.to(contrastive.dtype)])
         contrastive, caption = dist.sum_(both).unbind()
         weights = self.objective
-        return Terms(
-            loss=weights.contrastive_weight * contrastive + weights.caption_weight * caption,
-            contrastive=contrastive,
-            caption=caption,
-            scale=self.model.log_scale.detach().exp(),
-            gradient_norm=torch.zeros(()),
-            skipped=False,
-        )
+        loss = weights.contrastive_weight * contrastive + weights.caption_weight * caption
+        return self._terms(loss, contrastive, caption)
 
     def _contrastive(
         self, batches: Sequence[Batch], embedded: Sequence[Output]
@@ -226,7 +232,7 @@ class Step:
         """
         sizes, model = [len(b) for b in batches], self.model
         weight, kind = self.objective.contrastive_weight, wide(model.log_scale.detach())
-        if weight == 0:
+        if not self.with_pairs:
             nothing = kind.new_zeros(())
             return nothing, [nothing] * len(sizes), [nothing] * len(sizes)
         images = [_present(o.image_embedding).detach() for o in embedded]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slidevlm import dist
 from slidevlm.errors import CheckpointError
+from slidevlm.eval.predict import LeftError
 from slidevlm.run import Bar, Run
 from slidevlm.train.best import Best
 from slidevlm.train.checkpoint import BEST, LATEST, Keeper, ModelState, Progress, TrainState
@@ -62,7 +64,8 @@ class RunWatcher:
         run: the run folder, empty on every rank but the first.
         keeper: which checkpoints are kept; the same on every rank.
         state: progress and metrics -> what a checkpoint holds; a collective call.
-        evaluate: (epoch, generate) -> metrics; a collective call.
+        evaluate: (epoch, generate, step) -> metrics; a collective call. LeftError where a signal
+            asks for an end meanwhile.
         rhythm: when.
         start: where training goes on.
         metrics: of the last evaluation before that; none for a new run.
@@ -94,7 +97,7 @@ class RunWatcher:
         self.stops = False
         self._retry_at: float | None = None
         self.evaluate, self.rhythm = evaluate, rhythm
-        self.metrics = dict(metrics)
+        self.metrics, self._start = dict(metrics), start
         self._total = rhythm.epochs * rhythm.steps_an_epoch
         self._bar = Bar("training", self._total, shown=dist.is_main())
         self._shown = 0.0
@@ -137,16 +140,16 @@ class RunWatcher:
         }
         memory = self.memory()
         values |= memory
+        terms = {name: values.get(f"{name}_loss") for name in ("contrastive", "caption")}
         self.run.log("train", step, values)
         log.info(
-            "epoch %d  step %d/%d  loss %.4f (contrastive %.4f, caption %.4f)  scale %.2f  "
+            "epoch %d  step %d/%d  loss %.4f (%s)  scale %.2f  "
             "rate %.2e  norm %.2f  %.1f samples/s  %.0f tiles/s  data %.3f s  step %.3f s%s",
             line.progress.epoch + 1,
             step,
             self._total,
             values["loss"],
-            values["contrastive_loss"],
-            values["caption_loss"],
+            ", ".join(f"{name} {loss:.4f}" for name, loss in terms.items() if loss is not None),
             values["logit_scale"],
             line.rate,
             values["gradient_norm"],
@@ -180,26 +183,44 @@ class RunWatcher:
             self._save(progress, self.keeper.step_files(progress.step), last=self.stops)
 
     def epoch(self, progress: Progress) -> None:
-        """Evaluate, then save: a kill in between repeats the epoch, and no evaluation is lost."""
+        """Evaluate, then save: a kill in between repeats the epoch, and no evaluation is lost.
+
+        Asked to end meanwhile it leaves the evaluation, which then is the first thing that is done
+        by the process that goes on.
+        """
+        begun_here = progress == self._start
+        before, progress = progress, progress.next_epoch()
         captions = self.rhythm.generates(progress.epoch)
         best = False
         if captions or self.rhythm.evaluates(progress.epoch):
             self.settle()  # an average may take the weights' place
-            self.metrics = self.evaluate(progress.epoch, captions, progress.step)
+            found: dict[str, float] | None = None
+            with suppress(LeftError):
+                found = self.evaluate(progress.epoch, captions, progress.step)
+            if found is None:
+                self._save_unevaluated(before)
+                return
+            self.metrics = found
             best = self.best is not None and self._improves(self.best)
         self._look()
         self.stops, failed = dist.any_(
             [self.interrupts.name is not None, self._retry_at is not None]
         )
         files = self.keeper.epoch_files(progress.epoch)
-        if (self.rhythm.saves_at(progress.step) or self.stops or failed) and all(
-            f.name == LATEST for f in files
-        ):
+        # What `_save_unevaluated` of an earlier process has left is replaced.
+        wanted = self.rhythm.saves_at(progress.step) or self.stops or failed or begun_here
+        if wanted and all(f.name == LATEST for f in files):
             files = [*self.keeper.step_files(progress.step), *files]
         if best:
             files = [*files, *self.keeper.best_files()]
         self._save(progress, files, last=self.stops or progress.epoch == self.rhythm.epochs)
         self._reset(progress.step)
+
+    def _save_unevaluated(self, progress: Progress) -> None:
+        """An epoch's last step, when asked to end. Not as `epoch_N.pt`: the epoch is not over."""
+        self.stops = True
+        latest = [f for f in self.keeper.epoch_files(progress.epoch + 1) if f.name == LATEST]
+        self._save(progress, [*self.keeper.step_files(progress.step), *latest], last=True)
 
     def _improves(self, best: Best) -> bool:
         """Whether the new metrics are better than those of the best checkpoint that is stored."""

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.models.attention import OwnStart
-from slidevlm.models.linear import is_plain, narrowed, normalised_linear
+from slidevlm.models.linear import (
+    is_plain,
+    narrowed,
+    normalised_linear,
+    outside_autograd,
+    rows_of,
+)
 from slidevlm.models.mode import Group, Recomputing
 from slidevlm.models.ragged import bags_of
 from slidevlm.registry import Registry
@@ -161,15 +167,33 @@ class Standardise(nn.Module):
         """[T, D] of any float type -> [T, D] of the buffers' type."""
         return (features.to(self.mean.dtype) - self.mean) / self.deviation
 
+    def moments(self, features: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Mean and standard deviation of each bag's standardised tiles: [T, D] -> [B, 2 D].
 
-def moments(features: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Mean and standard deviation of each bag: [T, D] -> [B, 2 D].
+        The deviation of identical tiles (or of one) is 0, with gradient 0. Where features need no
+        gradient no standardised copy is made: a bag's own moments, some rows at a time, are
+        standardised in its place.
+        """
+        if features.requires_grad or outside_autograd():
+            found = [_moments(bag) for bag in bags_of(self(features), lengths)]
+            return torch.stack([torch.cat([m, (v + 1e-12).sqrt() - 1e-6]) for m, v in found])
+        dtype = torch.promote_types(self.mean.dtype, torch.float32)
+        means, variances = zip(
+            *(_moments_by_rows(bag, dtype) for bag in bags_of(features, lengths)), strict=True
+        )
+        mean = (torch.stack(means) - self.mean) / self.deviation
+        variance = torch.stack(variances) / self.deviation.square()
+        return torch.cat([mean, (variance + 1e-12).sqrt() - 1e-6], 1).to(self.mean.dtype)
 
-    The deviation of identical tiles (or of one) is 0, with gradient 0.
-    """
-    rows = []
-    for bag in bags_of(features, lengths):
-        mean = bag.mean(0)
-        variance = (bag - mean).square().mean(0)
-        rows.append(torch.cat([mean, (variance + 1e-12).sqrt() - 1e-6]))
-    return torch.stack(rows)
+
+def _moments(bag: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over tiles, [D] each."""
+    mean = bag.mean(0)
+    return mean, (bag - mean).square().mean(0)
+
+
+def _moments_by_rows(bag: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`_moments` of a bag of any float type, in `dtype`."""
+    mean = torch.stack([rows.sum(0, dtype=dtype) for rows in rows_of(bag)]).sum(0) / len(bag)
+    squares = [(rows.to(dtype) - mean).square_().sum(0) for rows in rows_of(bag)]
+    return mean, torch.stack(squares).sum(0) / len(bag)

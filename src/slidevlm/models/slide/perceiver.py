@@ -17,6 +17,7 @@ from slidevlm.models.attention import (
     OwnStart,
     SelfAttentionLayer,
 )
+from slidevlm.models.linear import is_plain, normalised_linear
 from slidevlm.models.mode import Group
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
@@ -26,7 +27,6 @@ from slidevlm.models.slide.base import (
     check_heads,
     check_least,
     check_one_of,
-    moments,
 )
 
 ACTIVATIONS = ("geglu", "gelu")
@@ -156,20 +156,14 @@ class Perceiver(SlideEncoder):
 
     def forward(self, bags: Bags) -> Tensor:
         """Bags -> latents [B, latents, width]."""
-        features = bags.features
-        if self.standardise is not None:
-            features = self.standardise(features)  # [T, D]
-        latents = self.latents.expand(len(bags), -1, -1)
-        if self.moments is not None:
-            known = self.moments_dropout(moments(features, bags.lengths))  # [B, 2 D]
-            latents = latents + self.moments(known)[:, None]
-        tiles = self._tiles(bags, features)
-        if self.first is not None:
+        latents = self._begin(bags)
+        if self.first is not None:  # without blocks nothing reads the tiles one by one
+            tiles = self._tiles(bags)
             latents = self._block(self.first, latents, *self._context(self.first, tiles), bags)
-        if self.further is not None:
-            key, value = self._context(self.further, tiles)
-            for _ in range(self.blocks - 1):
-                latents = self._block(self.further, latents, key, value, bags)
+            if self.further is not None:
+                key, value = self._context(self.further, tiles)
+                for _ in range(self.blocks - 1):
+                    latents = self._block(self.further, latents, key, value, bags)
         if self.norm is not None:
             latents = self.norm(latents)
         return latents if self.output is None else self.output(latents)
@@ -187,11 +181,29 @@ class Perceiver(SlideEncoder):
         groups = [(name, [p for p in part if p is not None]) for name, part in parts]
         return [(name, part) for name, part in groups if part]
 
-    def _tiles(self, bags: Bags, features: Tensor) -> Tensor:
+    def _begin(self, bags: Bags) -> Tensor:
+        """Latents [B, latents, width] that have read no single tile yet."""
+        latents = self.latents.expand(len(bags), -1, -1)
+        if self.moments is not None and self.standardise is not None:
+            known = self.standardise.moments(bags.features, bags.lengths)  # [B, 2 D]
+            latents = latents + self.moments(self.moments_dropout(known))[:, None]
+        return latents
+
+    def _tiles(self, bags: Bags) -> Tensor:
         """What the cross-attentions read: [T, width], or the features [T, D]."""
-        if self.tile_norm is None or self.tile_project is None:
+        if self.tile_norm is None or self.tile_project is None or self.standardise is None:
             return bags.features
-        tiles = self.tile_project(self.tile_norm(features))
+        project, standard = self.tile_project, self.standardise
+        if is_plain(project):
+            (tiles,) = normalised_linear(
+                bags.features,
+                self.tile_norm,
+                (project.weight,),
+                project.bias,
+                (standard.mean, standard.deviation),
+            )
+        else:
+            tiles = project(self.tile_norm(standard(bags.features)))
         if self.positions is not None and bags.positions is not None:
             tiles = tiles + self.positions(bags.positions)
         return tiles

@@ -18,9 +18,7 @@ from slidevlm.models.attention import LayerCache
 from slidevlm.models.mode import Group, Recomputing
 from slidevlm.registry import Registry
 
-
-class PositionEmbedding(nn.Embedding):
-    """Learned positions; a type of their own because weight decay spares them."""
+NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 class TextTower(Recomputing):
@@ -59,6 +57,14 @@ class TextTower(Recomputing):
     @abstractmethod
     def groups(self) -> list[Group]:
         """Name and parts of each group of weights, from input to output."""
+
+    @abstractmethod
+    def position_tables(self) -> list[nn.Embedding]:
+        """The tables of learned position vectors, which weight decay spares."""
+
+    def norms(self) -> list[nn.Module]:
+        """The layer norms and RMS norms, which a lock spares."""
+        return [module for module in self.modules() if isinstance(module, NORMS)]
 
     @property
     @abstractmethod

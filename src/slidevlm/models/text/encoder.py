@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import LayerCache, SelfAttentionLayer, next_places
 from slidevlm.models.mode import Group, Unit
-from slidevlm.models.text.base import TEXT_ENCODERS, PositionEmbedding, TextTower
+from slidevlm.models.text.base import TEXT_ENCODERS, TextTower
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,16 @@ class TextEncoder(TextTower):
         super().__init__()
         self.width, self.context_length = config.width, config.context_length
         self.tokens = nn.Embedding(vocab_size, config.width)
-        self.positions = PositionEmbedding(config.context_length, config.width)
+        self.positions = nn.Embedding(config.context_length, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
             SelfAttentionLayer(config.width, config.heads, config.dropout, causal=True)
             for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.width)
+
+    def position_tables(self) -> list[nn.Embedding]:
+        return [self.positions]
 
     @property
     def embedding(self) -> nn.Embedding:

@@ -21,12 +21,7 @@ from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models.attention import LayerCache, OwnStart, next_places
 from slidevlm.models.linear import gelu_linear, norm_linear
 from slidevlm.models.mode import Group, Unit
-from slidevlm.models.text.base import (
-    TEXT_ENCODERS,
-    PositionEmbedding,
-    QueryPool,
-    TextTower,
-)
+from slidevlm.models.text.base import TEXT_ENCODERS, QueryPool, TextTower
 from slidevlm.models.text.decoder import DECODERS, ReportDecoder
 
 
@@ -301,7 +296,7 @@ class GptTower(TextTower):
         rates = _Rates(config.dropout, config.attention_dropout, config.activation_dropout)
         self.tokens = nn.Embedding(vocab_size, config.width)
         rows = config.positions + self.family.position_offset
-        self.positions = PositionEmbedding(rows, config.width)
+        self.positions = nn.Embedding(rows, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
             GptLayer(config.width, config.heads, config.inner, self.family.gelu, rates, None)
@@ -314,6 +309,9 @@ class GptTower(TextTower):
         if config.freeze:
             for part in (self.tokens, self.positions, self.layers, self.norm):
                 part.requires_grad_(requires_grad=False)
+
+    def position_tables(self) -> list[nn.Embedding]:
+        return [self.positions]
 
     @property
     def embedding(self) -> nn.Embedding:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import LayerCache
 from slidevlm.models.mode import Group, Unit
-from slidevlm.models.text.base import TEXT_ENCODERS, QueryPool, TextTower
+from slidevlm.models.text.base import NORMS, TEXT_ENCODERS, QueryPool, TextTower
 
 # Models whose first token was trained to stand for the text.
 CLS_FAMILIES = frozenset(
@@ -178,12 +178,27 @@ class HuggingFaceTower(TextTower):
         return [*groups, ("final_norm", after)] if after else groups
 
     def position_tables(self) -> list[nn.Embedding]:
-        """The tables of position vectors, by the names that transformers gives them."""
+        # By the names that transformers gives them.
         names = r"position|relative_attention_bias|rel_embeddings|\bwpe$"
         return [
             module
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Embedding) and re.search(names, name)
+        ]
+
+    def norms(self) -> list[nn.Module]:
+        # Many models of transformers have a class of their own, of which nothing but the name
+        # (T5LayerNorm, LlamaRMSNorm) tells what it does. Larger parts may be called after a norm
+        # in them, as RobertaPreLayerNormAttention is.
+        return [
+            module
+            for module in self.modules()
+            if isinstance(module, NORMS)
+            or (
+                re.search("LayerNorm|RMSNorm", type(module).__name__)
+                and not any(module.children())
+                and all(p.ndim == 1 for p in module.parameters())
+            )
         ]
 
     def load(self, state: Mapping[str, Tensor]) -> None:
