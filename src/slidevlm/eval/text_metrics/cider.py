@@ -54,7 +54,7 @@ def _document_frequencies(references: Sequence[Sequence[str]]) -> dict[tuple[str
     """In how many texts each n-gram is, of those that are in two or more.
 
     An n-gram of one text has the weight of one that is in none, and most are of one. Kept as
-    tuples, those of 50,000 reports of 250 words would take nine gigabytes; a hash takes eight bytes.
+    tuples, those of 50,000 reports of 250 words would take nine gigabytes; a hash has 8 bytes.
     """
     hashes = array("q")
     for grams in map(_distinct, references):
