@@ -215,7 +215,7 @@ def test_attention_is_offered_where_there_is_one(run_folder: Path, model, said) 
 def test_of_many_specimens_a_part_is_on_the_page_and_is_called_so(
     tmp_path: Path, writer, monkeypatch, caplog
 ) -> None:
-    """A page of 50,000 reports has 200 MB, and no browser searches it."""
+    """A page of 50,000 long reports would have 200 MB, and no browser searches it."""
     folder = writer(tmp_path / "run")
     whole = data_of(write_page([folder]))["runs"][0]["specimens"]
     assert whole["of"] == [60] and len(whole["id"]) == 60
