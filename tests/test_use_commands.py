@@ -240,6 +240,11 @@ def test_bad_specimens_stop_or_are_left_out(model, features, tmp_path, capsys) -
     assert "3 of 7" in told.err
     assert (summary["specimens"], summary["new"], list(summary["bad"])) == (6, 3, ["slide_3"])
     assert "slide_3" not in load_embeddings(output).specimen_ids
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "slide_3.npy").write_bytes(b"nothing of a bag")
+    code = use("embed", model, bad, tmp_path / "none.npz", "--skip-bad-specimens")
+    assert "no specimen could be read" in failing(capsys, code)
 
 
 def test_what_cannot_be_embedded(model, features, tmp_path, capsys, monkeypatch) -> None:

@@ -30,7 +30,7 @@ from slidevlm.data.formats.embeddings import (
     save_embeddings,
 )
 from slidevlm.documents import Table
-from slidevlm.errors import ConfigError
+from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval.prompts import Prompts, prompts_of, read_prompts
 from slidevlm.run import configure_logging, write_text
 
@@ -127,11 +127,16 @@ def _known(output: Path, about: Mapping[str, Any]) -> list[Record]:
 
 def _embeddings(results: Results, using: Using, about: Mapping[str, Any]) -> Embeddings:
     records = results.records
+    if not records:
+        raise DataError(f"{using.source}: no specimen could be read; the warnings say why")
+    rows = np.empty((len(records), len(_row(records[0]["embedding"]))), np.float32)
+    for row, record in zip(rows, records, strict=True):
+        row[:] = _row(record["embedding"])
     return Embeddings(
         tuple(r["id"] for r in records),
         tuple(r["patient"] for r in records),
         np.array([r["tiles"] for r in records], np.int64),
-        np.stack([_row(r["embedding"]) for r in records]),
+        rows,
         {**about, "source": str(using.source.resolve())},
     )
 

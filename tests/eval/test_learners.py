@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import sklearn.metrics as sk
@@ -93,6 +95,21 @@ def test_episodes_are_class_means_of_drawn_examples(k: int, monkeypatch) -> None
         done += number
     if k == 50:
         assert np.ptp(found.accuracy) == 0, "every class gives all it has"
+
+
+def test_drawing_from_many_training_specimens_takes_a_bounded_memory(monkeypatch) -> None:
+    """All draws at a time from a million would be tens of gigabytes, few queries or not."""
+    monkeypatch.setattr(learners, "_ELEMENTS", 100_000)
+    random = np.random.default_rng(0)
+    train = Examples(random.normal(size=(4000, 2)), np.arange(4000) % 2, np.zeros(4000))
+    queries = random.normal(size=(5, 2))
+    tracemalloc.start()
+    try:
+        learners.class_mean_episodes(train, queries, np.zeros(5, int), 1, 1000, seed=0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 8 * 100_000, peak
 
 
 def test_more_examples_help() -> None:

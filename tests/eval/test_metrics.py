@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +53,34 @@ def test_mean_and_median_of_resamples(n: int) -> None:
         expected = (drawn.mean(), np.median(drawn)) if len(drawn) else (math.nan, math.nan)
         found = m.mean(values, counts)[r], m.median(values, counts)[r]
         assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("columns", [1, 64, 65, 300])
+def test_running_totals(columns: int) -> None:
+    counts = np.random.default_rng(columns).integers(0, 4, (30, columns)).astype(np.int32)
+    found = m.running_total(counts)
+    assert found.dtype == np.int32
+    assert (found == [[counts[:n, c].sum() for c in range(columns)] for n in range(31)]).all()
+
+
+@pytest.mark.parametrize("columns", [4, 80])
+def test_a_long_running_total_of_few_resamples_takes_no_step_of_python_a_row(columns: int) -> None:
+    """Of a million specimens four resamples come at a time: that were a billion steps of Python."""
+    lines = 0
+
+    def count(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    counts = np.ones((5000, columns), np.int32)
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        m.running_total(counts)
+    finally:
+        sys.settrace(before)
+    assert (lines < 50) == (columns < 65), lines
 
 
 def matrices(seed: int) -> list[tuple[np.ndarray, np.ndarray, int]]:

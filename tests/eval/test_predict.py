@@ -207,6 +207,22 @@ def test_contrastive_loss_in_blocks(
     assert split_contrastive_loss(*short, ids, 7.0, bias) == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_contrastive_loss_of_many_specimens_holds_few_rows(monkeypatch) -> None:
+    """A thousand rows of a million columns would be four gigabytes, and five times that beside."""
+    held: list[int] = []
+    product = torch.Tensor.__matmul__
+
+    def noted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        held.append((found := product(a, b)).numel())
+        return found
+
+    monkeypatch.setattr(module, "_ELEMENTS", 4000)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", noted)
+    image, text = np.random.default_rng(0).normal(size=(2, 300, 3)).astype(np.float32)
+    split_contrastive_loss(image, text, np.arange(300), 1.0, None)
+    assert sum(held) == 2 * 300 * 300 and max(held) <= 4000
+
+
 def test_one_specimen_has_nothing_to_be_told_from() -> None:
     one = np.ones((1, 1))
     assert split_contrastive_loss(one, one, np.array([0]), 10.0, None) == 0.0

@@ -21,6 +21,7 @@ from slidevlm.app.page import write_page
 from slidevlm.app.page_attention import Wanted
 from slidevlm.cli import main
 from slidevlm.flags import read_yaml
+from slidevlm.report import specimens
 
 TABS = (
     "overview", "training", "retrieval", "tasks", "map", "specimens", "attention", "data",
@@ -233,6 +234,20 @@ def test_search_map_and_specimens(browser: Any, run_folder: Path) -> None:
     page.click("#theme")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 29)"
     assert looked.problems == []
+
+
+def test_of_many_specimens_every_tab_says_that_it_has_a_part(
+    browser: Any, tmp_path: Path, writer: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(specimens, "SHOWN", 20)
+    looked = Looked(browser, write_page([writer(tmp_path / "run")]), 1280)
+    for name in ("overview", "retrieval", "map", "specimens"):
+        looked.tab(name)
+        said = looked.page.locator(f"#tab-{name} .thinned").inner_text()
+        assert said.startswith("20 of 60 specimens are on this page"), name
+    assert "60 specimens, of which 20 are shown" in looked.page.text_content("#tab-overview")
+    assert looked.page.text_content("#tab-specimens .count").endswith("of 20")
+    assert not looked.problems
 
 
 def test_hostile_texts_do_nothing(browser: Any, run_folder: Path) -> None:

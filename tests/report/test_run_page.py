@@ -18,6 +18,7 @@ from slidevlm.app.page import run_files, write_page
 from slidevlm.cli import main
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval.stored import load, save
+from slidevlm.report import specimens as specimens_module
 from slidevlm.report.embedding_map import nearest, pca, umap
 from slidevlm.report.policy import closed
 from slidevlm.report.run_page import as_json, render
@@ -209,6 +210,40 @@ def test_attention_is_offered_where_there_is_one(run_folder: Path, model, said) 
     offered = [one for one in run["lacking"] if "--attention" in one["command"]]
     assert len(offered) == (said is None)
     assert run["refused"] is None if said is None else said in run["refused"]
+
+
+def test_of_many_specimens_a_part_is_on_the_page_and_is_called_so(
+    tmp_path: Path, writer, monkeypatch, caplog
+) -> None:
+    """A page of 50,000 long reports would have 200 MB, and no browser searches it."""
+    folder = writer(tmp_path / "run")
+    whole = data_of(write_page([folder]))["runs"][0]["specimens"]
+    assert whole["of"] == [60] and len(whole["id"]) == 60
+    path = folder / "predictions.npz"
+    stored = load(path)
+    save(replace(stored, references={"train": replace(
+        stored.splits["test"], specimen_ids=tuple(f"L{i}" for i in range(60)))}), path)  # fmt: skip
+    monkeypatch.setattr(specimens_module, "SHOWN", 20)
+    found = data_of(write_page([folder]))["runs"][0]["specimens"]
+    places = list(range(0, 60, 3))
+    assert found["judged"] == len(found["id"]) == len(found["near"]) == len(found["split"]) == 20
+    assert found["of"] == [60, 60] and found["splits"] == ["test", "train"]
+    assert "20 of its 120 specimens are on the page" in caplog.text
+    for name in ("id", "patient", "report", "generated"):
+        assert found[name] == [whole[name][i] for i in places]
+    for name, values in whole["numbers"].items():
+        assert found["numbers"][name] == [values[i] for i in places]
+    one, all_of = found["tasks"][0], whole["tasks"][0]
+    assert one["roc"] == all_of["roc"], "of all, not of those that are shown"
+    assert one["label"] == [all_of["label"][i] for i in places]
+    assert one["probability"] == [[row[i] for i in places] for row in all_of["probability"]]
+    assert all(j < 20 for row in found["near"] + found["found"] for j, _ in row)
+    # One that is looked at elsewhere on the page is there, and room that is left is for the others.
+    assert specimens_module.specimens(path, ["S0031"])["id"][11] == "S0031"
+    monkeypatch.setattr(specimens_module, "SHOWN", 90)
+    found = specimens_module.specimens(path)
+    assert found["of"] == [60, 60] and found["judged"] == 60
+    assert found["id"][60:] == [f"L{2 * i}" for i in range(30)]
 
 
 def test_nearest_in_blocks_is_a_plain_sort() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from slidevlm.eval.stored import FILE
 from slidevlm.report.content import RunFiles, content
 from slidevlm.report.run_page import render
 from slidevlm.run import METRICS, write_text
+
+log = logging.getLogger("slidevlm")
 
 PAGE = "report.html"
 
@@ -82,5 +85,16 @@ def write_page(
     if path.is_dir():
         raise ConfigError(f"--output {path} is a folder; give a file such as {path / PAGE}")
     seen = [] if attention is None else [attention_of(files, attention) for files in runs]
-    write_text(path, render(content(runs, seen), plotly))
+    found = content(runs, seen)
+    for run in found["runs"]:
+        table = run["specimens"]
+        if table is not None and (whole := sum(table["of"])) > len(table["id"]):
+            log.warning(
+                "%s: %d of its %d specimens are on the page, at equal distances; metrics are of "
+                "all, and predictions.csv has the others",
+                run["name"],
+                len(table["id"]),
+                whole,
+            )
+    write_text(path, render(found, plotly))
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -273,31 +274,36 @@ class Partial:
         self.records: dict[str, Record] = {}
         self._about = dict(about)
         self._file: IO[str] | None = None
+        self._begun = False  # whether the file has its first line
         self._one_writes = threading.Lock()
         if self.path.exists():
             self._read()
 
     def _read(self) -> None:
-        lines = self.path.read_bytes().split(b"\n")
-        found: list[Record] = []
-        for line in lines[1:]:
-            try:
-                found.append(json_of(line))
-            except ValueError:  # empty, or cut short by a kill, perhaps within a character
-                continue
-        if found and lines[0] != json.dumps(self._about).encode():
+        head = json.dumps(self._about).encode() + b"\n"
+        with self.path.open("rb") as file:  # a line at a time: of a million there are gigabytes
+            self._begun = file.readline() == head
+            for line in file:
+                try:
+                    record = json_of(line)
+                except ValueError:  # empty, or cut short by a kill, perhaps within a character
+                    continue
+                self.records[record["id"]] = record
+        if self.records and not self._begun:
             raise ConfigError(
                 f"{self.path} was written by another model, from other data or with other "
                 "settings; remove it or choose another --output"
             )
-        self.records = {record["id"]: record for record in found}
 
     def __enter__(self) -> Partial:
-        kept = [json.dumps(r, ensure_ascii=False) for r in self.records.values()]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, "\n".join([json.dumps(self._about), *kept]) + "\n")
+            if not self._begun:
+                write_text(self.path, json.dumps(self._about) + "\n")
+            # What is there stays as it is; a line that a kill cut short must not swallow the next.
+            cut = not _ends_a_line(self.path)
             self._file = self.path.open("a", encoding="utf-8")
+            self._file.write("\n" if cut else "")
         except OSError as error:
             raise ConfigError(
                 f"--output: cannot write into {self.path.parent} ({error.strerror}); choose "
@@ -321,6 +327,12 @@ class Partial:
             kind is not None and not self.records
         ):  # an error came first: nothing to go on from, nothing in the way
             self.path.unlink(missing_ok=True)
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def check_output(output: Path, forms: Sequence[str]) -> None:

@@ -204,9 +204,8 @@ def class_mean_episodes(
     order = np.argsort(y, kind="stable")
     _, starts, sizes = np.unique(y[order], return_index=True, return_counts=True)
     right: list[np.ndarray] = []
-    block = max(
-        1, _ELEMENTS // max(1, len(queries) * (classes + 1), k * classes * train.x.shape[1])
-    )
+    largest = max(len(queries) * (classes + 1), k * classes * train.x.shape[1], len(train.y))
+    block = max(1, _ELEMENTS // largest)
     for first in range(0, episodes, block):
         number = min(block, episodes - first)
         drawn = [random.random((number, len(rows))).argsort(1)[:, :k] for rows in members]

@@ -15,6 +15,10 @@ import numpy as np
 
 Array = np.ndarray
 
+# Columns. The more specimens, the fewer resamples come at a time, and a step of Python for each row
+# of each of these blocks would grow as the square of the specimens.
+_NARROW = 64
+
 
 def ones(n: int) -> Array:
     """[N, 1] counts of the sample itself: each specimen once."""
@@ -157,8 +161,12 @@ def average_precision(positive: Array, score: Array, counts: Array | None = None
 
 
 def running_total(counts: Array) -> Array:
-    """[N, R] -> [N + 1, R], from 0: a row at a time, since numpy's own works column by column."""
+    """[N, R] -> [N + 1, R], from 0."""
     result = np.zeros((len(counts) + 1, counts.shape[1]), counts.dtype)
+    if counts.shape[1] <= _NARROW:
+        np.cumsum(counts, axis=0, dtype=counts.dtype, out=result[1:])
+        return result
+    # numpy's own works column by column: of wide rows most of what it reads is not used.
     result[1:] = counts
     before = result[0]
     for row in result[1:]:

@@ -24,7 +24,8 @@ from slidevlm.precision import Precision
 
 log = logging.getLogger("slidevlm.eval")
 
-_ROWS = 1024  # of the similarity matrix held at a time
+_ELEMENTS = 1 << 24  # of the similarity matrix held at a time, and five times that beside it
+_ROWS = 1024  # of it at most
 
 
 class LeftError(Exception):
@@ -231,9 +232,9 @@ def _one_way(
     queries: np.ndarray, keys: np.ndarray, ids: np.ndarray, scale: float, bias: float | None
 ) -> float:
     q, k, names = torch.from_numpy(queries), torch.from_numpy(keys), torch.from_numpy(ids)
-    total = 0.0
-    for start in range(0, len(q), _ROWS):
-        rows = torch.arange(start, min(start + _ROWS, len(q)))
+    total, step = 0.0, max(1, min(_ROWS, _ELEMENTS // len(k)))
+    for start in range(0, len(q), step):
+        rows = torch.arange(start, min(start + step, len(q)))
         own = rows[:, None] == torch.arange(len(k))
         same = (names[rows][:, None] == names) & ~own
         logits = scale * q[rows] @ k.T

@@ -283,8 +283,7 @@ def _transformer(encoder: Transformer, bags: Bags) -> tuple[list[_Step], Tensor]
 
 
 def _abmil(encoder: ABMIL, bags: Bags) -> tuple[list[_Step], Tensor]:
-    normed = encoder.input_norm(bags.features.to(encoder.attention.project.weight.dtype))
-    _, scores = encoder.attention(normed)
+    _, scores = encoder.read(bags.features)
     return [_Given(scores.float().softmax(0).T)], encoder(bags)
 
 

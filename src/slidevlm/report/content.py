@@ -59,7 +59,8 @@ def content(
 
 def _run(files: RunFiles, attention: Mapping[str, Any] | None) -> dict[str, Any]:
     evaluation = _evaluation(files)
-    table = None if files.predictions is None else specimens(files.predictions)
+    seen = [] if attention is None else [one["id"] for one in attention["specimens"]]
+    table = None if files.predictions is None else specimens(files.predictions, seen)
     curves = _curves(files.folder / METRICS)
     check = None if files.check is None else _json(files.check)
     run = {

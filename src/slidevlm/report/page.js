@@ -232,6 +232,16 @@ function plot(make, height, label) {
 const figure = (title, node, caption) => h("figure", {},
   title ? h("h3", {}, title) : null, node, h("figcaption", {}, caption));
 
+// Of a large split the page has a part; what is drawn from specimens then says so.
+const total = (s) => s.of.reduce((a, b) => a + b, 0);
+function thinned() {
+  return RUNS.filter((run) => run.specimens && total(run.specimens) > run.specimens.id.length).map((run) => {
+    const s = run.specimens;
+    return h("p", { class: "note thinned" }, `${TWO ? `${run.name}: ` : ""}${s.id.length} of ${total(s)} specimens are on this page, at equal distances; `,
+      "maps, neighbours and recall by k are of these, metrics and ROC curves of all. predictions.csv has the others.");
+  });
+}
+
 // -- tooltip of specimens --------------------------------------------------------------------
 
 const tip = document.getElementById("tip");
@@ -303,7 +313,8 @@ function facts(run) {
   }
   if (s) s.splits.forEach((name, j) => {
     const mine = s.split.map((x, i) => (x === j ? i : -1)).filter((i) => i >= 0);
-    rows.push([`Split ${name}`, `${mine.length} specimens of ${new Set(mine.map((i) => s.patient[i])).size} patients`
+    const few = mine.length < s.of[j];
+    rows.push([`Split ${name}`, (few ? `${s.of[j]} specimens, of which ${mine.length} are shown` : `${mine.length} specimens of ${new Set(mine.map((i) => s.patient[i])).size} patients`)
       + (mine[0] < s.judged ? "" : " (learnt from, not judged)")]);
   });
   if (about.bootstrap) rows.push(["Intervals", about.bootstrap.resamples > 1
@@ -318,7 +329,7 @@ function facts(run) {
 }
 function overview() {
   const cards = headline(A);
-  const parts = [];
+  const parts = [...thinned()];
   if (TWO) parts.push(panel(h("p", { class: "legend" }, RUNS.map((run, i) => h("span", {}, badge(i), ` ${run.name} `)))));
   parts.push(cards.length ? h("div", { class: "cards" }, cards.map(card))
     : panel(note("This run has not been evaluated: ", code(`slidevlm evaluate ${A.folder}`))));
@@ -432,17 +443,17 @@ function recallCurve(split) {
   RUNS.forEach((run, r) => {
     const s = run.specimens;
     if (!s) return;
-    const rows = s.id.map((_, i) => i).filter((i) => i < s.judged && s.splits[s.split[i]] === split);
+    const all = s.of[s.splits.indexOf(split)] || 0;
     [["image_to_text", "slide → report"], ["text_to_image", "report → slide"]].forEach(([way, title], j) => {
       const ranks = (s.numbers[`${way}/rank`] || []).filter((v, i) => v !== null && s.splits[s.split[i]] === split).sort((a, b) => a - b);
       if (!ranks.length) return;
       const x = [], y = [];
       ranks.forEach((k, i) => { if (i + 1 === ranks.length || ranks[i + 1] !== k) { x.push(k); y.push((i + 1) / ranks.length); } });
-      if (x[x.length - 1] < rows.length) { x.push(rows.length); y.push(1); }
+      if (x[x.length - 1] < all) { x.push(all); y.push(1); }
       data.push({ type: "scatter", mode: "lines", line: { shape: "hv", color: PALETTE[j], dash: r ? "dash" : "solid", width: 2 }, x, y, name: TWO ? `${"AB"[r]} ${title}` : title });
     });
     if (r === 0) {
-      const x = [], n = rows.length;
+      const x = [], n = all;
       for (let k = 1; k < n; k = Math.max(k + 1, Math.round(k * 1.15))) x.push(k);
       x.push(n);
       data.push({ type: "scatter", mode: "lines", x, y: x.map((k) => k / n), name: "by chance", line: { color: "#8a919b", dash: "dot", width: 1.5 } });
@@ -455,7 +466,7 @@ function retrieval() {
     const rows = rowsOf(A).filter((r) => r.split === split);
     const tasks = [...new Set(rows.map((r) => r.task))].filter((t) => /^(image_to_text|text_to_image|slide_retrieval)/.test(t));
     const main = tasks.filter((t) => !t.startsWith("slide"));
-    return [
+    return [...thinned(),
       h("div", { class: "grid wide" },
         figure("How soon the match is found", plot(() => recallCurve(split), 380, "recall by k"),
           "Share of queries whose own match is among the first k. Reports that read the same count as one match; ties count against the model."),
@@ -614,7 +625,7 @@ function mapTab() {
     h("label", { class: "field" }, h("span", {}, "Highlight"), h("input", { type: "search", placeholder: "word, id, class", oninput: later((e) => { state.find = e.target.value.trim(); refresh(node); }) })));
   holder.append(controls());
   const s = RUNS[state.run].specimens;
-  host.append(panel(holder, node, h("p", { class: "caption" },
+  host.append(...thinned(), panel(holder, node, h("p", { class: "caption" },
     "Each point is the embedding of a specimen; those near each other look alike to the model. Hover shows id and report, a click opens the specimen. ",
     "Two dimensions keep a part of the distances only: points that overlap here may be far apart. ",
     s.umap === "not installed" ? "For a UMAP beside it, install the extra (pip install 'slidevlm[umap]') and make the page again." : "")));
@@ -728,7 +739,7 @@ function specimensTab() {
   const search = h("input", { type: "search", id: "search", placeholder: "word in a report, id, patient, class", oninput: later((e) => { state.find = e.target.value; filter(); }) });
   filter();
   if (rows.length) choose(rows[0], false);
-  return [panel(h("div", { class: "controls" },
+  return [...thinned(), panel(h("div", { class: "controls" },
     h("label", { class: "field grow" }, h("span", {}, "Search"), search),
     s.splits.length > 1 ? choice("Split", [["all", "all splits"], ...s.splits.map((n, i) => [String(i), n])], "all", set("split")) : null,
     groups.length > 1 ? choice("True class", groups, "all", set("group")) : null,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from slidevlm.eval.stored import FILE, load
 from slidevlm.report.embedding_map import nearest, pca, umap
 
 NEIGHBOURS = 5
+SHOWN = 5_000  # of a run: 20 to 40 MB of reports, which a browser still opens and searches at once
 _ROC_POINTS = 200
 _MAPPED = 10  # embeddings that UMAP needs; its neighbourhoods are of 15, or of all there are
 Columns = dict[str, list[str]]
@@ -34,11 +36,16 @@ class _Row:
     judged: bool  # False: of a split that tasks only learnt from
 
 
-def specimens(path: Path) -> dict[str, Any]:
+def specimens(path: Path, wanted: Collection[str] = ()) -> dict[str, Any]:
     """Everything that the page says of specimens, from `predictions.npz` and the CSV beside it.
 
     The specimens that tasks learnt from (the training split, few-shot examples) are on the map
-    too, each once.
+    too, each once. Of more than `SHOWN` so many are taken, at equal distances, judged ones first;
+    `of` has how many each split has, and ROC curves are of all.
+
+    Args:
+        path: of the predictions.
+        wanted: names of specimens that are taken in any case.
 
     Raises:
         DataError: a file that cannot be read, or the two of different evaluations.
@@ -47,36 +54,54 @@ def specimens(path: Path) -> dict[str, Any]:
     prefix = path.name.removesuffix(FILE)
     columns = _read_csv(path.with_name(f"{prefix}predictions.csv"))
     everything = {**stored.references, **stored.splits}
-    rows = [_Row(s, i, True) for s, p in stored.splits.items() for i in range(len(p))]
-    known = {p.specimen_ids[i] for p in stored.splits.values() for i in range(len(p))}
-    for split, predictions in stored.references.items():
-        for i, specimen in enumerate(predictions.specimen_ids):
-            if specimen not in known:
-                known.add(specimen)
-                rows.append(_Row(split, i, False))
-    judged = sum(row.judged for row in rows)
+    every = [_Row(s, i, True) for s, p in stored.splits.items() for i in range(len(p))]
     if columns is not None:
-        ids = [everything[row.split].specimen_ids[row.number] for row in rows[:judged]]
+        ids = [everything[row.split].specimen_ids[row.number] for row in every]
         if columns["specimen"] != ids:
             raise DataError(
                 f"{path} and the predictions.csv beside it are of different evaluations; evaluate "
                 "the run again"
             )
-    names = list(dict.fromkeys(row.split for row in rows))
+    known = {p.specimen_ids[i] for p in stored.splits.values() for i in range(len(p))}
+    learnt: list[_Row] = []
+    for split, predictions in stored.references.items():
+        for i, specimen in enumerate(predictions.specimen_ids):
+            if specimen not in known:
+                known.add(specimen)
+                learnt.append(_Row(split, i, False))
+    sizes = Counter(row.split for row in (*every, *learnt))
+    asked = frozenset(wanted)
+    kept = _spread(len(every), SHOWN)
+    if asked and len(kept) < len(every):
+        also = [i for i, r in enumerate(every) if _name(everything, r) in asked]
+        kept = sorted({*kept, *also})
+    rows = [every[i] for i in kept]
+    rows += [learnt[i] for i in _spread(len(learnt), max(0, SHOWN - len(kept)))]
+    names = list(sizes)  # also of splits that had no room
     generated = [_text(everything, row, "generated") for row in rows]
-    tasks = [] if columns is None else _tasks(columns, len(rows))
+    tasks = [] if columns is None else _tasks(columns, kept, len(rows))
     return {
-        "judged": judged,
+        "judged": len(kept),
         "splits": names,
+        "of": [sizes[name] for name in names],
         "split": [names.index(row.split) for row in rows],
-        "id": [everything[row.split].specimen_ids[row.number] for row in rows],
+        "id": [_name(everything, row) for row in rows],
         "patient": [everything[row.split].patient_ids[row.number] for row in rows],
         "report": [everything[row.split].reports[row.number] for row in rows],
         "generated": generated if any(g is not None for g in generated) else None,
-        "numbers": {} if columns is None else _numbers(columns, len(rows)),
+        "numbers": {} if columns is None else _numbers(columns, kept, len(rows)),
         "tasks": tasks,
         **_geometry(everything, rows),
     }
+
+
+def _spread(count: int, most: int) -> Sequence[int]:
+    """At most so many of `range(count)`, at equal distances."""
+    return range(count) if count <= most else [i * count // most for i in range(most)]
+
+
+def _name(everything: Mapping[str, Predictions], row: _Row) -> str:
+    return everything[row.split].specimen_ids[row.number]
 
 
 def _text(everything: Mapping[str, Predictions], row: _Row, name: str) -> str | None:
@@ -99,10 +124,10 @@ def _read_csv(path: Path) -> Columns | None:
     return {name: [row[i] for row in rows] for i, name in enumerate(header)}
 
 
-def _numbers(columns: Columns, total: int) -> dict[str, list[float | None]]:
+def _numbers(columns: Columns, kept: Sequence[int], total: int) -> dict[str, list[float | None]]:
     """Ranks and scores of single specimens."""
     names = [n for n in columns if n.endswith("/rank") or n.startswith("captions/")]
-    return {name: _padded([_float(v) for v in columns[name]], total) for name in names}
+    return {name: _padded([_float(columns[name][i]) for i in kept], total) for name in names}
 
 
 def _padded(values: Sequence[Any], total: int, fill: Any = None) -> list[Any]:
@@ -117,7 +142,7 @@ def _float(word: str) -> float | None:
     return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
-def _tasks(columns: Columns, total: int) -> list[dict[str, Any]]:
+def _tasks(columns: Columns, kept: Sequence[int], total: int) -> list[dict[str, Any]]:
     """Classification tasks: true and predicted class, probabilities, ROC curves of each split."""
     found = []
     for column in columns:
@@ -134,10 +159,10 @@ def _tasks(columns: Columns, total: int) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "classes": classes,
-                "label": _padded([number.get(c, -1) for c in label], total, -1),
-                "predicted": _padded([number.get(c, -1) for c in predicted], total, -1),
+                "label": _padded([number.get(label[i], -1) for i in kept], total, -1),
+                "predicted": _padded([number.get(predicted[i], -1) for i in kept], total, -1),
                 "probability": [
-                    _padded([_float(f"{v:.3g}") for v in row.tolist()], total) for row in chances
+                    _padded([_float(f"{row[i]:.3g}") for i in kept], total) for row in chances
                 ],
                 "roc": _rocs(columns["split"], label, classes, chances) if scored else {},
             }

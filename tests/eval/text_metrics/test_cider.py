@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -49,6 +50,20 @@ def test_slow_reference(texts) -> None:
     assert found.tolist() == pytest.approx(expected, abs=1e-10)
     if len(expected) == 40:
         assert max(expected) > 5 and min(expected) == 0
+
+
+def test_n_grams_of_one_report_take_no_memory() -> None:
+    """All n-grams of 50,000 long reports as tuples would take nine gigabytes."""
+    letters = [[f"{i}-{j}" for j in range(200)] for i in range(60)]  # no n-gram comes twice
+    tracemalloc.start()
+    try:
+        found = cider.statistics(letters, letters)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.tolist() == pytest.approx(np.full((60, 2), 10.0))
+    n_grams = 60 * (200 + 199 + 198 + 197)
+    assert peak < 60 * n_grams, f"{peak / n_grams:.0f} bytes an n-gram"
 
 
 def test_by_hand() -> None:

@@ -7,6 +7,7 @@ and a Gaussian penalty on the difference of lengths. `cider_plain` is the cosine
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 
@@ -24,16 +25,15 @@ def statistics(
 
     Document frequencies are those of all references given.
     """
-    theirs = [[ngrams(r, n) for n in range(1, _ORDER + 1)] for r in references]
-    frequency: Counter[tuple[str, ...]] = Counter(g for r in theirs for n in r for g in n)
+    frequency = _document_frequencies(references)
     log_n = math.log(len(references)) if references else 0.0
     values = []
-    for candidate, reference, counts in zip(generated, references, theirs, strict=True):
+    for candidate, reference in zip(generated, references, strict=True):
         penalty = math.exp(-((len(candidate) - len(reference)) ** 2) / (2 * _SIGMA**2))
         total = plain = 0.0
         for n in range(_ORDER):
             ours = _weigh(ngrams(candidate, n + 1), frequency, log_n)
-            other = _weigh(counts[n], frequency, log_n)
+            other = _weigh(ngrams(reference, n + 1), frequency, log_n)
             dot = sum(min(w, other[g]) * other[g] for g, w in ours.items() if g in other)
             norms = _norm(ours) * _norm(other)
             total += dot / norms * penalty if norms else dot * penalty
@@ -43,10 +43,32 @@ def statistics(
     return np.array(values, dtype=np.float64).reshape(-1, 2)
 
 
+def _document_frequencies(references: Sequence[Sequence[str]]) -> dict[tuple[str, ...], int]:
+    """In how many texts each n-gram is, of those that are in two or more.
+
+    An n-gram of one text has the weight of one that is in none, and most are of one. Kept as
+    tuples, those of 50,000 reports of 250 words would take nine gigabytes; a hash has 8 bytes.
+    """
+    hashes = array("q")
+    for grams in map(_distinct, references):
+        hashes.extend(map(hash, grams))
+    ordered = np.sort(np.frombuffer(hashes, np.int64)) if hashes else np.zeros(0, np.int64)
+    twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    # Two n-grams of one hash are both counted, which only costs their room.
+    frequency: Counter[tuple[str, ...]] = Counter()
+    for grams in map(_distinct, references):
+        frequency.update(gram for gram in grams if hash(gram) in twice)
+    return frequency
+
+
+def _distinct(tokens: Sequence[str]) -> set[tuple[str, ...]]:
+    return {gram for n in range(1, _ORDER + 1) for gram in ngrams(tokens, n)}
+
+
 def _weigh(
-    counts: Counter[tuple[str, ...]], frequency: Counter[tuple[str, ...]], log_n: float
+    counts: Counter[tuple[str, ...]], frequency: dict[tuple[str, ...], int], log_n: float
 ) -> dict[tuple[str, ...], float]:
-    return {g: c * (log_n - math.log(max(1.0, frequency[g]))) for g, c in counts.items()}
+    return {g: c * (log_n - math.log(frequency.get(g, 1))) for g, c in counts.items()}
 
 
 def _norm(weights: dict[tuple[str, ...], float]) -> float:

@@ -11,6 +11,7 @@ there); docs/reports.md tells how often the two differ.
 from __future__ import annotations
 
 import re
+import sys
 from functools import lru_cache
 
 # A letter or digit; fractions in one character are none.
@@ -113,7 +114,7 @@ def tokenize(text: str) -> list[str]:
     for piece, after in zip(pieces, [*pieces[1:], ""], strict=False):
         # Most pieces are plain words, to which no rule applies.
         if piece.isalpha() and (lower := piece.lower()) not in _REPLACED:
-            tokens.append(lower)
+            tokens.append(sys.intern(lower))  # a word of many reports is in memory once
         else:
             tokens += _of_piece(piece, _kind(after))
     return tokens

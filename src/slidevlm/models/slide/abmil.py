@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slidevlm.batch import Bags
+from slidevlm.models.linear import is_plain, normalised_linear
 from slidevlm.models.ragged import bags_of
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
@@ -56,7 +57,7 @@ def _input_norm(kind: str, tile_width: int) -> nn.Module:
 
 
 class GatedAttention(nn.Module):
-    """Normalised tiles [T, D] -> projected tiles [T, width] and their scores [T, branches]."""
+    """`project` of tiles [T, width] -> tiles [T, width] and their scores [T, branches]."""
 
     def __init__(self, config: ABMILConfig, tile_width: int) -> None:
         super().__init__()
@@ -66,8 +67,8 @@ class GatedAttention(nn.Module):
         self.gate = nn.Linear(config.width, config.hidden)
         self.score = nn.Linear(config.hidden, config.branches, bias=False)
 
-    def forward(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = self.dropout(F.relu(self.project(normed)))
+    def forward(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        tiles = self.dropout(F.relu(projected))
         return tiles, self.score(self.content(tiles).tanh() * self.gate(tiles).sigmoid())
 
 
@@ -88,11 +89,20 @@ class ABMIL(SlideEncoder):
 
     def forward(self, bags: Bags) -> Tensor:
         """Bags -> [B, branches, width]."""
-        normed = self.input_norm(bags.features.to(self.attention.project.weight.dtype))
-        tiles, scores = self.run(self.attention, normed)  # [T, width], [T, branches]
+        tiles, scores = self.read(bags.features)
         parts = zip(*(bags_of(t, bags.lengths) for t in (wide(scores), tiles)), strict=True)
         tokens = [weights.softmax(0).T.to(tile.dtype) @ tile for weights, tile in parts]
         return torch.stack(tokens)
+
+    def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Tile features [T, D] -> tiles [T, width] and their scores [T, branches]."""
+        norm, project = self.input_norm, self.attention.project
+        if isinstance(norm, nn.LayerNorm) and is_plain(project):
+            (projected,) = normalised_linear(features, norm, (project.weight,), project.bias)
+        else:
+            projected = project(norm(features.to(project.weight.dtype)))
+        tiles, scores = self.run(self.attention, projected)
+        return tiles, scores
 
     def groups(self) -> list[Group]:
         """Tiles, attention."""
