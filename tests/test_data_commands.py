@@ -54,6 +54,49 @@ def test_check_of_a_sound_cohort(cohort, tmp_path, capsys):
     assert sorted(path.name for path in output.iterdir()) == ["check.html", "check.json"]
 
 
+def test_check_reads_what_probes_and_examples_learn_from(cohort, tmp_path, capsys):
+    labels = Path(cohort.labels("diagnosis"))
+    command = ["data", "check", *words(cohort), "--probe", "--json"]
+    given = ["--zsc-specimen-class-mapping", str(labels)]
+    assert main([*command, *given]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["classes"][0]["name"] == labels.stem
+    assert not [f for f in content["findings"] if "prompt" in f["message"]]
+
+    bad, broken = tmp_path / "bad.json", tmp_path / "broken.json"
+    bad.write_text('{"no such class": ["a"], "nor this": ["b"]}')
+    files = ["--few-shot-examples", str(bad)]
+    assert main([*command, *given, *files]) == 1
+    found = json.loads(capsys.readouterr().out)["findings"]
+    errors = {f["topic"]: f["message"] for f in found if f["level"] == "error"}
+    assert errors.keys() == {"few-shot examples"}
+    assert "no label file has all of its classes" in errors["few-shot examples"]
+
+    # Which labels examples belong to is not said where these cannot be read.
+    broken.write_text("{")
+    assert main([*command, "--zsc-specimen-class-mapping", str(broken), *files]) == 1
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert {f["topic"] for f in found if f["level"] == "error"} == {"labels"}
+
+
+def test_check_reads_the_survival_table(cohort, tmp_path, capsys):
+    pytest.importorskip("sksurv")
+    table = tmp_path / "bad.csv"
+    table.write_text("specimen,days\na,1\n")
+    words_of = [
+        "data",
+        "check",
+        *words(cohort),
+        "--probe",
+        "--survival-table",
+        str(table),
+        "--json",
+    ]
+    assert main(words_of) == 1
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert [f["topic"] for f in found if f["level"] == "error"] == ["survival"]
+
+
 def test_check_takes_several_classes_of_a_specimen(cohort, tmp_path, capsys):
     known = json.loads(Path(cohort.labels("diagnosis")).read_text())
     (tmp_path / "several.json").write_text(json.dumps({name: [known[name]] for name in known}))

@@ -28,7 +28,9 @@ from slidevlm.data.scan import facts_of
 from slidevlm.data.splits import report_of, write_identifiers
 from slidevlm.data.tokenizer import TextTokenizer, Tokenizer
 from slidevlm.errors import ConfigError, DataError
-from slidevlm.eval.prompts import read_classes, read_labels, read_prompts
+from slidevlm.eval.prompts import Labels, read_classes, read_labels, read_prompts
+from slidevlm.eval.survival import read_survival
+from slidevlm.eval.tasks.few_shot import read_few_shot
 from slidevlm.models import from_dict, zoo
 from slidevlm.report.check_page import page, terminal
 from slidevlm.report.inspection import terminal as inspection_text
@@ -169,13 +171,26 @@ def _finding(report: CheckReport, topic: str) -> Iterator[None]:
 
 
 def _labelled(config: Config, report: CheckReport) -> list[Labelled]:
-    found = []
-    for prompt_file, label_file in config.prompt_pairs:
+    """Label files with what prompts they have; all files of evaluation are read."""
+    evaluation = config.evaluation
+    pairs: Sequence[tuple[str | None, str]] = config.prompt_pairs or [
+        (None, file) for file in evaluation.zsc_specimen_class_mapping or ()
+    ]
+    known: list[Labels] = []
+    found: list[Labelled] = []
+    for prompt_file, label_file in pairs:
         with _finding(report, "labels"):
-            prompts = read_prompts(Path(prompt_file))
-            labels = read_labels(Path(label_file))
-            by_class = dict(zip(prompts.classes, prompts.texts, strict=True))
+            prompts = None if prompt_file is None else read_prompts(Path(prompt_file))
+            known.append(labels := read_labels(Path(label_file)))
+            by_class = prompts and dict(zip(prompts.classes, prompts.texts, strict=True))
             found.append(Labelled(labels.name, labels.classes, by_class))
+    if len(known) == len(pairs):  # else what examples belong to is not known
+        for file in evaluation.few_shot_examples or ():
+            with _finding(report, "few-shot examples"):
+                read_few_shot(Path(file), known)
+    if evaluation.survival_table is not None:
+        with _finding(report, "survival"):
+            read_survival(Path(evaluation.survival_table))
     return found
 
 

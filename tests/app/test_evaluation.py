@@ -207,6 +207,18 @@ def test_scorings_of_one_second_have_folders_of_their_own(run: Path, tmp_path, m
         assert (tmp_path / name / "metrics.json").is_file()
 
 
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_several_processes_do_not_score_the_same_predictions(
+    variable: str, run: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(run.iterdir())
+    monkeypatch.setenv(variable, "2")
+    assert main(["evaluate", "--predictions", str(run / "predictions.npz")]) == 2
+    starter = {"WORLD_SIZE": "torchrun", "SLURM_STEP_NUM_TASKS": "srun"}[variable]
+    assert f"start it without {starter}" in capsys.readouterr().err
+    assert set(run.iterdir()) == before
+
+
 def test_stored_predictions_with_other_settings(run: Path, cohort: DemoCohort, capsys) -> None:
     words = ["--eval-metric-bootstraps", "20", "--eval-metric-ci", "0.5", "--logs", "None"]
     place = ["evaluate", "--predictions", str(run / "predictions.npz")]

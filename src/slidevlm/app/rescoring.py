@@ -55,11 +55,13 @@ def rescore(path: Path, config: Config) -> Outcome:
     Raises:
         SlideVLMError: predictions that cannot be read, or lack what a task needs.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "--predictions scores what is stored, which is work for one process; start it without "
-            "torchrun"
-        )
+    # Slurm's variable is there for what srun has started alone.
+    for name, starter in (("WORLD_SIZE", "torchrun"), ("SLURM_STEP_NUM_TASKS", "srun")):
+        if int(os.environ.get(name, "1")) > 1:
+            raise ConfigError(
+                "--predictions scores what is stored, which is work for one process; start it "
+                f"without {starter}"
+            )
     configure_logging(debug=config.logging.debug, main=True)
     stored = load(stored_predictions(path))
     validate_evaluation(config)

@@ -123,12 +123,12 @@ class Texts:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A label file with its prompts."""
+    """A label file, and the prompts of its classes where it has any."""
 
     name: str
     # Specimen or "<patient>/<specimen>" -> its class or classes.
     classes: Mapping[str, Sequence[str]]
-    prompts: Mapping[str, Sequence[str]]  # class -> prompts
+    prompts: Mapping[str, Sequence[str]] | None  # class -> prompts; None: for examples or probes
 
     def of(self, case: Case) -> Sequence[str] | None:
         """The classes of a specimen, as evaluation finds them; None without a label."""
@@ -168,7 +168,7 @@ def check(
         splits: name -> split file; "train" is the one the tokenizer learns from. Without any,
             all specimens are taken as one split.
         texts: reports by specimen, which then stand for those of the store.
-        labelled: label files with their prompts.
+        labelled: label files.
         cutoff: tiles read of a specimen at most.
         workers: reading processes.
     """
@@ -566,7 +566,7 @@ def _texts(
 def _prompts(report: CheckReport, one: Labelled, tokenizer: TextTokenizer, context: int) -> None:
     long = [
         f"{name}: {prompt}"
-        for name, prompts in one.prompts.items()
+        for name, prompts in (one.prompts or {}).items()
         for prompt in prompts
         if tokenizer.is_truncated(prompt, context)
     ]
@@ -588,8 +588,8 @@ def _classes(
 ) -> None:
     """Balance of one label file, and where labels, prompts and data do not meet."""
     given = {kind for kinds in one.classes.values() for kind in kinds}
-    names = sorted(given | set(one.prompts))
-    strange = sorted(given - set(one.prompts))
+    prompted = given if one.prompts is None else set(one.prompts)
+    names, strange = sorted(given | prompted), sorted(given - prompted)
     if strange:
         report.add("error", "labels", f"{one.name}: classes without a prompt", strange)
     known = {name for case in store.cases for name in _names(case)}
