@@ -182,7 +182,9 @@ def _labelled(config: Config, report: CheckReport) -> list[Labelled]:
         with _finding(report, "labels"):
             prompts = None if prompt_file is None else read_prompts(Path(prompt_file))
             known.append(labels := read_labels(Path(label_file)))
-            by_class = prompts and dict(zip(prompts.classes, prompts.texts, strict=True))
+            by_class: dict[str, Sequence[str]] | None = None
+            if prompts is not None:
+                by_class = dict(zip(prompts.classes, prompts.texts, strict=True))
             found.append(Labelled(labels.name, labels.classes, by_class))
     if len(known) == len(pairs):  # else what examples belong to is not known
         for file in evaluation.few_shot_examples or ():

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import multiprocessing
 import os
+import subprocess
+import sys
+import textwrap
 import warnings
 import weakref
 from dataclasses import replace
@@ -235,6 +240,45 @@ def test_one_batch_is_received_ahead_and_a_loop_left_early_begins_anew(write, mo
     assert [received.get(timeout=60) for _ in again] == again, "and no more than one was"
     assert loader._receiver is not None
     assert not loader._receiver.is_alive(), "what it holds is not let go while the process ends"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_loop_left_before_the_end_is_told_lets_its_workers_go(write, broken):
+    """The end, or an error, is then received and never taken; nothing may hang on to it."""
+    path = write([4, 4])
+    if broken:
+        with h5py.File(path, "a") as file:
+            file["patients/p1/s1/uni/features"][1, 1] = np.nan
+    before = set(multiprocessing.active_children())
+    gc.collect()
+    gc.disable()
+    try:
+        loader = make_loader(dataset(path), EvalBatches(2, 1 if broken else 2), 1)
+        batches = iter(loader)
+        next(batches)
+        assert set(multiprocessing.active_children()) - before
+        batches.close()
+        assert loader._receiver is not None
+        loader._receiver.join()
+        del loader, batches
+        assert not set(multiprocessing.active_children()) - before
+    finally:
+        gc.enable()
+
+
+def test_a_process_that_ends_within_a_loop_ends_its_workers(write):
+    """SIGTERM, by which multiprocessing ends what is left, a worker outlives for a while."""
+    program = """
+        import sys
+        from tests.data import test_dataset as t
+        t.make_loader.__globals__["_GRACE_SECONDS"] = 100_000
+        batches = iter(t.make_loader(t.dataset(sys.argv[1]), t.EvalBatches(4, 1), 1))
+        print(next(batches).specimen_ids)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(write([4] * 4))]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
+    assert done.stdout == "('s0',)\n" and not done.returncode, done.stderr
 
 
 @pytest.mark.parametrize(("workers", "method"), [(0, None), (1, "fork"), (1, "spawn")])

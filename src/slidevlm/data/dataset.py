@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import signal
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -400,16 +402,31 @@ def _receive(
     answers: SimpleQueue[_Loaded | BaseException],
 ) -> None:
     """Fetch one whenever asked; an error, or the end, is an answer and the last one."""
-    while asked.get():
-        try:
+    try:
+        while asked.get():
             answers.put(next(batches))
-        except BaseException as error:
-            answers.put(error)
-            return
+    except BaseException as error:
+        answers.put(error)
+    # Where nobody takes it, as in a loop that is left at its last batch, the error would hold this
+    # frame and the frame the error, and with them the workers until garbage is collected: at the
+    # end of a process that is after they have been waited for.
+    del batches, answers
 
 
 _RECEIVER_SECONDS = 10  # a loop that is left waits so long for the batch under way
 _GRACE_SECONDS = 30  # a worker lives on after SIGTERM, at most
+
+
+_OPEN: WeakSet[BagLoader] = WeakSet()
+
+
+@atexit.register  # after multiprocessing's own, so called before: that one would send SIGTERM
+def _end_workers() -> None:
+    """Let the workers of loaders that are still there end with the process, not some time later."""
+    for loader in tuple(_OPEN):
+        iterator: Any = loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
 
 
 def _start_worker(worker: int) -> None:
@@ -460,4 +477,6 @@ def make_loader(
         **parallel,
     )
     loader.bad = StopAtBad() if bad is None else bad
+    if workers:
+        _OPEN.add(loader)
     return loader
