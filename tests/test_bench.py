@@ -34,10 +34,12 @@ OUTPUTS = {
     "models": "step  ours        2.71 s      261 MB\nstep  padded      5.73 s      709 MB\n"
     "step  padded / ours: time 2.11, memory 2.72\nbag   ours       50.00 s     2116 MB\n"
     "bag   padded     75.00 s     7211 MB\nbag   padded / ours: time 1.50, memory 3.41\n",
-    "generate": "| model | form | cached s | uncached s | ratio | last / first | x | ratio |\n"
-    "| small | greedy | 1.30 | 6.79 | 5.2 | 1.00 | 0.52 | 13.0 |\n"
+    "tiles": "ours    1.40 s     497 MB\nplain   2.91 s    1369 MB\n"
+    "plain / ours: time 2.08, memory 2.76\n",
+    "generate": "| model | form | cached s | uncached s | ratio | last / first | x | y | ratio |\n"
+    "| small | greedy | 1.30 | 6.79 | 5.2 | 1.00 | 0.52 | 6.76 | 13.0 |\n"
     "the slide takes 0.14 s and reading the weights 2.3 ms a token: no more than 10.9 times\n"
-    "| large | greedy | 10.61 | 46.56 | 4.4 | 1.10 | 3.67 | 12.7 |\n"
+    "| large | greedy | 10.61 | 46.56 | 4.4 | 1.10 | 3.67 | 46.61 | 12.7 |\n"
     "the slide takes 0.14 s and reading the weights 48.0 ms a token: no more than 7.6 times\n",
     "beams": "| model | form | cached s | uncached s | ratio | last / first |\n"
     "| small | beams | 1.30 | 24.70 | 18.8 | 1.11 |\n"
@@ -66,14 +68,16 @@ EXPECTED = {
     "models: a step, padded / ours, memory": 2.72,
     "models: a bag of 100,000, padded / ours, time": 1.5,
     "models: a bag of 100,000, padded / ours, memory": 3.41,
+    "tiles: 100,000 before attention, at once / in pieces, time": 2.08,
+    "tiles: the same, memory": 2.76,
     "generate: small, greedy: without cache / with": 5.2,
     "generate: small, greedy: the last tokens' time / the first's": 1.0,
     "generate: small, greedy: the same, were it reading the weights alone": 10.9,
-    "generate: small, greedy: without cache / eight at a time": 13.0,
+    "generate: small, greedy: eight at a time, without cache / with": 13.0,
     "generate: large, greedy: without cache / with": 4.4,
     "generate: large, greedy: the last tokens' time / the first's": 1.1,
     "generate: large, greedy: the same, were it reading the weights alone": 7.6,
-    "generate: large, greedy: without cache / eight at a time": 12.7,
+    "generate: large, greedy: eight at a time, without cache / with": 12.7,
     "beams: small, beams: without cache / with": 18.8,
     "beams: small, beams: the last tokens' time / the first's": 1.11,
     "beams: large, beams: without cache / with": 10.9,
@@ -200,7 +204,7 @@ def test_what_is_recorded_is_compared_with(
     outputs["generate"] = outputs["generate"].replace("13.0", "3.0")
     capsys.readouterr()
     assert bench.main(["--check"]) == 1
-    assert "small, greedy: without cache / eight at a time" in capsys.readouterr().err
+    assert "small, greedy: eight at a time, without cache / with" in capsys.readouterr().err
 
 
 def test_one_gpu_is_measured_or_refused(
