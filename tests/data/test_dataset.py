@@ -242,18 +242,13 @@ def test_one_batch_is_received_ahead_and_a_loop_left_early_begins_anew(write, mo
     assert not loader._receiver.is_alive(), "what it holds is not let go while the process ends"
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_a_loop_left_before_the_end_is_told_lets_its_workers_go(write, broken):
-    """The end, or an error, is then received and never taken; nothing may hang on to it."""
-    path = write([4, 4])
-    if broken:
-        with h5py.File(path, "a") as file:
-            file["patients/p1/s1/uni/features"][1, 1] = np.nan
+def test_a_loop_left_before_the_end_is_told_lets_its_workers_go(write):
+    """The end is then received and never taken; nothing may hang on to it."""
     before = set(multiprocessing.active_children())
     gc.collect()
     gc.disable()
     try:
-        loader = make_loader(dataset(path), EvalBatches(2, 1 if broken else 2), 1)
+        loader = make_loader(dataset(write([4, 4])), EvalBatches(2, 2), 1)
         batches = iter(loader)
         next(batches)
         assert set(multiprocessing.active_children()) - before

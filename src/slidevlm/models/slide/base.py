@@ -176,13 +176,12 @@ class Standardise(nn.Module):
         """
         if features.requires_grad or outside_autograd():
             found = [_moments(bag) for bag in bags_of(self(features), lengths)]
-            return torch.stack([torch.cat([m, (v + 1e-12).sqrt() - 1e-6]) for m, v in found])
-        dtype = torch.promote_types(self.mean.dtype, torch.float32)
-        means, variances = zip(
-            *(_moments_by_rows(bag, dtype) for bag in bags_of(features, lengths)), strict=True
-        )
-        mean = (torch.stack(means) - self.mean) / self.deviation
-        variance = torch.stack(variances) / self.deviation.square()
+            mean, variance = (torch.stack(rows) for rows in zip(*found, strict=True))
+        else:
+            found = [_moments_by_rows(bag, self.mean.dtype) for bag in bags_of(features, lengths)]
+            mean, variance = (torch.stack(rows) for rows in zip(*found, strict=True))
+            mean = (mean - self.mean) / self.deviation
+            variance = variance / self.deviation.square()
         return torch.cat([mean, (variance + 1e-12).sqrt() - 1e-6], 1).to(self.mean.dtype)
 
 
@@ -193,7 +192,8 @@ def _moments(bag: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _moments_by_rows(bag: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`_moments` of a bag of any float type, in `dtype`."""
+    """`_moments` of a bag of any float type, in `dtype` and no less than 32 bits."""
+    dtype = torch.promote_types(dtype, torch.float32)
     mean = torch.stack([rows.sum(0, dtype=dtype) for rows in rows_of(bag)]).sum(0) / len(bag)
     squares = [(rows.to(dtype) - mean).square_().sum(0) for rows in rows_of(bag)]
     return mean, torch.stack(squares).sum(0) / len(bag)
