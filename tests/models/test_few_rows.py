@@ -36,7 +36,8 @@ def test_the_numbers_are_those_of_the_layer(
     exact.load_state_dict(linear.state_dict())
     for shape in [(1,), (1, 1), (2, 1), (1, 3), (4, 2), (3, 3), (5, 13), (5, 1), (0, 4)]:
         x = torch.randn(*shape, inputs)
-        for given in (x, x.transpose(0, -2).contiguous().transpose(0, -2)):
+        apart = torch.randn(*shape, 2 * inputs)[..., ::2]
+        for given in (x, x.transpose(0, -2).contiguous().transpose(0, -2), apart):
             with torch.inference_mode():
                 found, expected = FewRows(linear)(given), exact(given.double())
             assert found.shape == expected.shape and found.dtype == torch.float32
@@ -68,16 +69,36 @@ def test_each_way_is_taken(monkeypatch: pytest.MonkeyPatch, processor: str) -> N
         assert way(1024, 4096, 1) == once == way(8, 8, 1) == way(8, 8, 1, threads=2)
         return
     assert way(512, 64, 8) == ["other side"] and way(512, 64, 9) == ["linear"]
-    assert way(1024, 64, 5) == ["other side"] and way(1024, 64, 6) == ["linear"]
-    assert way(1024, 4096, 5) == ["other side"] and way(1024, 4096, 6) == ["oneDNN", "linear"]
+    assert way(512, 64, 1) == ["pieces"] == way(1024, 64, 1, threads=2)
     if processor == "amd":
-        assert way(512, 64, 1) == ["pieces"] == way(1024, 64, 1, threads=2)
+        assert way(1024, 64, 5) == ["other side"] and way(1024, 64, 6) == ["linear"]
+        assert way(1024, 4096, 5) == ["other side"] and way(1024, 4096, 6) == ["oneDNN", "linear"]
         assert way(1024, 4096, 1) == once == way(2048, 64, 1)
         assert way(2048, 64, 2) == ["other side"]
         return
-    assert way(1024, 4096, 1) == ["other side"] == way(8, 8, 1)
-    assert way(2048, 64, 1) == once and way(2048, 64, 2) == ["linear"]
-    assert way(2048, 64, 1, threads=2) == ["other side"]
+    assert way(1024, 64, 1) == ["pieces"] == way(2736, 64, 1)
+    assert way(4096, 64, 1) == ["oneDNN", "linear"] == way(2736, 64, 2) == way(1024, 64, 4)
+    assert way(1024, 64, 3) == ["other side"] == way(768, 64, 5)
+    assert way(512, 64, 64, threads=2) == ["other side"] and way(512, 8192, 9) == [
+        "oneDNN",
+        "linear",
+    ]
+
+
+@pytest.mark.parametrize("processor", ["amd", "amd with avx512"], indirect=True)
+@pytest.mark.parametrize("given", [(1, 600), (1, 1, 600)])
+@pytest.mark.usefixtures("processor")
+def test_a_single_row_is_told_to_be_a_row(
+    given: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a column's strides the library takes five times as long, and gives the same numbers."""
+    seen: list[tuple[int, ...]] = []
+    product = torch.baddbmm
+    monkeypatch.setattr(torch, "baddbmm", lambda *a: (seen.append(a[2].stride()), product(*a))[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with torch.inference_mode():
+        FewRows(nn.Linear(600, 64))(torch.zeros(given))
+    assert seen == [(0, 1, 600)]
 
 
 @pytest.mark.usefixtures("processor")

@@ -190,11 +190,11 @@ class LayerCache:
             self.key[rows, :, places] = key.transpose(1, 2)
             self.value[rows, :, places] = value.transpose(1, 2)
             return self.key[:, :, : self.length], self.value[:, :, : self.length]
-        end = self.length + key.shape[2]
-        self.key[:, :, self.length : end] = key
-        self.value[:, :, self.length : end] = value
-        self.length = end
-        return self.key[:, :, :end], self.value[:, :, :end]
+        new = key.shape[2]
+        self.key.narrow(2, self.length, new).copy_(key)
+        self.value.narrow(2, self.length, new).copy_(value)
+        self.length += new
+        return self.key.narrow(2, 0, self.length), self.value.narrow(2, 0, self.length)
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these sequences of the batch, in this order; one may be there twice."""

@@ -177,31 +177,32 @@ def ranked(drafts: Iterable[Draft]) -> list[Draft]:
 
 
 def log_probabilities(
-    logits: Tensor, seen: Tensor, written: int | Tensor, decoding: Decoding
+    logits: Tensor, seen: Tensor, written: int | Sequence[int], decoding: Decoding
 ) -> Tensor:
     """What the next token may be, and how likely.
 
     Args:
         logits: [R, V].
         seen: [R, t] the tokens so far, BOS left out; where some rows have fewer, BOS on the left.
-        written: how many of them are generated; [R] where that differs.
+        written: how many of them are generated; R numbers where that differs.
         decoding: penalties and bans.
 
     Returns:
         [R, V] float32 logarithms; -inf for what may not be. Where nothing else may, EOS may.
     """
     logits = logits.float().nan_to_num(nan=_BANNED, neginf=_BANNED)  # a copy
-    logits[:, [decoding.bos_id, decoding.pad_id]] = _BANNED
+    logits[:, decoding.bos_id] = logits[:, decoding.pad_id] = _BANNED
     if decoding.repetition_penalty != 1 and seen.shape[1]:
         there, penalty = logits.gather(1, seen), decoding.repetition_penalty
         logits.scatter_(1, seen, torch.where(there > 0, there / penalty, there * penalty))
     if decoding.no_repeat_ngram and seen.shape[1] >= decoding.no_repeat_ngram:
         _ban_repeats(logits, seen, decoding.no_repeat_ngram)
-    if isinstance(written, Tensor):
-        early = written < decoding.min_tokens
-        logits[:, decoding.eos_id].masked_fill_(early, _BANNED)
-    elif written < decoding.min_tokens:
+    early = [n < decoding.min_tokens for n in ([written] if isinstance(written, int) else written)]
+    if all(early):
         logits[:, decoding.eos_id] = _BANNED
+    elif any(early):
+        rows = torch.tensor(early, device=logits.device)
+        logits[:, decoding.eos_id].masked_fill_(rows, _BANNED)
     stuck = logits.amax(1) == _BANNED
     logits[:, decoding.eos_id].masked_fill_(stuck, 0.0)
     return logits.log_softmax(1)
@@ -216,12 +217,12 @@ def _ban_repeats(logits: Tensor, seen: Tensor, n: int) -> None:
     logits[row, grams[row, place, -1]] = _BANNED
 
 
-def choose(log_probabilities: Tensor, draws: Tensor, decoding: Decoding) -> Tensor:
+def choose(log_probabilities: Tensor, draws: Tensor | None, decoding: Decoding) -> Tensor:
     """Next tokens.
 
     Args:
         log_probabilities: [R, V].
-        draws: [R] uniform numbers in [0, 1).
+        draws: [R] uniform numbers in [0, 1); None where nothing is drawn.
         decoding: top_k 1 takes the most likely token, otherwise the draw decides among the k,
             or the fewest of these that have `top_p` of the probability together.
 
@@ -230,6 +231,7 @@ def choose(log_probabilities: Tensor, draws: Tensor, decoding: Decoding) -> Tens
     """
     if not decoding.draws:
         return log_probabilities.argmax(-1)
+    assert draws is not None
     most = log_probabilities.shape[1]
     values, candidates = log_probabilities.topk(min(decoding.top_k or most, most), dim=-1)
     chances = (values / decoding.temperature).softmax(-1)

@@ -8,8 +8,9 @@ from the other side, oneDNN's, and for a single row the weight in pieces, which 
 The numbers are those of the layer to rounding.
 
 MKL has code of its own for few rows on processors of its maker, where the other side would take
-twice its time: there oneDNN is the only way around it. On those of AMD that have AVX-512 a single
-row is best taken twice from the other side; on older ones that would take half as long again.
+twice its time: there oneDNN is the only way around it. On those of AMD a single row is best taken
+in pieces, which MKL reads twice as fast as a whole weight, also with one thread (older ones,
+without AVX-512: narrow weights alone, unless threads share the pieces).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,9 +32,7 @@ from slidevlm.models.linear import is_plain
 MOST = 64  # rows; more are many
 # Measured with MKL 2024.2 and oneDNN 3.12 on three processors of AMD and one of Intel:
 # `benchmarks/few_rows.py`.
-OTHER_SIDE = 5  # rows for which the product from the other side is the fastest
-OTHER_SIDE_NARROW, NARROW = 8, 512  # likewise, up to so many inputs
-WIDE = 1536  # inputs above which one thread is slower from the other side
+NARROW, MIDDLE, WIDE, WIDEST = 512, 768, 1536, 3000  # inputs, up to and with
 LARGE = 2**22  # weights beyond what the processor keeps near; from here oneDNN is the faster
 INTEL_ROWS, INTEL_LARGE = 4, 2**20  # from so many rows and weights it is, there
 PIECES = 64  # of a weight, at most; how many does not matter
@@ -93,52 +93,73 @@ def _is_fit(linear: nn.Linear) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Ways:
+    """For which numbers of rows a weight is multiplied how; otherwise as MKL has it."""
+
+    in_pieces: bool  # a single row
+    other_side: int  # from 2 rows to so many
+    one_dnn: range  # unless they come from the other side
+
+
+def ways(outputs: int, inputs: int, threads: int) -> Ways:
+    """What is the fastest for a weight [outputs, inputs] on this processor."""
+    if is_intel():
+        large = outputs * inputs >= INTEL_LARGE
+        return Ways(False, 0, range(INTEL_ROWS, MOST + 1 if large else 0))
+    large, shared = outputs * inputs >= LARGE, threads > 1
+    if not has_avx512():
+        most = 8 if inputs <= NARROW else 5
+        return Ways(shared or inputs <= NARROW, most, range(2, MOST + 1 if large else 0))
+    if inputs <= NARROW:  # MKL uses one core, but from the other side
+        return Ways(True, MOST if shared else 8, range(2, MOST + 1 if large else 0))
+    most = 5 if inputs <= MIDDLE else 3 if inputs <= WIDE else 0
+    in_pieces = inputs <= WIDEST
+    return Ways(in_pieces, most, range(2 if in_pieces else 1, MOST + 1))
+
+
 class FewRows:
     """In the place of a linear layer's `forward`."""
 
     def __init__(self, linear: nn.Linear) -> None:
         weight, self.bias = linear.weight, linear.bias
         self.weight, self.turned = weight, weight.T
-        threads, intel, wide = torch.get_num_threads(), is_intel(), linear.in_features > WIDE
-        # A single row has ways of its own, but on some processors it is one of a few.
-        first = 1 if has_avx512() and not intel else 2
-        most = OTHER_SIDE_NARROW if linear.in_features <= NARROW else OTHER_SIDE
-        if intel or (wide and threads == 1 and has_avx512()):
-            most = 0
-        self.other_side = range(first, most + 1)
-        # Rows that oneDNN takes, unless they come from the other side.
-        large = weight.numel() >= (INTEL_LARGE if intel else LARGE)
-        self.one_dnn = range(INTEL_ROWS if intel else first, MOST + 1 if large else 0)
-        self.in_pieces = not intel and (threads > 1 or linear.in_features <= NARROW)
-        pieces = math.gcd(len(weight), PIECES)
-        self.pieces = weight.view(pieces, -1, weight.shape[1])
+        outputs, inputs = weight.shape
+        chosen = ways(outputs, inputs, torch.get_num_threads())
+        self.in_pieces, self.other_side = chosen.in_pieces, chosen.other_side
+        self.one_dnn = chosen.one_dnn
+        pieces = math.gcd(outputs, PIECES)
+        self.pieces = weight.view(pieces, -1, inputs)
+        self.column, self.strides = (pieces, inputs, 1), (0, 1, inputs)
         self.bias_pieces = None if self.bias is None else self.bias.view(pieces, -1, 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         rows = x.numel() // x.shape[-1]
-        if rows in self.other_side:
+        if rows == 1 and self.in_pieces:
+            return self._in_pieces(x.reshape(1, -1).contiguous()).view(*x.shape[:-1], -1)
+        if 1 < rows <= self.other_side:
             flat = x.reshape(rows, -1)
-            if rows == 1:
-                flat = torch.cat([flat, flat])
             if self.bias is None:
                 columns = torch.mm(self.weight, flat.T)  # [out, rows]
             else:
                 columns = torch.addmm(self.bias[:, None], self.weight, flat.T)
             # Attention and GELU are slow on what does not lie side by side.
-            return columns.T[:rows].contiguous().view(*x.shape[:-1], -1)
+            return columns.T.contiguous().view(*x.shape[:-1], -1)
         if rows in self.one_dnn:
             flat = x.reshape(rows, -1).to_mkldnn()
             y = F.linear(flat, self.weight, self.bias).to_dense()
             return y.view(*x.shape[:-1], -1)
-        if rows == 1:
-            return self._one(x.reshape(1, -1)).view(*x.shape[:-1], -1)
+        if rows == 1:  # F.linear's own product, without its way to it
+            row = x.reshape(1, -1)
+            y = row @ self.turned if self.bias is None else self.bias.addmm(row, self.turned)
+            return y.view(*x.shape[:-1], -1)
         return F.linear(x, self.weight, self.bias)
 
-    def _one(self, row: Tensor) -> Tensor:
-        if not self.in_pieces:  # F.linear's own product, without its way to it
-            return row @ self.turned if self.bias is None else self.bias.addmm(row, self.turned)
-        column = row.T.expand(len(self.pieces), -1, 1)
+    def _in_pieces(self, row: Tensor) -> Tensor:
+        # The row turned over, [in, 1] with strides 1 and in: with strides 1 and 1 it takes MKL
+        # five times as long.
+        column = row.as_strided(self.column, self.strides)
         if self.bias_pieces is None:
             return torch.bmm(self.pieces, column)
         return torch.baddbmm(self.bias_pieces, self.pieces, column)

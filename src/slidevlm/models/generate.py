@@ -208,14 +208,15 @@ def _go_on(
     place. The guess was right up to the first one that is chosen otherwise.
     """
     count, steps = logits.shape[1], draws.shape[1]
-    start = torch.tensor([steps - w.left for w in active], device=logits.device)
-    place = (start[:, None] + torch.arange(count, device=logits.device)).flatten()
-    rows = torch.tensor([w.row for w in active], device=logits.device).repeat_interleave(count)
-    logs = log_probabilities(
-        logits.flatten(0, 1), _seen(active, count, decoding, logits.device), place, decoding
-    )
-    # Beyond a report's end nothing is taken of what is chosen.
-    chosen = choose(logs, draws[rows, place.clamp_max(steps - 1)], decoding)
+    places = [steps - w.left + n for w in active for n in range(count)]
+    seen = _seen(active, count, decoding, logits.device)
+    logs = log_probabilities(logits.flatten(0, 1), seen, places, decoding)
+    drawn: Tensor | None = None
+    if decoding.draws:
+        # Beyond a report's end nothing is taken of what is chosen.
+        rows = [w.row for w in active for _ in range(count)]
+        drawn = draws[rows, [min(place, steps - 1) for place in places]]
+    chosen = choose(logs, drawn, decoding)
     likely = logs.gather(1, chosen[:, None])[:, 0]
     found = torch.stack([chosen.double(), likely.double()]).view(2, -1, count).tolist()
     for w, tokens, values in zip(active, *found, strict=True):

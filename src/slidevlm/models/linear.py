@@ -83,7 +83,7 @@ def outside_autograd() -> bool:
 
 
 def _recomputes(x: Tensor, linear: nn.Module) -> bool:
-    return not outside_autograd() and torch.is_grad_enabled() and is_plain(linear)
+    return torch.is_grad_enabled() and not outside_autograd() and is_plain(linear)
 
 
 def _linear_of(before: Before, linear: nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
