@@ -46,6 +46,7 @@ def caption(asked: Captioning) -> int:
         "model": model.hash,
         "decoding": {**decoding.settings, "prompt": asked.prompt},
         "image_features_cutoff": using.image_features_cutoff,
+        "precision": model.computes_in,
     }
 
     def use(batch: Batch, keep: Callable[[Record], None]) -> None:
@@ -58,8 +59,7 @@ def caption(asked: Captioning) -> int:
 
     if using.output is None:
         return to_terminal(using, model, cohort, "writing reports", about, use)
-    made_with = {**about, "precision": model.computes_in}
-    results, partial = collect(using, model, cohort, "writing reports", made_with, use)
+    results, partial = collect(using, model, cohort, "writing reports", about, use)
     records = results.records
     write_text(using.output, _formatted(records, about, using.output.suffix.lower()))
     partial.path.unlink()
@@ -84,8 +84,9 @@ def _record(specimen: str, drafts: Sequence[Report], best: int) -> Record:
 def _formatted(records: Sequence[dict[str, Any]], about: dict[str, Any], ending: str) -> str:
     if ending == ".json":
         return json.dumps([{**r, **about} for r in records], indent=1, ensure_ascii=False) + "\n"
-    origin = f"model {about['model']}, decoding {json.dumps(about['decoding'])}"
+    decoding, precision = json.dumps(about["decoding"]), about["precision"]
     if ending == ".txt":
+        origin = f"model {about['model']}, decoding {decoding}, precision {precision}"
         texts = [f"{r['id']}\t{' '.join(r['report'].split())}" for r in records]
         return "\n".join([f"# {origin}", *texts]) + "\n"
     table = Table()
@@ -93,9 +94,10 @@ def _formatted(records: Sequence[dict[str, Any]], about: dict[str, Any], ending:
     best = any("alternatives" in r for r in records)
     chosen = ["merit"] if any("merit" in r for r in records) else []
     table.writerow(["id", "report", "score", "ended", *chosen,
-                    *(["alternatives"] if best else []), "model", "decoding"])  # fmt: skip
+                    *(["alternatives"] if best else []),
+                    "model", "decoding", "precision"])  # fmt: skip
     for r in records:
         others = [json.dumps(r["alternatives"], ensure_ascii=False)] if best else []
         table.writerow([r["id"], r["report"], r["score"], r["ended"], *(r[c] for c in chosen),
-                        *others, about["model"], json.dumps(about["decoding"])])  # fmt: skip
+                        *others, about["model"], decoding, precision])  # fmt: skip
     return table.text()
