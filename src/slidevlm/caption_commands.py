@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slidevlm.app.slide_model import Report
-from slidevlm.app.using import Cohort, Record, Using, check_output, collect, tell, to_terminal
+from slidevlm.app.using import Cohort, Record, Using, collect, tell, to_terminal
 from slidevlm.batch import Batch
 from slidevlm.documents import Table
 from slidevlm.run import configure_logging, write_text
@@ -37,8 +37,7 @@ def caption(asked: Captioning) -> int:
     """
     configure_logging(debug=False, main=True)
     using = asked.using
-    if using.output is not None:
-        check_output(using.output, FORMS)
+    using.check_output(FORMS)
     model = using.load()
     decoding = model.decoding(**asked.decoding)
     cohort = Cohort(using)
