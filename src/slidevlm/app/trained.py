@@ -18,6 +18,7 @@ from slidevlm.app.weights import Start, differences
 from slidevlm.config import Config
 from slidevlm.data.cases import Bag
 from slidevlm.data.statistics import tile_moments, token_table
+from slidevlm.data.telling import telling
 from slidevlm.data.tokenizer import Tokenizer
 from slidevlm.errors import CheckpointError, ConfigError, DataError
 from slidevlm.models import (
@@ -279,5 +280,6 @@ def new_tokenizer(text: Any, reports: Sequence[str]) -> Tokenizer:
     `text` is the `text` part of a model's configuration, of any type.
     """
     if text.tokenizer_source == "train":
-        return Tokenizer.train(reports, text.vocab_size)
+        told = telling(reports, "training the tokenizer on reports", len(reports))
+        return Tokenizer.train(told, text.vocab_size)
     return Tokenizer.from_folder(text.tokenizer_source)

@@ -22,6 +22,7 @@ from slidevlm.data.cases import Case, CaseStore
 from slidevlm.data.dataset import BadSpecimens, BagDataset, StopAtBad, make_loader
 from slidevlm.data.sampling import EvalBatches
 from slidevlm.data.splits import find, read_identifiers
+from slidevlm.data.telling import telling
 from slidevlm.documents import json_of
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.run import Bar, working, write_text
@@ -148,7 +149,9 @@ class Cohort:
 
 def _cases(using: Using, store: CaseStore) -> list[Case]:
     if using.split is None:
-        cases = [case for case in store.cases if store.has_features(case)]
+        looking = "looking for features of specimens"
+        every = telling(store.cases, looking, len(store.cases))
+        cases = [case for case in every if store.has_features(case)]
     else:
         found = find(read_identifiers(using.split), store)
         if found.missing:

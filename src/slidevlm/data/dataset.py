@@ -26,6 +26,7 @@ from slidevlm.data.formats.rows import new_shared, shared_rows
 from slidevlm.data.parallel import usable_cores
 from slidevlm.data.reports import report_id
 from slidevlm.data.sampling import generator
+from slidevlm.data.telling import telling
 from slidevlm.data.tokenizer import TextTokenizer
 from slidevlm.errors import DataError
 
@@ -93,14 +94,16 @@ class BagDataset(Dataset[Sample]):
 
     def truncated(self) -> int:
         """How many reports are longer than `max_tokens`."""
-        return sum(self.tokenizer.is_truncated(r, self.max_tokens) for r in self.reports)
+        reports = telling(self.reports, "measuring reports", len(self))
+        return sum(self.tokenizer.is_truncated(report, self.max_tokens) for report in reports)
 
     def lengths(self) -> np.ndarray:
         """Tiles read of each specimen, [N] int64; 0 where that cannot be known.
 
         Reads no features. What is wrong with a specimen is told when it is read.
         """
-        return np.array([self._length(case) for case in self.cases], np.int64)
+        cases = telling(self.cases, "counting the tiles of specimens", len(self))
+        return np.array([self._length(case) for case in cases], np.int64)
 
     def _length(self, case: Case) -> int:
         try:

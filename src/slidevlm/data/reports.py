@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import logging
 import os
 import re
 import unicodedata
@@ -15,7 +16,10 @@ from typing import Any, TypeVar
 from slidevlm.documents import json_of
 from slidevlm.errors import DataError
 
+log = logging.getLogger("slidevlm.data")
+
 V = TypeVar("V")
+_LARGE = 10**8  # letters of a file that takes seconds to read, and no step of it can be told
 ID_COLUMNS = ("specimen", "specimen_id", "case_id", "slide_id", "id")
 TEXT_COLUMNS = ("report", "text", "diagnosis", "caption")
 
@@ -52,6 +56,8 @@ def read_text_file(path: str | os.PathLike[str]) -> dict[str, str]:
     """
     path = Path(path)
     content = read_utf8(path)
+    if len(content) >= _LARGE:
+        log.info("reading the reports of %s, %.0f million letters", path, len(content) / 1e6)
     if path.suffix.lower() in (".csv", ".tsv"):
         return _collect(_of_rows(read_table(content, path)[1], path), path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):

@@ -14,6 +14,7 @@ from typing import Any
 
 from slidevlm.data.cases import Case, CaseStore
 from slidevlm.data.reports import normalise, read_table, read_utf8, value_of
+from slidevlm.data.telling import telling
 from slidevlm.documents import json_of
 from slidevlm.errors import DataError
 
@@ -116,7 +117,7 @@ def find(identifiers: Sequence[str], store: CaseStore) -> Found:
         by_patient.setdefault(case.patient, []).append(case)
     chosen: dict[str, Case] = {}
     missing = []
-    for name in identifiers:
+    for name in telling(identifiers, "looking for features of specimens", len(identifiers)):
         named = [by_specimen[name]] if name in by_specimen else by_patient.get(name, [])
         present = [case for case in named if _has_features(case, store)]
         chosen.update((case.specimen, case) for case in present)
@@ -159,7 +160,8 @@ def resolve(
             path.stem, len(missing), len(identifiers), store.path, some(missing, 10),
         )  # fmt: skip
 
-    reports = {name: report_of(case, store, texts) for name, case in chosen.items()}
+    reading = telling(chosen.items(), f"split {path.stem}: reading reports", len(chosen))
+    reports = {name: report_of(case, store, texts) for name, case in reading}
     without = [name for name, report in reports.items() if not report]
     if len(without) == len(chosen):
         raise DataError(

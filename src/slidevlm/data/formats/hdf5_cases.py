@@ -48,6 +48,7 @@ from slidevlm.data.formats.slides import (
     SlideFormat,
     Source,
 )
+from slidevlm.data.telling import telling
 from slidevlm.errors import DataError
 
 log = logging.getLogger("slidevlm.data")
@@ -214,7 +215,8 @@ class Hdf5Cases:
     ) -> Case:
         """The first case that has `attribute`; else DataError with the names that exist."""
         suffix = f"/{child}" if child else ""
-        for case in self.cases:
+        looking = f"looking for {attribute} in {self.path}"
+        for case in telling(self.cases, looking, len(self.cases)):
             found = self._file.object(f"{case.location}/{attribute}{suffix}")
             if found is not None and (child or _is_text(found)):
                 return case
@@ -459,7 +461,8 @@ def _walk(file: Hdf5File) -> Iterator[tuple[str, str, str]]:
             f"{file.path} has neither /case-index nor /patients (it has: "
             f"{', '.join(file.names()[:10]) or 'nothing'}); it is not in the case layout"
         )
-    for patient in file.names("/patients"):
+    patients = file.names("/patients")
+    for patient in telling(patients, f"listing the patients of {file.path}", len(patients)):
         for specimen in file.names(f"/patients/{patient}"):
             path = f"/patients/{patient}/{specimen}"
             if isinstance(file.object(path), h5py.Group):

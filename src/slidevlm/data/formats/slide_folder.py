@@ -35,6 +35,7 @@ from slidevlm.data.formats.slides import (
 )
 from slidevlm.data.slide_table import SlideRow, patient_of
 from slidevlm.data.splits import some
+from slidevlm.data.telling import Telling, telling
 from slidevlm.errors import DataError
 
 log = logging.getLogger("slidevlm.data")
@@ -86,7 +87,7 @@ class SlideFolder:
     @staticmethod
     def recognises(root: Path) -> bool:
         """Whether any feature file is in the folder or below it."""
-        return any(True for _ in _files(root))
+        return any(True for _ in _files(root, in_order=False))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict(), "_pid": -1}
@@ -324,28 +325,35 @@ def _joined(pieces: list[tuple[Bag, int]]) -> Bag:
 # -- listing -------------------------------------------------------------------------------
 
 
-def _files(root: Path) -> Iterator[str]:
-    """Paths of feature files below `root`, relative to it, in order; a zarr folder is one."""
+def _files(root: Path, *, in_order: bool = True) -> Iterator[str]:
+    """Paths of feature files below `root`, relative to it; a zarr folder is one.
+
+    Without order the first comes before its folder has been listed to the end.
+    """
     known = extensions()
     left = [""]
+    listing = Telling(f"listing {root}")
     while left:
         below = left.pop()
+        folders = []
         try:
-            entries = sorted(os.scandir(root / below), key=lambda entry: entry.name)
+            with os.scandir(root / below) as found:
+                entries: Iterable[os.DirEntry[str]] = listing.over(found)
+                if in_order:
+                    entries = sorted(entries, key=lambda entry: entry.name)
+                for entry in entries:
+                    name, lower = entry.name, entry.name.lower()
+                    if name.startswith(".") or lower.endswith(_SIDECARS):
+                        continue
+                    if entry.is_dir():
+                        if lower.endswith(".zarr"):
+                            yield f"{below}{name}"
+                        elif lower not in _NOT_FEATURES:
+                            folders.append(f"{below}{name}/")
+                    elif lower.endswith(known) and not lower.endswith(".zarr"):
+                        yield f"{below}{name}"
         except OSError as error:
             raise DataError(f"{root / below} cannot be listed: {error.strerror}") from error
-        folders = []
-        for entry in entries:
-            name, lower = entry.name, entry.name.lower()
-            if name.startswith(".") or lower.endswith(_SIDECARS):
-                continue
-            if entry.is_dir():
-                if lower.endswith(".zarr"):
-                    yield f"{below}{name}"
-                elif lower not in _NOT_FEATURES:
-                    folders.append(f"{below}{name}/")
-            elif lower.endswith(known) and not lower.endswith(".zarr"):
-                yield f"{below}{name}"
         left.extend(reversed(folders))
 
 
@@ -354,7 +362,7 @@ def _slides(root: Path) -> dict[str, list[Part]]:
     paths = list(_files(root))
     slides: dict[str, list[Part]] = {}
     if any(_several(root / path) for path in paths[:: max(1, -(-len(paths) // _SAMPLE))]):
-        for path in paths:
+        for path in telling(paths, f"opening the files of {root}", len(paths)):
             for name, parts in _slides_of_file(root / path, path).items():
                 slides.setdefault(name, []).extend(parts)
         return slides
