@@ -23,6 +23,7 @@ from slidevlm.batch import Bags, Batch
 from slidevlm.data.augment import Augmentation
 from slidevlm.data.cases import Bag, Case, CaseStore
 from slidevlm.data.formats.rows import new_shared, shared_rows
+from slidevlm.data.packed import Cases, Texts
 from slidevlm.data.parallel import usable_cores
 from slidevlm.data.reports import report_id
 from slidevlm.data.sampling import generator
@@ -80,8 +81,8 @@ class BagDataset(Dataset[Sample]):
     ) -> None:
         assert len(split_cases) == len(reports), (len(split_cases), len(reports))
         self.store = store
-        self.cases = tuple(split_cases)
-        self.reports = tuple(reports)
+        self.cases = Cases(split_cases)
+        self.reports = Texts(reports)
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.cutoff = cutoff

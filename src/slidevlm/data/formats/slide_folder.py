@@ -71,7 +71,7 @@ class SlideFolder:
         self.path = root
         one = root.is_file() or root.name.lower().endswith(".zarr")
         slides = _slides_of_file(root) if one else _slides(root)
-        self._parts: dict[str, tuple[Part, ...]] = {}
+        self._parts: dict[str, tuple[Part, ...]] = {}  # where they are more than `location` says
         if slide_table is None:
             found = [
                 self._case(patient_of(name), name, [_one(name, parts, root)])
@@ -96,7 +96,8 @@ class SlideFolder:
 
     def _case(self, patient: str, specimen: str, parts: list[Part]) -> tuple[str, str, str]:
         location = ", ".join(map(str, parts)) or f"(no file of {specimen})"
-        self._parts[location] = tuple(parts)
+        if parts != [Part(location, None)]:
+            self._parts[location] = tuple(parts)
         return patient, specimen, location
 
     def _of_table(
@@ -136,6 +137,10 @@ class SlideFolder:
         for (patient, specimen), parts in specimens.items():
             yield self._case(patient, specimen, parts)
 
+    def _parts_of(self, case: Case) -> tuple[Part, ...]:
+        known = self._parts.get(case.location)
+        return (Part(case.location, None),) if known is None else known
+
     # -- files -----------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -170,7 +175,7 @@ class SlideFolder:
 
     def _slides_of(self, case: Case) -> list[Slide]:
         """The open bags of a specimen; DataErrors name it."""
-        parts = self._parts[case.location]
+        parts = self._parts_of(case)
         if not parts:
             raise DataError(
                 f"{self.path}: specimen {case.specimen!r} has no feature file; extract its "
@@ -185,7 +190,7 @@ class SlideFolder:
 
     def has_features(self, case: Case) -> bool:
         """Whether a file was there when the folder was listed."""
-        return bool(self._parts[case.location])
+        return bool(self._parts_of(case))
 
     def length(self, case: Case) -> int:
         """Number of rows of all slides together."""
@@ -205,14 +210,14 @@ class SlideFolder:
             storage=_both(slide.storage for slide in full),
             source=", ".join(
                 part.bag or part.path.rpartition("/")[2] or slide.path.name
-                for part, slide in zip(self._parts[case.location], slides, strict=True)
+                for part, slide in zip(self._parts_of(case), slides, strict=True)
             ),
             warnings=tuple(warnings),
         )
 
     def files(self, case: Case) -> tuple[Path, ...]:
         """See `Described.files`."""
-        return tuple(self.path / part.path for part in self._parts[case.location])
+        return tuple(self.path / part.path for part in self._parts_of(case))
 
     def tile_keys(self, case: Case) -> np.ndarray | None:
         """See `Keyed.tile_keys`: whole numbers, where a specimen has several slides."""
