@@ -13,7 +13,7 @@ import h5py
 import pytest
 
 from slidevlm import cli_use
-from slidevlm.app import slide_model
+from slidevlm.app import slide_model, using
 from slidevlm.cli import main
 from slidevlm.data.synthetic import DemoCohort, synthesize
 from slidevlm.eval.text_metrics.scoring import Scoring
@@ -150,6 +150,46 @@ def test_goes_on_where_it_was(run, cohort, tmp_path, monkeypatch, capsys) -> Non
     assert "4 of " in capsys.readouterr().err
     assert json.loads(output.read_text()) == json.loads(whole.read_text())
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("what", ["feature attribute", "slide table"])
+def test_others_features_are_not_gone_on_with(run, cohort, tmp_path, monkeypatch, capsys, what):
+    """The names are the same, the bags are not."""
+    bags = tmp_path / "bags"
+    bags.mkdir()
+    with h5py.File(cohort.hdf5) as source, h5py.File(tmp_path / "two.h5", "w") as two:
+        two.attrs["unit"] = "um"
+        for number, path in enumerate(source["case-index/case_paths"].asstr()[:4]):
+            group = source[path]["demo"]
+            for sign, name in ((1, "uni"), (-1, "conch")):
+                two[f"patients/p{number}/s{number}/{name}/features"] = sign * group["features"][()]
+                two[f"patients/p{number}/s{number}/{name}/positions"] = group["positions"][()]
+            with h5py.File(bags / f"{number}.h5", "w") as bag:
+                bag["feats"], bag["coords"] = group["features"][()], group["positions"][()]
+                bag.attrs.update({"unit": "um", "tile_size_um": 256.0, "extractor": "demo"})
+    for name, slides in (("one", "0123"), ("other", "2301")):
+        rows = [f"{case},{slide}.h5" for case, slide in zip("AABB", slides, strict=True)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["case_id,slide_id", *rows]))
+    if what == "feature attribute":
+        words, one, other = [tmp_path / "two.h5", "--hdf5_feature_attribute"], "uni", "conch"
+    else:
+        words, one, other = [bags, "--slide-table"], tmp_path / "one.csv", tmp_path / "other.csv"
+    add = using.Partial.add
+
+    def stopping(self: using.Partial, record: using.Record) -> None:
+        add(self, record)
+        raise KeyboardInterrupt
+
+    def going_on(choice: object) -> int:
+        place = ["--output", tmp_path / "out.json", "--workers", 0, "--device", "cpu"]
+        return main([str(w) for w in ["caption", run, *words, choice, *place, "--max-tokens", 3]])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(using.Partial, "add", stopping)
+        assert going_on(one) == 130
+    assert going_on(other) == 2
+    assert "from other data" in capsys.readouterr().err
+    assert going_on(one) == 0
 
 
 @pytest.mark.parametrize("more", [(), ("--beams", 3), ("--top-k", 5, "--best", 2)])

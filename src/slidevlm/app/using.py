@@ -20,6 +20,7 @@ from slidevlm.app.trained import same_data
 from slidevlm.batch import Batch
 from slidevlm.data.cases import Case, CaseStore
 from slidevlm.data.dataset import BadSpecimens, BagDataset, StopAtBad, make_loader
+from slidevlm.data.formats.hdf5_cases import Hdf5Cases
 from slidevlm.data.sampling import EvalBatches
 from slidevlm.data.splits import find, read_identifiers
 from slidevlm.documents import json_of
@@ -95,6 +96,16 @@ class Cohort:
             self.cases = _cases(using, self.store)
         self.bad = BadSpecimens() if using.skip_bad else StopAtBad()
         self._using = using
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What a specimen's features depend on: results of another origin are not mixed in."""
+        using, place = self._using, {"source": str(self._using.source.resolve())}
+        if isinstance(self.store, Hdf5Cases):
+            place["hdf5_feature_attribute"] = self.store.feature_attribute
+        if using.slide_table is not None:
+            place["slide_table"] = str(using.slide_table.resolve())
+        return place
 
     def batches(self, model: SlideModel, cases: Sequence[Case], title: str) -> Iterator[Batch]:
         """These specimens on the model's device, with a bar on a terminal; bad ones are left out.
@@ -241,12 +252,12 @@ def collect(
         model: whose hash `about` has.
         cohort: of `using`.
         title: of the bar.
-        about: what results depend on, beside the source; others' results are not mixed in.
+        about: what results depend on, beside the origin; others' results are not mixed in.
         use: a batch on the device, and what takes the record of each specimen.
         known: records of an output that is there.
     """
     assert using.output is not None, "a file to write"
-    partial = Partial(using.output, {**about, "source": str(using.source.resolve())})
+    partial = Partial(using.output, {**about, **cohort.origin})
     records = {**{r["id"]: r for r in known}, **partial.records}
     todo = [case for case in cohort.cases if case.specimen not in records]
     if len(todo) < len(cohort.cases):
