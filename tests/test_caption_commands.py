@@ -318,6 +318,35 @@ def test_captions_of_a_run_stand_beside_the_truth(run: Path, tmp_path: Path) -> 
         assert scores[name]["value"] == pytest.approx(metrics[f"test/captions/{name}"])
 
 
+@pytest.mark.parametrize("name", ["captions_test.json", "predictions.csv"])
+def test_a_file_with_both_sides_beside_references_is_the_generated_reports(
+    run: Path, tmp_path: Path, name: str
+) -> None:
+    """Not its true ones, which would be scored against themselves: all perfect."""
+    rows = json.loads((run / "captions_test.json").read_text())
+    true = tmp_path / "true.json"
+    true.write_text(json.dumps({row["id"]: row["report"] for row in rows}))
+    found = []
+    for number, words in enumerate([[run / "captions_test.json"], [run / name, true]]):
+        output = tmp_path / f"{number}.json"
+        assert main(["score", *map(str, words), "--bootstraps", "0", "--output", str(output)]) == 0
+        found.append(json.loads(output.read_text())["scores"])
+    assert found[0] == found[1] and found[0]["bleu_4"]["value"] < 1
+
+
+def test_a_file_with_both_sides_that_cannot_be_scored(tmp_path, capsys) -> None:
+    alone = tmp_path / "captions.json"
+    alone.write_text("[]")
+    assert "holds no reports" in failing(["score", alone], capsys)
+    entry = {"id": "a", "report": "lung", "generated": "lung"}
+    alone.write_text(json.dumps([entry, {**entry, "generated": "colon"}]))
+    assert "two different entries for 'a'" in failing(["score", alone], capsys)
+    alone.write_text(json.dumps([entry, entry]))
+    assert main(["score", str(alone), "--bootstraps", "0"]) == 0
+    alone.write_text(json.dumps([{**entry, "id": None}]))
+    assert "a list of {id, generated, report}" in failing(["score", alone], capsys)
+
+
 def test_what_cannot_be_scored(files, tmp_path, capsys) -> None:
     ours, true = files
     few = tmp_path / "few.json"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from slidevlm.data.reports import ID_COLUMNS, read_text_file, read_utf8
+from slidevlm.data.reports import ID_COLUMNS, TEXT_COLUMNS, read_text_file, read_utf8
 from slidevlm.documents import finite, json_of
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval.bootstrap import Bootstrap
@@ -102,7 +102,9 @@ def _as_json(asked: Comparing, rows: Sequence[Score]) -> str:
 def _texts(asked: Comparing) -> tuple[dict[str, str], dict[str, str]]:
     """Generated and true texts by name."""
     if asked.references is not None:
-        return read_text_file(asked.generated), read_text_file(asked.references)
+        # Of a file with both sides, as a run writes them, the generated ones.
+        generated = read_text_file(asked.generated, ("generated", *TEXT_COLUMNS))
+        return generated, read_text_file(asked.references)
     path = asked.generated
     try:
         rows = json_of(read_utf8(path))
@@ -116,7 +118,11 @@ def _texts(asked: Comparing) -> tuple[dict[str, str], dict[str, str]]:
                 f"{path}: alone it must be a list of {{id, generated, report}}, such as the "
                 "captions_test.json of a run; else give a second file of references"
             )
-        found[0][name], found[1][name] = ours, theirs
+        known = found[0].setdefault(name, ours), found[1].setdefault(name, theirs)
+        if known != (ours, theirs):
+            raise DataError(f"{path} has two different entries for {name!r}; keep one")
+    if not found[0]:
+        raise DataError(f"{path} holds no reports")
     return found
 
 
@@ -124,9 +130,9 @@ def _beside(row: Any) -> tuple[str | None, Any, Any]:
     """Name, generated and true text of an entry that has both."""
     if not isinstance(row, dict):
         return None, None, None
-    name = next((str(row[column]) for column in ID_COLUMNS if column in row), None)
-    if name is not None and "split" in row:
-        name = f"{row['split']}/{name}"
+    name = next((row[column] for column in ID_COLUMNS if column in row), None)
+    if name is not None:
+        name = f"{row['split']}/{name}" if "split" in row else str(name)
     return name, row.get("generated"), row.get("report")
 
 
