@@ -11,6 +11,7 @@ from pathlib import Path
 
 import h5py
 import pytest
+import torch
 
 from slidevlm import cli_use
 from slidevlm.app import slide_model, using
@@ -128,11 +129,11 @@ def test_goes_on_where_it_was(run, cohort, tmp_path, monkeypatch, capsys) -> Non
     assert caption(run, cohort, whole) == 0
     output, calls = tmp_path / "part.json", []
 
-    def stopping(model, bags, names: Sequence[str], *rest):
+    def stopping(model, bags, names: Sequence[str], *rest, **more):
         calls.append(tuple(names))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return generate.draft(model, bags, names, *rest)
+        return generate.draft(model, bags, names, *rest, **more)
 
     monkeypatch.setattr(slide_model, "draft", stopping)
     assert caption(run, cohort, output, "--batch-size", 2) == 130
@@ -198,7 +199,7 @@ def test_a_report_is_kept_when_it_is_done(run, cohort, tmp_path, monkeypatch, mo
     whole, output = tmp_path / "whole.json", tmp_path / "part.json"
     assert caption(run, cohort, whole, *more) == 0
 
-    def stopping(model, bags, names: Sequence[str], decoding, prompt, finished, *rest):
+    def stopping(model, bags, names: Sequence[str], decoding, prompt, finished, *rest, **more):
         done: list[int] = []
 
         def told(number: int, drafts: list[Draft]) -> None:
@@ -207,7 +208,7 @@ def test_a_report_is_kept_when_it_is_done(run, cohort, tmp_path, monkeypatch, mo
             if len(done) == 3:
                 raise KeyboardInterrupt
 
-        return generate.draft(model, bags, names, decoding, prompt, told, *rest)
+        return generate.draft(model, bags, names, decoding, prompt, told, *rest, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(slide_model, "draft", stopping)
@@ -258,6 +259,20 @@ def test_what_cannot_be_written(run, cohort, tmp_path, capsys) -> None:
     assert "neither a run folder" in failing(["caption", tmp_path, bad, "--output", out], capsys)
     assert "shorten the prompt" in failing([*base, out, "--prompt", "word " * 90], capsys)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--beams", 3), ("--top-p", 0.9)])
+def test_a_model_that_has_diverged_writes_no_reports(run, cohort, tmp_path, capsys, more) -> None:
+    """They would be empty, and each as likely as can be."""
+    (path,) = (run / "checkpoints").glob("*.pt")
+    state = torch.load(path, weights_only=True)
+    name = next(n for n in state["model"]["weights"] if n.startswith("decoder."))
+    state["model"]["weights"][name].fill_(torch.nan)
+    torch.save(state, tmp_path / "diverged.pt")
+    assert caption(tmp_path / "diverged.pt", cohort, tmp_path / "out.json", *more) == 2
+    error = capsys.readouterr().err
+    assert "not finite" in error and "diverged" in error
+    assert not list(tmp_path.glob("out.json*"))
 
 
 # -- score -----------------------------------------------------------------------------------
