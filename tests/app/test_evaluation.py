@@ -348,6 +348,23 @@ def test_other_specimens_are_refused(run: Path, tmp_path: Path, capsys) -> None:
     assert "it has the splits other, this evaluation test" in capsys.readouterr().err
 
 
+def test_other_reports_of_the_same_specimens_are_told(run: Path, tmp_path: Path, capsys) -> None:
+    from dataclasses import replace
+
+    from slidevlm.eval.stored import save
+
+    stored = load(run / "predictions.npz")
+    split = stored.splits["test"]
+    one = replace(split, reports=(split.reports[0] + " Cleaned.", *split.reports[1:]))
+    save(replace(stored, splits={"test": one}), tmp_path / "cleaned.npz")
+    place = ["evaluate", "--predictions", str(run), "--logs", "None", "--compare"]
+    assert main([*place, str(tmp_path / "cleaned.npz")]) == 0
+    said = f"1 of {len(split)} specimens of split test have another report there"
+    assert said in capsys.readouterr().err
+    assert main([*place, str(run)]) == 0
+    assert "another report" not in capsys.readouterr().err
+
+
 # --- probes, examples, embeddings -------------------------------------------------------------
 
 
