@@ -153,6 +153,18 @@ def test_goes_on_where_it_was(run, cohort, tmp_path, monkeypatch, capsys) -> Non
     assert not partial.exists()
 
 
+def test_two_processes_do_not_write_one_output(run, cohort, tmp_path, capsys) -> None:
+    """Each would do all the work, and the second to end finds the partial file gone."""
+    output = tmp_path / "out.json"
+    with using.Partial(output, {}) as first:
+        assert caption(run, cohort, output) == 2
+        assert "another process is writing it" in capsys.readouterr().err
+        first.add({"id": "kept"})
+        assert len(first.path.read_text().splitlines()) == 2, "what is there stays"
+    first.path.unlink()
+    assert caption(run, cohort, output) == 0
+
+
 @pytest.mark.parametrize("what", ["feature attribute", "slide table"])
 def test_others_features_are_not_gone_on_with(run, cohort, tmp_path, monkeypatch, capsys, what):
     """The names are the same, the bags are not."""

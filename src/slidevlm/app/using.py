@@ -25,7 +25,7 @@ from slidevlm.data.sampling import EvalBatches
 from slidevlm.data.splits import find, read_identifiers
 from slidevlm.documents import json_of
 from slidevlm.errors import ConfigError, DataError
-from slidevlm.run import Bar, working, write_text
+from slidevlm.run import Bar, working
 
 _TILES = 1 << 19  # of bags that are computed at the same time: some gigabytes
 
@@ -309,18 +309,39 @@ class Partial:
     def __enter__(self) -> Partial:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._begun:
-                write_text(self.path, json.dumps(self._about) + "\n")
-            # What is there stays as it is; a line that a kill cut short must not swallow the next.
-            cut = not _ends_a_line(self.path)
             self._file = self.path.open("a", encoding="utf-8")
-            self._file.write("\n" if cut else "")
+            self._lock()
+            if not self._begun:
+                self._file.truncate(0)
+                self._file.write(json.dumps(self._about) + "\n")
+            # What is there stays as it is; a line that a kill cut short must not swallow the next.
+            elif not _ends_a_line(self.path):
+                self._file.write("\n")
+            self._file.flush()
         except OSError as error:
             raise ConfigError(
                 f"--output: cannot write into {self.path.parent} ({error.strerror}); choose "
                 "another place"
             ) from error
         return self
+
+    def _lock(self) -> None:
+        """Keep a second process with the same output out; the end of this one opens the lock."""
+        try:
+            import fcntl
+        except ImportError:  # not on this platform; the user must not start two
+            return
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ConfigError(
+                f"{self.path}: another process is writing it; choose another --output, or start "
+                "the command once"
+            ) from None
+        except OSError:  # a file system without locks
+            return
 
     def add(self, record: Record) -> None:
         """Keep a record, on the disk too: no kill of this process takes it away."""
