@@ -332,6 +332,21 @@ def test_a_run_beside_itself_and_beside_another(
     assert by_name[f"slide_retrieval/{LABELS}/Acc@1"]["p"] == 1
 
 
+def test_a_run_is_compared_as_it_was_before_this_evaluation(run: Path, tmp_path: Path) -> None:
+    """What is written now is the run's newest evaluation, and no different from itself."""
+    from slidevlm.eval.stored import save
+
+    other = tmp_path / "run"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("evaluation*"))
+    stored = load(other / "predictions.npz")
+    split = stored.splits["test"]
+    split.text_embedding = -split.text_embedding
+    save(stored, other / "predictions.npz")
+    assert main(["evaluate", str(other), "--compare", str(other)]) == 0
+    (written,) = other.glob("evaluation-*/comparison.json")
+    assert any(d["difference"] for d in json.loads(written.read_text())["differences"])
+
+
 def test_other_specimens_are_refused(run: Path, tmp_path: Path, capsys) -> None:
     from dataclasses import replace
 
