@@ -13,7 +13,7 @@ import h5py
 import pytest
 import torch
 
-from slidevlm import cli_use
+from slidevlm import caption_commands, cli_use
 from slidevlm.app import slide_model, using
 from slidevlm.cli import main
 from slidevlm.data.synthetic import DemoCohort, synthesize
@@ -151,6 +151,26 @@ def test_goes_on_where_it_was(run, cohort, tmp_path, monkeypatch, capsys) -> Non
     assert "4 of " in capsys.readouterr().err
     assert json.loads(output.read_text()) == json.loads(whole.read_text())
     assert not partial.exists()
+
+
+def test_a_limit_beyond_the_context_is_told(run, cohort, tmp_path, capsys) -> None:
+    told = "the context of the model has room for"
+    context = slide_model.load(run, device="cpu").trained.config.text.context_length
+    for name, more, said in (
+        ("fits.json", ("--max-tokens", context - 1), False),
+        ("more.json", ("--max-tokens", context), True),
+        ("prompt.json", ("--prompt", "lung " * (context // 2), "--max-tokens", context - 1), True),
+        ("default.json", (), False),
+    ):
+        assert caption(run, cohort, tmp_path / name, *more) == 0
+        assert (told in capsys.readouterr().err) == said, name
+
+
+def test_names_with_line_ends_keep_a_line_each_in_text(tmp_path) -> None:
+    about = {"model": "m", "decoding": {}, "image_features_cutoff": 1, "precision": "float32"}
+    records = [{"id": "a\nb\tc", "report": "lung\nbiopsy"}, {"id": "d", "report": ""}]
+    lines = caption_commands._formatted(records, about, ".txt").splitlines()
+    assert lines[1:] == ["a b c\tlung biopsy", "d\t"]
 
 
 def test_two_processes_do_not_write_one_output(run, cohort, tmp_path, capsys) -> None:
