@@ -97,9 +97,21 @@ def read_table(content: str, path: Path) -> tuple[list[str], list[dict[str, str]
     csv.field_size_limit(2**31 - 1)
     try:
         table = list(csv.reader(io.StringIO(content, newline=""), delimiter=delimiter))
+        # The rest of a file in one cell, without a word, where a quote is missing.
+        if table and "\n" in "".join(table[-1][-1:]).strip() and content.count('"') % 2:
+            _check_closed(content, delimiter, f"{path}, row {len(table)}")
     except csv.Error as error:
         raise DataError(f"{path} is not a CSV ({error}); check its quotes") from error
     return by_header(table)
+
+
+def _check_closed(content: str, delimiter: str, where: str) -> None:
+    try:
+        for _ in csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True):
+            pass
+    except csv.Error as error:
+        if "end of data" in str(error):
+            raise DataError(f"{where}: a quote is not closed; close it") from error
 
 
 def by_header(table: Sequence[Sequence[str]]) -> tuple[list[str], list[dict[str, str]]]:
