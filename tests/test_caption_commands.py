@@ -410,6 +410,7 @@ def test_what_cannot_be_scored(files, tmp_path, capsys) -> None:
     assert "no file" in failing(["score", ours, true, "--clinical", "no.yaml"], capsys)
     assert "meteor-1.5.jar" in failing(["score", ours, true, "--meteor-data", tmp_path], capsys)
     assert "cannot be read" in failing(["score", tmp_path / "no.json", true], capsys)
+    assert "--json prints" in failing(["score", ours, true, "--output", "-"], capsys)
 
 
 def test_the_command_offers_the_ways_to_choose_that_there_are() -> None:

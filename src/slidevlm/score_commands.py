@@ -51,6 +51,8 @@ def score(asked: Comparing) -> dict[str, float]:
         SlideVLMError: for everything a user can mend.
     """
     configure_logging(debug=False, main=True)
+    if asked.output == Path("-"):
+        raise ConfigError("--output names a file; --json prints the scores to the terminal")
     if asked.output is not None and asked.output.exists():
         raise ConfigError(f"--output {asked.output} exists; choose another file or remove it")
     generated, references = _texts(asked)
