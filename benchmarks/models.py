@@ -46,7 +46,7 @@ from slidevlm.models import CoCa, ModelConfig
 from slidevlm.models.attention import GEGLU, FeedForward
 from slidevlm.models.slide.perceiver import Perceiver, PerceiverConfig
 from slidevlm.models.text import DecoderConfig, TextConfig, TextEncoder
-from slidevlm.train.optim import adamw
+from slidevlm.train.optim import make_optimizer, parameter_groups
 
 TILE_WIDTH = 1024
 VOCABULARY = 8192
@@ -205,7 +205,9 @@ def step_passes(
     model = CoCa(step_config(cross_heads), VOCABULARY)
     away_from_the_start(model)
     # A rate of 0: the weights, and so the work, are the same in every pass.
-    optimizer = adamw(model, lr=0.0, betas=(0.9, 0.999), eps=1e-8, decay=0.2)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, 0.2), lr=0.0, betas=(0.9, 0.999), eps=1e-8
+    )
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes its state, which is not what is measured
@@ -362,7 +364,9 @@ def on_gpu(options: argparse.Namespace) -> None:
     device, vocabulary, length = torch.device("cuda"), 42384, 256
     torch.manual_seed(0)
     model = CoCa(gpu_config(), vocabulary).to(device)
-    optimizer = adamw(model, lr=1e-5, betas=(0.9, 0.999), eps=1e-8, decay=0.2)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, 0.2), lr=1e-5, betas=(0.9, 0.999), eps=1e-8
+    )
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     print("batch   tiles  s/step    tiles/s  tokens/s      MB    MFU")
     for tiles in options.bag_tiles:

@@ -24,7 +24,7 @@ from slidevlm import dist
 from slidevlm.batch import Bags, Batch
 from slidevlm.models import create_model
 from slidevlm.precision import resolve
-from slidevlm.train.optim import adamw
+from slidevlm.train.optim import make_optimizer, parameter_groups
 from slidevlm.train.step import Objective, Step, softmax_term
 
 CPU = torch.device("cpu")
@@ -88,7 +88,9 @@ def work(steps: int, threads: int) -> None:
     dist.start("gloo", CPU)
     torch.manual_seed(0)
     model = create_model("coca_small", tile_width=WIDTH, vocab_size=VOCABULARY)
-    optimizer = adamw(model, lr=1e-4, betas=(0.9, 0.98), eps=1e-8, decay=0.1)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, 0.1), lr=1e-4, betas=(0.9, 0.98), eps=1e-8
+    )
     objective = Objective(softmax_term, 1.0, 2.0, mask_duplicates=True)
     step = Step(model, optimizer, objective, resolve("fp32", CPU), 1.0)
     batch = batch_of(GLOBAL_BATCH // dist.world_size(), dist.rank())

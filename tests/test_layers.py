@@ -30,7 +30,7 @@ LAYERS = (
     ("data", "models", "losses"),
     ("config", "flags", "run"),
     (
-        *("errors", "registry", "documents", "batch", "dist", "fsdp", "hvd", "launch"),
+        *("errors", "registry", "documents", "files", "batch", "dist", "fsdp", "hvd", "launch"),
         *("precision", "hub", "remote"),
     ),
 )

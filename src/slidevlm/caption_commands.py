@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slidevlm.app.slide_model import Report, SlideModel
-from slidevlm.app.using import Cohort, Record, Using, check_output, collect, tell, to_terminal
+from slidevlm.app.using import Cohort, Record, Using, collect, tell, to_terminal
 from slidevlm.batch import Batch
 from slidevlm.documents import Table
 from slidevlm.run import configure_logging, write_text
@@ -40,8 +40,7 @@ def caption(asked: Captioning) -> int:
     """
     configure_logging(debug=False, main=True)
     using = asked.using
-    if using.output is not None:
-        check_output(using.output, FORMS)
+    using.check_output(FORMS)
     model = using.load()
     decoding = model.decoding(**asked.decoding)
     _tell_of_room(model, asked)
@@ -50,6 +49,7 @@ def caption(asked: Captioning) -> int:
         "model": model.hash,
         "decoding": {**decoding.settings, "prompt": asked.prompt},
         "image_features_cutoff": using.image_features_cutoff,
+        "precision": model.computes_in,
     }
 
     def use(batch: Batch, keep: Callable[[Record], None]) -> None:
@@ -62,8 +62,7 @@ def caption(asked: Captioning) -> int:
 
     if using.output is None:
         return to_terminal(using, model, cohort, "writing reports", about, use)
-    made_with = {**about, "precision": model.computes_in}
-    results, partial = collect(using, model, cohort, "writing reports", made_with, use)
+    results, partial = collect(using, model, cohort, "writing reports", about, use)
     records = results.records
     write_text(using.output, _formatted(records, about, using.output.suffix.lower()))
     partial.path.unlink()
@@ -103,8 +102,9 @@ def _record(specimen: str, drafts: Sequence[Report], best: int) -> Record:
 def _formatted(records: Sequence[dict[str, Any]], about: dict[str, Any], ending: str) -> str:
     if ending == ".json":
         return json.dumps([{**r, **about} for r in records], indent=1, ensure_ascii=False) + "\n"
-    origin = f"model {about['model']}, decoding {json.dumps(about['decoding'])}"
+    decoding, precision = json.dumps(about["decoding"]), about["precision"]
     if ending == ".txt":
+        origin = f"model {about['model']}, decoding {decoding}, precision {precision}"
         # Of a name as of a report: a line and a tab mean something here.
         texts = ["\t".join(" ".join(r[c].split()) for c in ("id", "report")) for r in records]
         return "\n".join([f"# {origin}", *texts]) + "\n"
@@ -113,9 +113,10 @@ def _formatted(records: Sequence[dict[str, Any]], about: dict[str, Any], ending:
     best = any("alternatives" in r for r in records)
     chosen = ["merit"] if any("merit" in r for r in records) else []
     table.writerow(["id", "report", "score", "ended", *chosen,
-                    *(["alternatives"] if best else []), "model", "decoding"])  # fmt: skip
+                    *(["alternatives"] if best else []),
+                    "model", "decoding", "precision"])  # fmt: skip
     for r in records:
         others = [json.dumps(r["alternatives"], ensure_ascii=False)] if best else []
         table.writerow([r["id"], r["report"], r["score"], r["ended"], *(r[c] for c in chosen),
-                        *others, about["model"], json.dumps(about["decoding"])])  # fmt: skip
+                        *others, about["model"], decoding, precision])  # fmt: skip
     return table.text()

@@ -16,6 +16,7 @@ from typing import Any
 
 from slidevlm.documents import DocumentError, json_of
 from slidevlm.errors import ConfigError, without_secrets
+from slidevlm.files import replacing
 
 log = logging.getLogger("slidevlm.remote")
 
@@ -182,18 +183,13 @@ class Remote:
             OSError: fewer bytes arrived than it has.
         """
         path = _inside(folder, name)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._files.get_file(self._path(name), str(temporary))
+        with replacing(path) as new:
+            self._files.get_file(self._path(name), str(new))
             size = int(self._files.info(self._path(name))["size"])
-            if temporary.stat().st_size != size:
-                raise OSError(f"{name}: {temporary.stat().st_size} of {size} bytes arrived")
+            if new.stat().st_size != size:
+                raise OSError(f"{name}: {new.stat().st_size} of {size} bytes arrived")
             if nanoseconds is not None:
-                os.utime(temporary, ns=(nanoseconds, nanoseconds))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+                os.utime(new, ns=(nanoseconds, nanoseconds))
         return path
 
     def remove(self, name: str) -> None:
@@ -275,9 +271,8 @@ class Mirror:
         return {n: m for n, m in recorded.items() if there.get(n) == m[0]}
 
     def _remember(self, copied: dict[str, list[int]]) -> None:
-        temporary = self.folder / f"{RECORD}.tmp"
-        temporary.write_text(json.dumps({"url": self.remote.url, "files": copied}))
-        temporary.replace(self.folder / RECORD)
+        with replacing(self.folder / RECORD) as new:
+            new.write_text(json.dumps({"url": self.remote.url, "files": copied}))
 
 
 class Syncing:

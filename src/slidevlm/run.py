@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from slidevlm.documents import finite, json_of
 from slidevlm.errors import ConfigError, without_secrets
+from slidevlm.files import replacing
 
 log = logging.getLogger("slidevlm")
 
@@ -205,14 +206,9 @@ class Run:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write to a temporary file beside `path` and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a text file, whole or not at all, and its folder where it lacks."""
+    with replacing(path) as new:
+        new.write_text(content, encoding="utf-8")
 
 
 def _drop_lines_after(path: Path, step: int, evaluated: int) -> None:

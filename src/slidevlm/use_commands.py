@@ -17,7 +17,6 @@ from slidevlm.app.using import (
     Record,
     Results,
     Using,
-    check_output,
     collect,
     tell,
     to_terminal,
@@ -165,8 +164,7 @@ def classify(asked: Classifying) -> int:
     """
     configure_logging(debug=False, main=True)
     using = asked.using
-    if using.output is not None:
-        check_output(using.output, FORMS)
+    using.check_output(FORMS)
     prompts = _prompts(asked.prompts)
     model = using.load()
     cohort = Cohort(using)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slidevlm.data.formats.hdf5_cases import CaseWriter, Hdf5Cases
+from slidevlm.data.reports import read_text_file
 from slidevlm.data.splits import check_leakage, read_identifiers, resolve, write_identifiers
 from slidevlm.errors import DataError
 
@@ -193,6 +194,17 @@ def test_a_text_file_wins_and_is_the_only_source(store, tmp_path):
     texts = {"a": "new", "p5/A": "one", "p6/A": "two"}
     found = resolve(split(tmp_path, "train", "p1", "p5", "p6"), store, texts)
     assert found.reports == ("new", "one", "two") and found.without_text == ("b",)
+
+
+def test_a_report_of_the_patient_goes_before_one_of_the_plain_name(store, tmp_path):
+    """As a label does: `Labels.of` finds by the same names."""
+    path = tmp_path / "texts.json"
+    path.write_text('{"b": "of any b", "p1": {"b": "of p1\'s"}, "p2": {"c": "of p2\'s"}}')
+    texts = read_text_file(path)
+    assert resolve(split(tmp_path, "train", "b", "c"), store, texts).reports == (
+        "of p1's",
+        "of p2's",
+    )
 
 
 def test_a_case_of_the_index_that_is_not_there_is_missing(store, tmp_path):

@@ -13,7 +13,7 @@ from slidevlm.models import CoCa, build_model, from_dict, zoo
 from slidevlm.models.mode import Recomputing
 from slidevlm.models.slide import SLIDE_ENCODERS
 from slidevlm.precision import resolve
-from slidevlm.train.optim import adamw
+from slidevlm.train.optim import make_optimizer, parameter_groups
 from slidevlm.train.step import Objective, Step, softmax_term
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -78,7 +78,9 @@ def batch_of(size: int, seed: int, tiles: int = 20) -> Batch:
 
 def gradients(model: CoCa, *sizes: int) -> dict[str, Tensor | None]:
     objective = Objective(softmax_term, 1.0, 2.0, mask_duplicates=True)
-    optimizer = adamw(model, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, decay=0.1)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.99), eps=1e-8
+    )
     step = Step(model, optimizer, objective, resolve("fp32", torch.device("cpu")), None)
     torch.manual_seed(7)
     terms = step.gradients([batch_of(size, seed) for seed, size in enumerate(sizes)])

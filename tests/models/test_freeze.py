@@ -22,7 +22,7 @@ from slidevlm.models.freeze import (
 from slidevlm.models.lora import LoRAConfig, add_lora
 from slidevlm.models.slide import SLIDE_ENCODERS
 from slidevlm.precision import resolve
-from slidevlm.train.optim import adamw
+from slidevlm.train.optim import make_optimizer, parameter_groups
 from slidevlm.train.step import Objective, Step, softmax_term
 
 CPU = torch.device("cpu")
@@ -74,7 +74,9 @@ def batch_of(first: int = 0, size: int = 4, dtype: torch.dtype = torch.float32) 
 
 def step_for(model: CoCa) -> Step:
     objective = Objective(softmax_term, 1.0, 2.0, mask_duplicates=True)
-    optimizer = adamw(model, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, decay=0.5)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, 0.5), lr=1e-2, betas=(0.9, 0.99), eps=1e-8
+    )
     return Step(model, optimizer, objective, resolve("fp32", CPU), None)
 
 

@@ -15,7 +15,7 @@ from slidevlm.models import CoCa, build_model, from_dict, zoo
 from slidevlm.models.attention import KeyValues
 from slidevlm.models.lora import LoRAConfig, LoRALinear, add_lora, merge_lora, plain_names
 from slidevlm.precision import resolve
-from slidevlm.train.optim import adamw
+from slidevlm.train.optim import make_optimizer, parameter_groups
 from slidevlm.train.step import Objective, Step, softmax_term
 
 TEXT = LoRAConfig("text", ["project", "inner"], rank=3, alpha=6.0)
@@ -98,7 +98,9 @@ def test_a_step_moves_the_products_and_the_other_parts_and_no_base() -> None:
     model = coca(TEXT)
     shaken(model)  # where a frozen branch ends in zeros, nothing before it has a gradient
     before = copy.deepcopy(model.state_dict())
-    optimizer = adamw(model, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, decay=0.5)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, 0.5), lr=1e-2, betas=(0.9, 0.99), eps=1e-8
+    )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
     objective = Objective(softmax_term, 1.0, 2.0, mask_duplicates=True)

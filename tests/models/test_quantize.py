@@ -23,7 +23,7 @@ from slidevlm.models.quantize import (
     quantise_linears,
 )
 from slidevlm.precision import resolve
-from slidevlm.train.optim import adamw
+from slidevlm.train.optim import make_optimizer, parameter_groups
 from slidevlm.train.step import Objective, Step, softmax_term
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -70,7 +70,9 @@ def batch_of(first: int = 0, size: int = 4) -> Batch:
 
 def step_for(model: CoCa) -> Step:
     objective = Objective(softmax_term, 1.0, 2.0, mask_duplicates=True)
-    optimizer = adamw(model, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, decay=0.1)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.99), eps=1e-8
+    )
     return Step(model, optimizer, objective, resolve("fp32", CPU), None)
 
 

@@ -22,7 +22,7 @@ from slidevlm.batch import Bags, Batch, Output
 from slidevlm.models import CoCa, build_model, zoo
 from slidevlm.models.freeze import lock_image
 from slidevlm.precision import resolve
-from slidevlm.train.optim import adamw
+from slidevlm.train.optim import make_optimizer, parameter_groups
 from slidevlm.train.step import Objective, Step, sigmoid_term, softmax_term
 
 CPU = torch.device("cpu")
@@ -106,7 +106,9 @@ def micro_batches(step: int, rank: int, world: int, case: Case) -> list[Batch]:
 def optimizer_for(model: CoCa) -> torch.optim.AdamW:
     # Adam makes of a gradient that is nothing but rounding a whole step, unless epsilon is larger.
     eps = 1e-8 if model.log_scale.dtype == torch.float64 else 1e-5
-    return adamw(model, lr=1e-3, betas=(0.9, 0.98), eps=eps, decay=0.1)
+    return make_optimizer(
+        "adamw", parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.98), eps=eps
+    )
 
 
 def trained(case: Case, rank: int, world: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from slidevlm.models import create_model
 from slidevlm.models.cast import cast_weights
 from slidevlm.precision import resolve
 from slidevlm.train.masters import Masters
-from slidevlm.train.optim import adamw, load_state
+from slidevlm.train.optim import load_state, make_optimizer, parameter_groups
 from slidevlm.train.step import Objective, Step, softmax_term
 
 CPU = torch.device("cpu")
@@ -35,7 +35,9 @@ def step_for(name: str) -> Step:
     if form.weights_dtype is not None:
         cast_weights(model, form.weights_dtype, everything=form.everything)
     objective = Objective(softmax_term, 1.0, 2.0, mask_duplicates=True)
-    optimizer = adamw(model, lr=3e-3, betas=(0.9, 0.98), eps=1e-6, decay=0.1)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, 0.1), lr=3e-3, betas=(0.9, 0.98), eps=1e-6
+    )
     return Step(model, optimizer, objective, form, 1.0)
 
 

@@ -16,7 +16,6 @@ from slidevlm.models.freeze import image_groups, text_groups
 from slidevlm.models.text import BioGptTower, Gpt2Tower, TextConfig, TextEncoder, TextTower
 from slidevlm.models.text.gpt import BioGptConfig, Gpt2Config
 from slidevlm.train.optim import (
-    adamw,
     describe,
     layer_factors,
     load_state,
@@ -99,14 +98,18 @@ def test_a_tied_weight_is_in_one_group_once() -> None:
 def test_frozen_parameters_are_left_out() -> None:
     model = model_of("clip")
     model.text.requires_grad_(False)
-    optimizer = adamw(model, lr=1.0, betas=(0.9, 0.99), eps=1e-8, decay=0.1)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, 0.1), lr=1.0, betas=(0.9, 0.99), eps=1e-8
+    )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held.isdisjoint(id(p) for p in model.text.parameters())
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
 
 
 def test_numbers_reach_adamw() -> None:
-    optimizer = adamw(model_of("clip"), lr=0.25, betas=(0.5, 0.75), eps=1e-3, decay=0.125)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model_of("clip"), 0.125), lr=0.25, betas=(0.5, 0.75), eps=1e-3
+    )
     for group, decay in zip(optimizer.param_groups, (0.125, 0.0), strict=True):
         assert (group["lr"], group["betas"], group["eps"]) == (0.25, (0.5, 0.75), 1e-3)
         assert group["weight_decay"] == decay
@@ -146,7 +149,7 @@ def test_steps_are_those_of_adamw_written_out() -> None:
     model = Small()
     before = {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
     settings = {"betas": (0.8, 0.95), "eps": 1e-2}
-    optimizer = adamw(model, lr=9.0, decay=0.3, **settings)  # type: ignore[arg-type]
+    optimizer = make_optimizer("adamw", parameter_groups(model, 0.3), lr=9.0, **settings)  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     gradients = {n: [rng.normal(size=w.shape) for _ in range(4)] for n, w in before.items()}
     rates = [0.1, 0.2, 0.05, 0.0]
@@ -163,12 +166,16 @@ def test_steps_are_those_of_adamw_written_out() -> None:
 
 def test_a_resumed_optimizer_has_the_moments_of_the_old_and_its_own_settings() -> None:
     """--wd, --beta1, --beta2 and --eps given with --resume are not silently those of before."""
-    old = adamw(Small(), lr=0.1, betas=(0.9, 0.999), eps=1e-8, decay=0.2)
+    old = make_optimizer(
+        "adamw", parameter_groups(Small(), 0.2), lr=0.1, betas=(0.9, 0.999), eps=1e-8
+    )
     for group in old.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
     old.step()
-    new = adamw(Small(), lr=0.3, betas=(0.8, 0.9), eps=1e-6, decay=0.5)
+    new = make_optimizer(
+        "adamw", parameter_groups(Small(), 0.5), lr=0.3, betas=(0.8, 0.9), eps=1e-6
+    )
     load_state(new, old.state_dict())
     for group, decay in zip(new.param_groups, (0.5, 0.0), strict=True):
         assert (group["lr"], group["betas"], group["eps"]) == (0.3, (0.8, 0.9), 1e-6)
@@ -188,14 +195,18 @@ def test_moments_of_other_parameters_are_refused() -> None:
         model = model_of("coca")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(frozen))
-        return adamw(model, lr=0.1, betas=(0.9, 0.99), eps=1e-8, decay=0.1)
+        return make_optimizer(
+            "adamw", parameter_groups(model, 0.1), lr=0.1, betas=(0.9, 0.99), eps=1e-8
+        )
 
     whole, locked = optimizer("none"), optimizer("text.")
     with pytest.raises(CheckpointError, match=r"no longer are, such as text\..*same --lock-\*"):
         load_state(locked, whole.state_dict())
     with pytest.raises(CheckpointError, match="are trained now that were not, such as text"):
         load_state(whole, locked.state_dict())
-    same_count = adamw(model_of("coca"), lr=0.1, betas=(0.9, 0.99), eps=1e-8, decay=0.1)
+    same_count = make_optimizer(
+        "adamw", parameter_groups(model_of("coca"), 0.1), lr=0.1, betas=(0.9, 0.99), eps=1e-8
+    )
     state = same_count.state_dict()
     state["param_groups"][0]["names"][0] = "another"
     with pytest.raises(CheckpointError, match="1 no longer are, such as another"):
@@ -379,7 +390,9 @@ def test_another_layer_decay_on_resume_keeps_the_moments() -> None:
 
 def test_the_groups_to_read() -> None:
     model = model_of("coca")
-    told = describe(adamw(model, lr=1.0, betas=(0.9, 0.9), eps=1.0, decay=0.3))
+    told = describe(
+        make_optimizer("adamw", parameter_groups(model, 0.3), lr=1.0, betas=(0.9, 0.9), eps=1.0)
+    )
     lines = told.splitlines()
     heads = [x for x in lines if x.startswith("group")]
     assert heads[0].startswith("group 0: rate x 1, decay 0.3, ")

@@ -22,7 +22,7 @@ from slidevlm.models import CoCa, create_model
 from slidevlm.models.freeze import lock_image
 from slidevlm.precision import resolve
 from slidevlm.train import overlap
-from slidevlm.train.optim import adamw
+from slidevlm.train.optim import make_optimizer, parameter_groups
 from slidevlm.train.step import Objective, Step, softmax_term
 
 CPU = torch.device("cpu")
@@ -68,7 +68,9 @@ def batch_of(numbers: range, dtype: torch.dtype) -> Batch:
 
 def step_for(model: CoCa, *, beside: bool) -> Step:
     objective = Objective(softmax_term, 1.0, 2.0, True)
-    optimizer = adamw(model, lr=1e-2, betas=(0.9, 0.98), eps=1e-8, decay=0.1)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.98), eps=1e-8
+    )
     return Step(model, optimizer, objective, resolve("fp32", CPU), None, overlap=beside)
 
 

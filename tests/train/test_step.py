@@ -14,7 +14,7 @@ from slidevlm.errors import TrainingError
 from slidevlm.losses import caption_loss_sum, contrastive_loss
 from slidevlm.models import CoCa, create_model
 from slidevlm.precision import resolve
-from slidevlm.train.optim import adamw
+from slidevlm.train.optim import make_optimizer, parameter_groups
 from slidevlm.train.step import Objective, Step, sigmoid_term, softmax_term
 
 CPU = torch.device("cpu")
@@ -151,7 +151,9 @@ def batches(sizes: tuple[int, ...], seed: int = 1) -> list[Batch]:
 
 def step_for(model: CoCa, contrastive=1.0, caption=2.0, term=softmax_term, lr=1e-2, **options):
     objective = Objective(term, contrastive, caption, mask_duplicates=True)
-    optimizer = adamw(model, lr=lr, betas=(0.9, 0.98), eps=1e-8, decay=0.1)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, 0.1), lr=lr, betas=(0.9, 0.98), eps=1e-8
+    )
     return Step(model, optimizer, objective, resolve("fp32", CPU), options.get("clip_norm"))
 
 

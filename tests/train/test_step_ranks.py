@@ -22,7 +22,7 @@ from slidevlm.losses import caption_loss_sum, contrastive_loss, siglip_loss
 from slidevlm.models import CoCa, create_model
 from slidevlm.models.freeze import lock_image, lock_text
 from slidevlm.precision import resolve
-from slidevlm.train.optim import adamw
+from slidevlm.train.optim import make_optimizer, parameter_groups
 from slidevlm.train.step import (
     MAX_SKIPPED_IN_A_ROW,
     Objective,
@@ -84,7 +84,9 @@ def step_for(
 ) -> Step:
     term = softmax_term if model.bias is None else sigmoid_term
     objective = Objective(term, *weights, True, *way)
-    optimizer = adamw(model, lr=1e-2, betas=(0.9, 0.98), eps=1e-8, decay=0.1)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.98), eps=1e-8
+    )
     return Step(model, optimizer, objective, resolve("fp32", CPU), None, ragged=True)
 
 

@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slidevlm import dist
+from slidevlm.app.pretrained import RAW
 from slidevlm.config import Config
 from slidevlm.errors import ConfigError, SlideVLMError
 from slidevlm.run import CHECKPOINTS, METRICS
 
 # The folder that this process made before it became a copy of the package (app/codebase.py).
 CLAIMED = "SLIDEVLM_CLAIMED_RUN"
+
+_LONGEST_MODEL = 40  # characters of weights in a name: date, time and model of a default name
 
 
 @contextmanager
@@ -81,13 +84,25 @@ def default_name(config: Config) -> str:
     return "-".join(
         [
             time.strftime("%Y_%m_%d-%H_%M_%S"),
-            f"model_{Path(config.model.model).stem}",
+            f"model_{_model(config)}",
             f"lr_{config.optim.lr:g}",
             f"b_{config.data.batch_size}",
             f"j_{config.data.workers}",
             f"p_{config.optim.precision}",
         ]
     )
+
+
+def _model(config: Config) -> str:
+    """The model in a name: that of --model or, without one, the run or file of the weights."""
+    if config.model_name == config.model.model:
+        return Path(config.model.model).stem
+    weights = Path(config.model_name.removeprefix(RAW)).expanduser().absolute()
+    if weights.parent.name == CHECKPOINTS:
+        weights = weights.parent.parent  # the run says more than epoch_3.pt
+    # Names of folders have dots, as in lr_0.0005. A default name that grew by the one before it
+    # would be too long for a folder after three trainings.
+    return (weights.stem if weights.is_file() else weights.name)[:_LONGEST_MODEL]
 
 
 def evaluation_name(run: Path) -> str:

@@ -20,6 +20,7 @@ from slidevlm.eval.bootstrap import Bootstrap
 from slidevlm.eval.scores import Results, Score, scores
 from slidevlm.eval.stored import FILE, Stored, save
 from slidevlm.eval.task import TaskResult
+from slidevlm.files import replacing
 from slidevlm.report.summary import summary
 from slidevlm.run import Run, environment
 
@@ -132,7 +133,9 @@ class Outputs:
                 "text_embedding": _known(split.text_embedding),
                 "about": np.array(json.dumps(stored.about)),
             }
-            np.savez(folder.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
+            # Not `with_suffix`: a split may have a dot in its name.
+            with replacing(folder.with_name(f"{name}.npz")) as new, new.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
 
     def _json(self, name: str, stored: Stored, content: dict[str, Any]) -> None:
         self.run.write_json(f"{self.prefix}{name}", {"about": stored.about, **content})

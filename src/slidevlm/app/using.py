@@ -70,6 +70,18 @@ class Using:
     precision: str | None = None
     skip_bad: bool = False
 
+    def check_output(self, forms: Sequence[str]) -> None:
+        """ConfigError where the ending of a file is none of `forms`, or the file exists."""
+        if self.output is None:
+            return
+        if self.output.suffix.lower() not in forms:
+            raise ConfigError(
+                f"--output {self.output}: the ending tells the form, one of {', '.join(forms)}; "
+                "- writes lines of JSON to the terminal"
+            )
+        if self.output.exists():
+            raise ConfigError(f"--output {self.output} exists; choose another file or remove it")
+
     def load(self) -> SlideModel:
         """The model, on its device, its hash known."""
         with working("reading the model"):
@@ -365,17 +377,6 @@ def _ends_a_line(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read() == b"\n"
-
-
-def check_output(output: Path, forms: Sequence[str]) -> None:
-    """ConfigError where the ending is none of `forms`, or the file exists."""
-    if output.suffix.lower() not in forms:
-        raise ConfigError(
-            f"--output {output}: the ending tells the form, one of {', '.join(forms)}; "
-            "- writes lines of JSON to the terminal"
-        )
-    if output.exists():
-        raise ConfigError(f"--output {output} exists; choose another file or remove it")
 
 
 def tell(

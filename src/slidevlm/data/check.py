@@ -13,7 +13,7 @@ import numpy as np
 
 from slidevlm.data.cases import Case, CaseStore
 from slidevlm.data.parallel import each
-from slidevlm.data.reports import report_id
+from slidevlm.data.reports import names_of, report_id, value_of
 from slidevlm.data.scan import Scan, scan
 from slidevlm.data.splits import find, read_identifiers, report_of, some
 from slidevlm.data.tokenizer import TextTokenizer
@@ -132,12 +132,7 @@ class Labelled:
 
     def of(self, case: Case) -> Sequence[str] | None:
         """The classes of a specimen, as evaluation finds them; None without a label."""
-        return next((self.classes[name] for name in _names(case) if name in self.classes), None)
-
-
-def _names(case: Case) -> tuple[str, str]:
-    """What a file of labels may call a specimen."""
-    return f"{case.patient}/{case.specimen}", case.specimen
+        return value_of(self.classes, case.specimen, case.patient)
 
 
 @dataclass(frozen=True)
@@ -592,7 +587,7 @@ def _classes(
     names, strange = sorted(given | prompted), sorted(given - prompted)
     if strange:
         report.add("error", "labels", f"{one.name}: classes without a prompt", strange)
-    known = {name for case in store.cases for name in _names(case)}
+    known = {name for case in store.cases for name in names_of(case.specimen, case.patient)}
     lost = [name for name in one.classes if name not in known]
     if lost:
         report.add(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slidevlm.data.cases import Case
+from slidevlm.data.reports import value_of
 from slidevlm.data.sampling import generator
 from slidevlm.errors import ConfigError, DataError
 
@@ -85,7 +86,8 @@ def divide(
 
 
 def _class_of(case: Case, classes: Mapping[str, str]) -> str:
-    return classes.get(f"{case.patient}/{case.specimen}", classes.get(case.specimen, NO_CLASS))
+    found = value_of(classes, case.specimen, case.patient)
+    return NO_CLASS if found is None else found
 
 
 def assign(members: np.ndarray, fractions: np.ndarray) -> np.ndarray:

@@ -193,6 +193,19 @@ def told_apart(entries: Iterable[tuple[str, str, V]]) -> Iterator[tuple[str, V]]
         yield f"{patient}/{specimen}" if shared else specimen, value
 
 
+def names_of(specimen: str, patient: str) -> tuple[str, str]:
+    """What a file may call a specimen: the name that tells patients apart before the plain one.
+
+    The file and the data may each have had a reason to write the patient before the specimen.
+    """
+    return f"{patient}/{specimen}", specimen
+
+
+def value_of(named: Mapping[str, V], specimen: str, patient: str) -> V | None:
+    """What a file, read by `told_apart`, has for a specimen; None where it does not name it."""
+    return next((named[n] for n in names_of(specimen, patient) if n in named), None)
+
+
 def _collect(entries: Iterable[tuple[str, str, str]], path: Path) -> dict[str, str]:
     texts: dict[str, str] = {}
     for name, text in told_apart(entries):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slidevlm.data.cases import Case, CaseStore
-from slidevlm.data.reports import normalise, read_table, read_utf8
+from slidevlm.data.reports import normalise, read_table, read_utf8, value_of
 from slidevlm.documents import json_of
 from slidevlm.errors import DataError
 
@@ -185,11 +185,7 @@ def report_of(case: Case, store: CaseStore, texts: Mapping[str, str] | None) -> 
     """The normalised report, or "" where there is none."""
     if texts is None:
         return normalise(store.text(case) or "")
-    # Either side may have had a reason to write the patient before the specimen.
-    for name in (case.specimen, f"{case.patient}/{case.specimen}"):
-        if name in texts:
-            return normalise(texts[name])
-    return ""
+    return normalise(value_of(texts, case.specimen, case.patient) or "")
 
 
 def check_leakage(splits: Sequence[Split]) -> None:

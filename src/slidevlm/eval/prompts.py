@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slidevlm.data.reports import read_table, read_utf8, told_apart
+from slidevlm.data.reports import read_table, read_utf8, told_apart, value_of
 from slidevlm.documents import DocumentError, json_of, size_problem, yaml_of
 from slidevlm.errors import DataError
 
@@ -38,8 +38,7 @@ class Labels:
 
     def of(self, specimen: str, patient: str) -> tuple[str, ...] | None:
         """The classes of a specimen; None where the file does not name it."""
-        # Either side may have had a reason to write the patient before the specimen.
-        return self.classes.get(f"{patient}/{specimen}", self.classes.get(specimen))
+        return value_of(self.classes, specimen, patient)
 
     @property
     def names(self) -> tuple[str, ...]:

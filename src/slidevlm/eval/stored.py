@@ -7,7 +7,6 @@ One `.npz` file of plain arrays, read without unpickling: embeddings as float32,
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 from slidevlm.batch import Predictions
 from slidevlm.documents import is_file_name
 from slidevlm.errors import DataError
+from slidevlm.files import replacing
 
 FILE = "predictions.npz"
 _FORM = 1
@@ -53,7 +53,7 @@ class Stored:
 
 
 def save(stored: Stored, path: Path) -> None:
-    """Write to a temporary file beside `path` and rename it."""
+    """Write the file, whole or not at all."""
     arrays: dict[str, np.ndarray] = {"text_embeddings": stored.text_embeddings}
     content: dict[str, Any] = {"form": _FORM, "about": stored.about, "texts": list(stored.texts)}
     for kind in ("splits", "references"):
@@ -66,14 +66,8 @@ def save(stored: Stored, path: Path) -> None:
                 arrays[f"{kind}/{number}/{key}"] = getattr(split, key)
     text = json.dumps(content, ensure_ascii=False).encode()
     arrays["content"] = np.frombuffer(text, np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as new, new.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def load(path: Path) -> Stored:

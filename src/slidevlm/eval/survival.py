@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from slidevlm.data.reports import read_table, read_utf8
+from slidevlm.data.reports import names_of, read_table, read_utf8
 from slidevlm.errors import ConfigError, DataError
 
 _IDS = ("specimen", "specimen_id", "case_id", "slide_id", "patient", "patient_id", "id")
@@ -29,7 +29,7 @@ class SurvivalTable:
 
     def of(self, specimen: str, patient: str) -> tuple[float, bool] | None:
         """Time and event of a specimen; None where the table names neither it nor its patient."""
-        for key in (f"{patient}/{specimen}", specimen, patient):
+        for key in (*names_of(specimen, patient), patient):
             if key in self.rows:
                 return self.rows[key]
         return None

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 from slidevlm.errors import CheckpointError
+from slidevlm.files import replacing
 from slidevlm.models.files import verify_archive
 
 log = logging.getLogger("slidevlm.checkpoint")
@@ -139,18 +140,12 @@ def save(
         "model": vars(model),
         "training": {**vars(training), "progress": vars(training.progress)},
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                watched: Any = file if given_up is None else _Watched(file, given_up)
-                torch.save(content, watched)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as new, new.open("wb") as file:
+            watched: Any = file if given_up is None else _Watched(file, given_up)
+            torch.save(content, watched)
+            file.flush()
+            os.fsync(file.fileno())
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         if given_up is not None and given_up.is_set():

@@ -17,7 +17,7 @@ from slidevlm.models.freeze import lock_text, text_groups
 from slidevlm.models.mode import Recomputing
 from slidevlm.models.trace import trace
 from slidevlm.precision import resolve as resolve_precision
-from slidevlm.train.optim import adamw
+from slidevlm.train.optim import make_optimizer, parameter_groups
 from slidevlm.train.step import Objective, Step, softmax_term
 
 GPT = {"width": 16, "heads": 4, "inner": 24, "start": 0, "end": 2, "positions": 20}
@@ -84,7 +84,9 @@ def batch_of(size: int, seed: int = 0) -> Batch:
 def step_for(model: Model) -> Step:
     contrastive = 0.0 if isinstance(model, LanguageModel) else 1.0
     objective = Objective(softmax_term, contrastive, 2.0, mask_duplicates=True)
-    optimizer = adamw(model, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, decay=0.3)
+    optimizer = make_optimizer(
+        "adamw", parameter_groups(model, 0.3), lr=1e-2, betas=(0.9, 0.99), eps=1e-8
+    )
     return Step(model, optimizer, objective, resolve_precision("fp32", torch.device("cpu")), None)
 
 

@@ -8,7 +8,6 @@ of the HDF5 file), Parquet a column each and `about` among the metadata of its s
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 
 from slidevlm.data.formats.hdf5 import Hdf5File, text
 from slidevlm.errors import ConfigError, DataError, SlideVLMError
+from slidevlm.files import replacing
 
 _KEY = b"slidevlm"  # of Parquet's metadata
 
@@ -42,13 +42,8 @@ def save_embeddings(path: Path, embeddings: Embeddings) -> None:
         ConfigError: no such ending, or a package is missing.
     """
     write = _form(path)[0]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary, embeddings)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as new:
+        write(new, embeddings)
 
 
 def load_embeddings(path: Path) -> Embeddings:

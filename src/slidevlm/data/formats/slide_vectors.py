@@ -6,7 +6,6 @@ specimen of several slides does not have; readers of slide features use `feature
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-_LONGEST = 200  # bytes of a name; a file may have 255, its temporary one more
+from slidevlm.files import replacing
+
+_LONGEST = 200  # bytes of a name; a file may have 255, and `replacing` adds to it
 
 
 def write_slide_vectors(
@@ -29,20 +30,13 @@ def write_slide_vectors(
         vectors: [N, E] float32.
         attributes: of `features`, beside its `name` and `savetodir`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for name, plain, vector in zip(names, _file_names(names), vectors, strict=True):
-        path = folder / f"{plain}.h5"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with h5py.File(temporary, "w") as file:
-                data = file.create_dataset("features", data=vector)
-                data.attrs["name"] = name
-                data.attrs["savetodir"] = folder.name
-                for key, value in attributes.items():
-                    data.attrs[key] = value
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(folder / f"{plain}.h5") as new, h5py.File(new, "w") as file:
+            data = file.create_dataset("features", data=vector)
+            data.attrs["name"] = name
+            data.attrs["savetodir"] = folder.name
+            for key, value in attributes.items():
+                data.attrs[key] = value
 
 
 def _file_names(names: Sequence[str]) -> list[str]:
