@@ -11,9 +11,10 @@ from pathlib import Path
 
 import h5py
 import pytest
+import torch
 
-from slidevlm import cli_use
-from slidevlm.app import slide_model
+from slidevlm import caption_commands, cli_use
+from slidevlm.app import slide_model, using
 from slidevlm.cli import main
 from slidevlm.data.synthetic import DemoCohort, synthesize
 from slidevlm.eval.text_metrics.scoring import Scoring
@@ -132,11 +133,11 @@ def test_goes_on_where_it_was(run, cohort, tmp_path, monkeypatch, capsys) -> Non
     assert caption(run, cohort, whole) == 0
     output, calls = tmp_path / "part.json", []
 
-    def stopping(model, bags, names: Sequence[str], *rest):
+    def stopping(model, bags, names: Sequence[str], *rest, **more):
         calls.append(tuple(names))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return generate.draft(model, bags, names, *rest)
+        return generate.draft(model, bags, names, *rest, **more)
 
     monkeypatch.setattr(slide_model, "draft", stopping)
     assert caption(run, cohort, output, "--batch-size", 2) == 130
@@ -161,13 +162,85 @@ def test_goes_on_where_it_was(run, cohort, tmp_path, monkeypatch, capsys) -> Non
     assert not partial.exists()
 
 
+def test_a_limit_beyond_the_context_is_told(run, cohort, tmp_path, capsys) -> None:
+    told = "the context of the model has room for"
+    context = slide_model.load(run, device="cpu").trained.config.text.context_length
+    for name, more, said in (
+        ("fits.json", ("--max-tokens", context - 1), False),
+        ("more.json", ("--max-tokens", context), True),
+        ("prompt.json", ("--prompt", "lung " * (context // 2), "--max-tokens", context - 1), True),
+        ("default.json", (), False),
+    ):
+        assert caption(run, cohort, tmp_path / name, *more) == 0
+        assert (told in capsys.readouterr().err) == said, name
+
+
+def test_names_with_line_ends_keep_a_line_each_in_text(tmp_path) -> None:
+    about = {"model": "m", "decoding": {}, "image_features_cutoff": 1, "precision": "float32"}
+    records = [{"id": "a\nb\tc", "report": "lung\nbiopsy"}, {"id": "d", "report": ""}]
+    lines = caption_commands._formatted(records, about, ".txt").splitlines()
+    assert lines[1:] == ["a b c\tlung biopsy", "d\t"]
+
+
+def test_two_processes_do_not_write_one_output(run, cohort, tmp_path, capsys) -> None:
+    """Each would do all the work, and the second to end finds the partial file gone."""
+    output = tmp_path / "out.json"
+    with using.Partial(output, {}) as first:
+        assert caption(run, cohort, output) == 2
+        assert "another process is writing it" in capsys.readouterr().err
+        first.add({"id": "kept"})
+        assert len(first.path.read_text().splitlines()) == 2, "what is there stays"
+    first.path.unlink()
+    assert caption(run, cohort, output) == 0
+
+
+@pytest.mark.parametrize("what", ["feature attribute", "slide table"])
+def test_others_features_are_not_gone_on_with(run, cohort, tmp_path, monkeypatch, capsys, what):
+    """The names are the same, the bags are not."""
+    bags = tmp_path / "bags"
+    bags.mkdir()
+    with h5py.File(cohort.hdf5) as source, h5py.File(tmp_path / "two.h5", "w") as two:
+        two.attrs["unit"] = "um"
+        for number, path in enumerate(source["case-index/case_paths"].asstr()[:4]):
+            group = source[path]["demo"]
+            for sign, name in ((1, "uni"), (-1, "conch")):
+                two[f"patients/p{number}/s{number}/{name}/features"] = sign * group["features"][()]
+                two[f"patients/p{number}/s{number}/{name}/positions"] = group["positions"][()]
+            with h5py.File(bags / f"{number}.h5", "w") as bag:
+                bag["feats"], bag["coords"] = group["features"][()], group["positions"][()]
+                bag.attrs.update({"unit": "um", "tile_size_um": 256.0, "extractor": "demo"})
+    for name, slides in (("one", "0123"), ("other", "2301")):
+        rows = [f"{case},{slide}.h5" for case, slide in zip("AABB", slides, strict=True)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["case_id,slide_id", *rows]))
+    if what == "feature attribute":
+        words, one, other = [tmp_path / "two.h5", "--hdf5_feature_attribute"], "uni", "conch"
+    else:
+        words, one, other = [bags, "--slide-table"], tmp_path / "one.csv", tmp_path / "other.csv"
+    add = using.Partial.add
+
+    def stopping(self: using.Partial, record: using.Record) -> None:
+        add(self, record)
+        raise KeyboardInterrupt
+
+    def going_on(choice: object) -> int:
+        place = ["--output", tmp_path / "out.json", "--workers", 0, "--device", "cpu"]
+        return main([str(w) for w in ["caption", run, *words, choice, *place, "--max-tokens", 3]])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(using.Partial, "add", stopping)
+        assert going_on(one) == 130
+    assert going_on(other) == 2
+    assert "from other data" in capsys.readouterr().err
+    assert going_on(one) == 0
+
+
 @pytest.mark.parametrize("more", [(), ("--beams", 3), ("--top-k", 5, "--best", 2)])
 def test_a_report_is_kept_when_it_is_done(run, cohort, tmp_path, monkeypatch, more) -> None:
     """Not when its batch is: a Ctrl-C within a batch keeps those that have ended."""
     whole, output = tmp_path / "whole.json", tmp_path / "part.json"
     assert caption(run, cohort, whole, *more) == 0
 
-    def stopping(model, bags, names: Sequence[str], decoding, prompt, finished, *rest):
+    def stopping(model, bags, names: Sequence[str], decoding, prompt, finished, *rest, **more):
         done: list[int] = []
 
         def told(number: int, drafts: list[Draft]) -> None:
@@ -176,7 +249,7 @@ def test_a_report_is_kept_when_it_is_done(run, cohort, tmp_path, monkeypatch, mo
             if len(done) == 3:
                 raise KeyboardInterrupt
 
-        return generate.draft(model, bags, names, decoding, prompt, told, *rest)
+        return generate.draft(model, bags, names, decoding, prompt, told, *rest, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(slide_model, "draft", stopping)
@@ -227,6 +300,20 @@ def test_what_cannot_be_written(run, cohort, tmp_path, capsys) -> None:
     assert "neither a run folder" in failing(["caption", tmp_path, bad, "--output", out], capsys)
     assert "shorten the prompt" in failing([*base, out, "--prompt", "word " * 90], capsys)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--beams", 3), ("--top-p", 0.9)])
+def test_a_model_that_has_diverged_writes_no_reports(run, cohort, tmp_path, capsys, more) -> None:
+    """They would be empty, and each as likely as can be."""
+    (path,) = (run / "checkpoints").glob("*.pt")
+    state = torch.load(path, weights_only=True)
+    name = next(n for n in state["model"]["weights"] if n.startswith("decoder."))
+    state["model"]["weights"][name].fill_(torch.nan)
+    torch.save(state, tmp_path / "diverged.pt")
+    assert caption(tmp_path / "diverged.pt", cohort, tmp_path / "out.json", *more) == 2
+    error = capsys.readouterr().err
+    assert "not finite" in error and "diverged" in error
+    assert not list(tmp_path.glob("out.json*"))
 
 
 # -- score -----------------------------------------------------------------------------------
@@ -287,6 +374,35 @@ def test_captions_of_a_run_stand_beside_the_truth(run: Path, tmp_path: Path) -> 
         assert scores[name]["value"] == pytest.approx(metrics[f"test/captions/{name}"])
 
 
+@pytest.mark.parametrize("name", ["captions_test.json", "predictions.csv"])
+def test_a_file_with_both_sides_beside_references_is_the_generated_reports(
+    run: Path, tmp_path: Path, name: str
+) -> None:
+    """Not its true ones, which would be scored against themselves: all perfect."""
+    rows = json.loads((run / "captions_test.json").read_text())
+    true = tmp_path / "true.json"
+    true.write_text(json.dumps({row["id"]: row["report"] for row in rows}))
+    found = []
+    for number, words in enumerate([[run / "captions_test.json"], [run / name, true]]):
+        output = tmp_path / f"{number}.json"
+        assert main(["score", *map(str, words), "--bootstraps", "0", "--output", str(output)]) == 0
+        found.append(json.loads(output.read_text())["scores"])
+    assert found[0] == found[1] and found[0]["bleu_4"]["value"] < 1
+
+
+def test_a_file_with_both_sides_that_cannot_be_scored(tmp_path, capsys) -> None:
+    alone = tmp_path / "captions.json"
+    alone.write_text("[]")
+    assert "holds no reports" in failing(["score", alone], capsys)
+    entry = {"id": "a", "report": "lung", "generated": "lung"}
+    alone.write_text(json.dumps([entry, {**entry, "generated": "colon"}]))
+    assert "two different entries for 'a'" in failing(["score", alone], capsys)
+    alone.write_text(json.dumps([entry, entry]))
+    assert main(["score", str(alone), "--bootstraps", "0"]) == 0
+    alone.write_text(json.dumps([{**entry, "id": None}]))
+    assert "a list of {id, generated, report}" in failing(["score", alone], capsys)
+
+
 def test_what_cannot_be_scored(files, tmp_path, capsys) -> None:
     ours, true = files
     few = tmp_path / "few.json"
@@ -303,6 +419,7 @@ def test_what_cannot_be_scored(files, tmp_path, capsys) -> None:
     assert "no file" in failing(["score", ours, true, "--clinical", "no.yaml"], capsys)
     assert "meteor-1.5.jar" in failing(["score", ours, true, "--meteor-data", tmp_path], capsys)
     assert "cannot be read" in failing(["score", tmp_path / "no.json", true], capsys)
+    assert "--json prints" in failing(["score", ours, true, "--output", "-"], capsys)
 
 
 def test_the_command_offers_the_ways_to_choose_that_there_are() -> None:

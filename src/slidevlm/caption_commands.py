@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slidevlm.app.slide_model import Report
+from slidevlm.app.slide_model import Report, SlideModel
 from slidevlm.app.using import Cohort, Record, Using, collect, tell, to_terminal
 from slidevlm.batch import Batch
 from slidevlm.documents import Table
 from slidevlm.run import configure_logging, write_text
 
 FORMS = (".json", ".csv", ".txt")
+
+log = logging.getLogger("slidevlm")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ def caption(asked: Captioning) -> int:
     using.check_output(FORMS)
     model = using.load()
     decoding = model.decoding(**asked.decoding)
+    _tell_of_room(model, asked)
     cohort = Cohort(using)
     about = {
         "model": model.hash,
@@ -66,6 +70,21 @@ def caption(asked: Captioning) -> int:
     return len(records)
 
 
+def _tell_of_room(model: SlideModel, asked: Captioning) -> None:
+    """Where reports end before the limit that was asked for."""
+    prompt = len(model.trained.tokenizer.tokens(asked.prompt)) if asked.prompt else 0
+    room = model.trained.config.text.context_length - 1 - prompt
+    most = asked.decoding.get("max_tokens", 0)
+    if most > room > 0:
+        log.warning(
+            "--max-tokens %d: the context of the model has room for %d tokens%s, and reports end "
+            "there",
+            most,
+            room,
+            " after the prompt" if prompt else "",
+        )
+
+
 def _record(specimen: str, drafts: Sequence[Report], best: int) -> Record:
     texts = [
         {
@@ -86,7 +105,8 @@ def _formatted(records: Sequence[dict[str, Any]], about: dict[str, Any], ending:
     decoding, precision = json.dumps(about["decoding"]), about["precision"]
     if ending == ".txt":
         origin = f"model {about['model']}, decoding {decoding}, precision {precision}"
-        texts = [f"{r['id']}\t{' '.join(r['report'].split())}" for r in records]
+        # Of a name as of a report: a line and a tab mean something here.
+        texts = ["\t".join(" ".join(r[c].split()) for c in ("id", "report")) for r in records]
         return "\n".join([f"# {origin}", *texts]) + "\n"
     table = Table()
     # A reader of texts takes the first report of a name, so further ones have another.

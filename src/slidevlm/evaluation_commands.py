@@ -49,8 +49,8 @@ def evaluate(asked: Evaluation, given: Config) -> None:
             "give the folder of a run (or a checkpoint file) to evaluate, or --predictions FILE to "
             "score stored predictions again; one of the two"
         )
-    if asked.compare is not None:
-        stored_predictions(asked.compare)  # it must be there, before any work
+    # Found before any work, and before this evaluation is the newest one of the same run.
+    other = None if asked.compare is None else stored_predictions(asked.compare)
     if asked.run is not None:
         config = with_run_settings(asked.run, given)
         config = with_resamples(config) if asked.compare is not None else config
@@ -64,10 +64,10 @@ def evaluate(asked: Evaluation, given: Config) -> None:
     if not dist.is_main_of_environment():
         return
     found = None
-    if asked.compare is not None:
+    if other is not None:
         with working("comparing"):
-            found = compare_with(outcome, asked.compare, config)
-        _write_comparison(outcome, asked.compare, found)
+            found = compare_with(outcome, other, config)
+        _write_comparison(outcome, other, found)
     if asked.as_json:
         content = {"folder": _name(outcome), "metrics": table(outcome.scores)}
         compared = {} if found is None else {"comparison": difference_rows(found)}
@@ -76,7 +76,7 @@ def evaluate(asked: Evaluation, given: Config) -> None:
     width = shutil.get_terminal_size().columns
     print(score_table(outcome.scores, asked.form, width))
     if found is not None:
-        print(f"\ncompared with {asked.compare}, on the same resamples:")
+        print(f"\ncompared with {other}, on the same resamples:")
         print(difference_table(found, asked.form, width))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from slidevlm.data.reports import ID_COLUMNS, read_text_file, read_utf8
+from slidevlm.data.reports import ID_COLUMNS, TEXT_COLUMNS, read_text_file, read_utf8
 from slidevlm.documents import finite, json_of
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.eval.bootstrap import Bootstrap
@@ -51,6 +51,8 @@ def score(asked: Comparing) -> dict[str, float]:
         SlideVLMError: for everything a user can mend.
     """
     configure_logging(debug=False, main=True)
+    if asked.output == Path("-"):
+        raise ConfigError("--output names a file; --json prints the scores to the terminal")
     if asked.output is not None and asked.output.exists():
         raise ConfigError(f"--output {asked.output} exists; choose another file or remove it")
     generated, references = _texts(asked)
@@ -102,7 +104,9 @@ def _as_json(asked: Comparing, rows: Sequence[Score]) -> str:
 def _texts(asked: Comparing) -> tuple[dict[str, str], dict[str, str]]:
     """Generated and true texts by name."""
     if asked.references is not None:
-        return read_text_file(asked.generated), read_text_file(asked.references)
+        # Of a file with both sides, as a run writes them, the generated ones.
+        generated = read_text_file(asked.generated, ("generated", *TEXT_COLUMNS))
+        return generated, read_text_file(asked.references)
     path = asked.generated
     try:
         rows = json_of(read_utf8(path))
@@ -116,7 +120,11 @@ def _texts(asked: Comparing) -> tuple[dict[str, str], dict[str, str]]:
                 f"{path}: alone it must be a list of {{id, generated, report}}, such as the "
                 "captions_test.json of a run; else give a second file of references"
             )
-        found[0][name], found[1][name] = ours, theirs
+        known = found[0].setdefault(name, ours), found[1].setdefault(name, theirs)
+        if known != (ours, theirs):
+            raise DataError(f"{path} has two different entries for {name!r}; keep one")
+    if not found[0]:
+        raise DataError(f"{path} holds no reports")
     return found
 
 
@@ -124,9 +132,9 @@ def _beside(row: Any) -> tuple[str | None, Any, Any]:
     """Name, generated and true text of an entry that has both."""
     if not isinstance(row, dict):
         return None, None, None
-    name = next((str(row[column]) for column in ID_COLUMNS if column in row), None)
-    if name is not None and "split" in row:
-        name = f"{row['split']}/{name}"
+    name = next((row[column] for column in ID_COLUMNS if column in row), None)
+    if name is not None:
+        name = f"{row['split']}/{name}" if "split" in row else str(name)
     return name, row.get("generated"), row.get("report")
 
 

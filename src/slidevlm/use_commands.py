@@ -59,6 +59,7 @@ def embed(asked: Embedding) -> int:
     model = using.load()
     cohort = Cohort(using)
     about = _about(using, model)
+    kept = {**about, **cohort.origin}
 
     # Digits for readers, a third of their room for the partial file.
     form: Callable[[np.ndarray], Any] = np.ndarray.tolist if using.output is None else _as_text
@@ -71,10 +72,10 @@ def embed(asked: Embedding) -> int:
 
     if using.output is None:
         return to_terminal(using, model, cohort, "embedding", about, use)
-    known = _known(using.output, {**about, "source": str(using.source.resolve())})
+    known = _known(using.output, kept)
     results, partial = collect(using, model, cohort, "embedding", about, use, known)
     if results.new or len(results.records) > len(known) or not using.output.exists():
-        save_embeddings(using.output, _embeddings(results, using, about))
+        save_embeddings(using.output, _embeddings(results, using, kept))
     partial.path.unlink()
     tell(using.output, results, cohort, model, "embeddings", as_json=asked.as_json)
     return len(results.records)
@@ -124,7 +125,7 @@ def _known(output: Path, about: Mapping[str, Any]) -> list[Record]:
     ]
 
 
-def _embeddings(results: Results, using: Using, about: Mapping[str, Any]) -> Embeddings:
+def _embeddings(results: Results, using: Using, about: dict[str, Any]) -> Embeddings:
     records = results.records
     if not records:
         raise DataError(f"{using.source}: no specimen could be read; the warnings say why")
@@ -136,7 +137,7 @@ def _embeddings(results: Results, using: Using, about: Mapping[str, Any]) -> Emb
         tuple(r["patient"] for r in records),
         np.array([r["tiles"] for r in records], np.int64),
         rows,
-        {**about, "source": str(using.source.resolve())},
+        about,
     )
 
 

@@ -332,6 +332,21 @@ def test_a_run_beside_itself_and_beside_another(
     assert by_name[f"slide_retrieval/{LABELS}/Acc@1"]["p"] == 1
 
 
+def test_a_run_is_compared_as_it_was_before_this_evaluation(run: Path, tmp_path: Path) -> None:
+    """What is written now is the run's newest evaluation, and no different from itself."""
+    from slidevlm.eval.stored import save
+
+    other = tmp_path / "run"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("evaluation*"))
+    stored = load(other / "predictions.npz")
+    split = stored.splits["test"]
+    split.text_embedding = -split.text_embedding
+    save(stored, other / "predictions.npz")
+    assert main(["evaluate", str(other), "--compare", str(other)]) == 0
+    (written,) = other.glob("evaluation-*/comparison.json")
+    assert any(d["difference"] for d in json.loads(written.read_text())["differences"])
+
+
 def test_other_specimens_are_refused(run: Path, tmp_path: Path, capsys) -> None:
     from dataclasses import replace
 
@@ -346,6 +361,23 @@ def test_other_specimens_are_refused(run: Path, tmp_path: Path, capsys) -> None:
     assert "split test has 5 specimens there" in capsys.readouterr().err
     assert main([*place, str(tmp_path / "other.npz")]) == 2
     assert "it has the splits other, this evaluation test" in capsys.readouterr().err
+
+
+def test_other_reports_of_the_same_specimens_are_told(run: Path, tmp_path: Path, capsys) -> None:
+    from dataclasses import replace
+
+    from slidevlm.eval.stored import save
+
+    stored = load(run / "predictions.npz")
+    split = stored.splits["test"]
+    one = replace(split, reports=(split.reports[0] + " Cleaned.", *split.reports[1:]))
+    save(replace(stored, splits={"test": one}), tmp_path / "cleaned.npz")
+    place = ["evaluate", "--predictions", str(run), "--logs", "None", "--compare"]
+    assert main([*place, str(tmp_path / "cleaned.npz")]) == 0
+    said = f"1 of {len(split)} specimens of split test have another report there"
+    assert said in capsys.readouterr().err
+    assert main([*place, str(run)]) == 0
+    assert "another report" not in capsys.readouterr().err
 
 
 # --- probes, examples, embeddings -------------------------------------------------------------

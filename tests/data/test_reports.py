@@ -214,3 +214,13 @@ def test_names_that_are_none(tmp_path, name):
     path.write_text(json.dumps([{"id": "a", "report": "b"}, {"id": name, "report": "c"}]))
     with pytest.raises(DataError, match=r"a\.json, entry 2: .* is not a specimen's name"):
         read_text_file(path)
+
+
+@pytest.mark.parametrize("ending", ["", "\n"])
+def test_a_quote_that_is_not_closed_takes_no_rows_with_it(tmp_path, ending):
+    path = tmp_path / "reports.csv"
+    path.write_text(f'id,report\na,lung\nb,"breast\nc,colon\nd,skin{ending}')
+    with pytest.raises(DataError, match=r"reports\.csv, row 3: a quote is not closed"):
+        read_text_file(path)
+    path.write_text(f'id,report\na,5" tumor\nb,"breast\nbiopsy"\nc,colon{ending}')
+    assert read_text_file(path) == {"a": '5" tumor', "b": "breast\nbiopsy", "c": "colon"}

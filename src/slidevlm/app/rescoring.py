@@ -142,6 +142,17 @@ def compare_with(outcome: Outcome, other: Path, config: Config) -> list[Differen
         )
     bootstrap = Suite(config).bootstrap
     aligned = {name: _in_order(stored.splits[name], outcome.results[name][0]) for name in shared}
+    for name, theirs in aligned.items():
+        pairs = zip(outcome.results[name][0].reports, theirs.reports, strict=True)
+        if others := sum(mine != another for mine, another in pairs):
+            log.warning(
+                "--compare %s: %d of %d specimens of split %s have another report there; what is "
+                "computed with reports (losses, retrieval, captions) is about other texts",
+                other,
+                others,
+                len(theirs),
+                name,
+            )
     try:
         results = score_stored(replace(stored, splits=aligned), config)
     except DataError as error:  # which of the two runs it is about is known here alone

@@ -367,6 +367,7 @@ class SlideModel:
         Raises:
             DataError: a bag that cannot be read or is not what the model reads.
             ConfigError: settings that cannot work, or a model without a decoder.
+            CheckpointError: the weights, or the features, make no numbers.
         """
         drafts = self.drafts(bag, prompt=prompt, batch_size=batch_size, **decoding)
         texts = [reports[0].text for reports in drafts]
@@ -511,7 +512,15 @@ class SlideModel:
 
         with torch.inference_mode(), self.precision.autocast():
             found = draft(
-                self.trained.model, bags, names, decoding, given, told, self._lookup, words
+                self.trained.model,
+                bags,
+                names,
+                decoding,
+                given,
+                told,
+                self._lookup,
+                words,
+                finite=True,
             )
         return [reports(drafts) for drafts in found]
 

@@ -20,12 +20,13 @@ from slidevlm.app.trained import same_data
 from slidevlm.batch import Batch
 from slidevlm.data.cases import Case, CaseStore
 from slidevlm.data.dataset import BadSpecimens, BagDataset, StopAtBad, make_loader
+from slidevlm.data.formats.hdf5_cases import Hdf5Cases
 from slidevlm.data.sampling import EvalBatches
 from slidevlm.data.splits import find, read_identifiers
 from slidevlm.data.telling import telling
 from slidevlm.documents import json_of
 from slidevlm.errors import ConfigError, DataError
-from slidevlm.run import Bar, working, write_text
+from slidevlm.run import Bar, working
 
 _TILES = 1 << 19  # of bags that are computed at the same time: some gigabytes
 
@@ -108,6 +109,16 @@ class Cohort:
             self.cases = _cases(using, self.store)
         self.bad = BadSpecimens() if using.skip_bad else StopAtBad()
         self._using = using
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What a specimen's features depend on: results of another origin are not mixed in."""
+        using, place = self._using, {"source": str(self._using.source.resolve())}
+        if isinstance(self.store, Hdf5Cases):
+            place["hdf5_feature_attribute"] = self.store.feature_attribute
+        if using.slide_table is not None:
+            place["slide_table"] = str(using.slide_table.resolve())
+        return place
 
     def batches(self, model: SlideModel, cases: Sequence[Case], title: str) -> Iterator[Batch]:
         """These specimens on the model's device, with a bar on a terminal; bad ones are left out.
@@ -256,12 +267,12 @@ def collect(
         model: whose hash `about` has.
         cohort: of `using`.
         title: of the bar.
-        about: what results depend on, beside the source; others' results are not mixed in.
+        about: what results depend on, beside the origin; others' results are not mixed in.
         use: a batch on the device, and what takes the record of each specimen.
         known: records of an output that is there.
     """
     assert using.output is not None, "a file to write"
-    partial = Partial(using.output, {**about, "source": str(using.source.resolve())})
+    partial = Partial(using.output, {**about, **cohort.origin})
     records = {**{r["id"]: r for r in known}, **partial.records}
     todo = [case for case in cohort.cases if case.specimen not in records]
     if len(todo) < len(cohort.cases):
@@ -313,18 +324,39 @@ class Partial:
     def __enter__(self) -> Partial:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._begun:
-                write_text(self.path, json.dumps(self._about) + "\n")
-            # What is there stays as it is; a line that a kill cut short must not swallow the next.
-            cut = not _ends_a_line(self.path)
             self._file = self.path.open("a", encoding="utf-8")
-            self._file.write("\n" if cut else "")
+            self._lock()
+            if not self._begun:
+                self._file.truncate(0)
+                self._file.write(json.dumps(self._about) + "\n")
+            # What is there stays as it is; a line that a kill cut short must not swallow the next.
+            elif not _ends_a_line(self.path):
+                self._file.write("\n")
+            self._file.flush()
         except OSError as error:
             raise ConfigError(
                 f"--output: cannot write into {self.path.parent} ({error.strerror}); choose "
                 "another place"
             ) from error
         return self
+
+    def _lock(self) -> None:
+        """Keep a second process with the same output out; the end of this one opens the lock."""
+        try:
+            import fcntl
+        except ImportError:  # not on this platform; the user must not start two
+            return
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ConfigError(
+                f"{self.path}: another process is writing it; choose another --output, or start "
+                "the command once"
+            ) from None
+        except OSError:  # a file system without locks
+            return
 
     def add(self, record: Record) -> None:
         """Keep a record, on the disk too: no kill of this process takes it away."""

@@ -44,12 +44,14 @@ def report_id(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
 
 
-def read_text_file(path: str | os.PathLike[str]) -> dict[str, str]:
+def read_text_file(
+    path: str | os.PathLike[str], columns: Sequence[str] = TEXT_COLUMNS
+) -> dict[str, str]:
     """Texts by specimen, from JSON, JSONL or CSV.
 
     JSON: `{patient: {specimen: text}}`, `{specimen: text}`, or a list of objects; JSONL: one
     object a line; CSV: a table. Objects and tables name the specimen in one of `ID_COLUMNS` and
-    the text in one of `TEXT_COLUMNS` (the first present counts). A specimen name that several
+    the text in one of `columns` (the first present counts). A specimen name that several
     patients share is told apart as "<patient>/<specimen>", as in `unique_cases`.
 
     DataError: unreadable, none of these forms, or two different texts for one specimen.
@@ -59,9 +61,9 @@ def read_text_file(path: str | os.PathLike[str]) -> dict[str, str]:
     if len(content) >= _LARGE:
         log.info("reading the reports of %s, %.0f million letters", path, len(content) / 1e6)
     if path.suffix.lower() in (".csv", ".tsv"):
-        return _collect(_of_rows(read_table(content, path)[1], path), path)
+        return _collect(_of_rows(read_table(content, path)[1], path, columns), path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return _collect(_of_rows(_json_lines(content, path), path), path)
+        return _collect(_of_rows(_json_lines(content, path), path, columns), path)
     try:
         data = json_of(content, unique=True)
     except ValueError as error:
@@ -71,7 +73,7 @@ def read_text_file(path: str | os.PathLike[str]) -> dict[str, str]:
     if isinstance(data, Mapping):
         return _collect(_of_mapping(data, path), path)
     if isinstance(data, list):
-        return _collect(_of_rows(data, path), path)
+        return _collect(_of_rows(data, path, columns), path)
     raise DataError(
         f"{path} holds {type(data).__name__}; give {{patient: {{specimen: text}}}}, "
         "{specimen: text} or a list of {id, report}"
@@ -101,9 +103,21 @@ def read_table(content: str, path: Path) -> tuple[list[str], list[dict[str, str]
     csv.field_size_limit(2**31 - 1)
     try:
         table = list(csv.reader(io.StringIO(content, newline=""), delimiter=delimiter))
+        # The rest of a file in one cell, without a word, where a quote is missing.
+        if table and "\n" in "".join(table[-1][-1:]).strip() and content.count('"') % 2:
+            _check_closed(content, delimiter, f"{path}, row {len(table)}")
     except csv.Error as error:
         raise DataError(f"{path} is not a CSV ({error}); check its quotes") from error
     return by_header(table)
+
+
+def _check_closed(content: str, delimiter: str, where: str) -> None:
+    try:
+        for _ in csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True):
+            pass
+    except csv.Error as error:
+        if "end of data" in str(error):
+            raise DataError(f"{where}: a quote is not closed; close it") from error
 
 
 def by_header(table: Sequence[Sequence[str]]) -> tuple[list[str], list[dict[str, str]]]:
@@ -140,15 +154,17 @@ def _of_mapping(data: Mapping[str, Any], path: Path) -> Iterator[tuple[str, str,
             yield "", key.strip(), _string(value, path, key)
 
 
-def _of_rows(rows: Sequence[Any], path: Path) -> Iterator[tuple[str, str, str]]:
+def _of_rows(
+    rows: Sequence[Any], path: Path, columns: Sequence[str]
+) -> Iterator[tuple[str, str, str]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise DataError(f"{path}, entry {number}: {row!r:.80} is not an object {{id, report}}")
-        id_column, text_column = _column(row, ID_COLUMNS), _column(row, TEXT_COLUMNS)
+        id_column, text_column = _column(row, ID_COLUMNS), _column(row, columns)
         if id_column is None or text_column is None:
             raise DataError(
                 f"{path}, entry {number} has the columns {', '.join(map(str, row))}; needed are "
-                f"one of {', '.join(ID_COLUMNS)} and one of {', '.join(TEXT_COLUMNS)}"
+                f"one of {', '.join(ID_COLUMNS)} and one of {', '.join(columns)}"
             )
         name = row[id_column]
         if type(name) not in (str, int) or not str(name).strip():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -96,14 +95,16 @@ class Decoding:
         for name, (value, minimum) in least.items():
             if value is not None and not value >= minimum:
                 raise ConfigError(f"{name} must be at least {minimum}, not {value}")
+        # Beyond these limits single precision makes infinity or 0 of them.
         for name in ("temperature", "repetition_penalty"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
+            if not 1e-30 <= getattr(self, name) <= 1e30:
+                raise ConfigError(f"{name} must be from 1e-30 to 1e+30, not {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        for name in ("length_penalty", "diversity"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"{name} must be finite, not {getattr(self, name)}")
+        if not self.diversity <= 1e30:
+            raise ConfigError(f"diversity must be at most 1e+30, not {self.diversity}")
+        if not -10 <= self.length_penalty <= 10:
+            raise ConfigError(f"length_penalty must be from -10 to 10, not {self.length_penalty}")
         if self.min_tokens > self.max_tokens:
             raise ConfigError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
         if 1 < self.candidates < self.best:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slidevlm.batch import Bags
-from slidevlm.errors import ConfigError
+from slidevlm.errors import CheckpointError, ConfigError
 from slidevlm.models.beams import search
 from slidevlm.models.choosing import Chooser, Words
 from slidevlm.models.coca import CoCa
@@ -65,6 +65,8 @@ def draft(
     finished: Finished | None = None,
     lookup: Lookup | None = None,
     words: Words | None = None,
+    *,
+    finite: bool = False,
 ) -> list[list[Draft]]:
     """Write the `decoding.best` best reports of each bag.
 
@@ -80,6 +82,8 @@ def draft(
             bits.
         words: of a report's tokens, the prompt left out; needed to choose by consensus, which
             compares them.
+        finite: refuse weights and features that make no numbers. Their reports are empty, and
+            look as likely as can be; a training goes on with these.
 
     Returns:
         B lists, the best draft first; fewer than asked for where no more different ones came up.
@@ -88,6 +92,7 @@ def draft(
         ConfigError: the model has no decoder, the prompt leaves no room in its context, or drafts
             are chosen by similarity and the model is a language model, or by consensus without
             words.
+        CheckpointError: with `finite`, no token has a likelihood after a bag and the prompt.
     """
     if model.decoder is None:
         raise ConfigError("this model has no decoder: a clip model cannot write reports")
@@ -113,6 +118,11 @@ def draft(
 
         given = torch.tensor([[decoding.bos_id, *prompt]], device=device).repeat(len(bags), 1)
         logits = model.step(given, cache)
+        if finite and bool(logits.isnan().all(1).any()):
+            raise CheckpointError(
+                "what the model says after a slide is not finite: the weights have diverged, or "
+                "precision has too narrow a range; try fp32"
+            )
         if decoding.beams > 1:
             search(model, cache, logits, given[:, 1:], decoding, steps, keep)
         else:
