@@ -110,6 +110,33 @@ def test_a_signal_to_one_process_is_heard_of_by_the_others(tmp_path: Path) -> No
     assert found == ["None True\n", "SIGUSR1 True\n"]
 
 
+OF_A_CHILD = """
+import logging, os, signal, time
+from slidevlm.train.interrupt import Interrupts
+
+logging.basicConfig()
+with Interrupts() as asked:
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGUSR1)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print(asked.came())
+"""
+
+
+def test_a_signal_to_a_forked_process_is_not_the_run_s() -> None:
+    """A loader ends its readers by signals."""
+    done = subprocess.run(
+        [sys.executable, "-c", OF_A_CHILD], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "False\n" and "saving" not in done.stderr
+
+
 def test_another_thread_leaves_signals_alone() -> None:
     found = []
 

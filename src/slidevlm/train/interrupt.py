@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
+import os
 import signal
 import threading
 import time
@@ -20,6 +20,18 @@ _NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
 _TELLING_SECONDS = 1.0  # that an end waits for the last message; what reads it may have stopped
 _ASK_SECONDS = 1.0  # between two questions whether another process has had a signal
 _KEY = "signal"
+_pipes: set[int] = set()  # into which Python writes the signals of this process
+
+
+def _keep_to_itself() -> None:
+    """In a forked process: its signals, as of a reader that is ended, are not those of the run."""
+    if _pipes:
+        signal.set_wakeup_fd(-1)
+        _pipes.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_to_itself)
 
 
 class Interrupts:
@@ -32,10 +44,12 @@ class Interrupts:
     def __init__(self) -> None:
         self.name: str | None = None  # of the signal that came to this process
         self._before: dict[int, Any] = {}
-        # A signal may come while this thread writes to the log, which Python does not let it do
-        # again within that (RuntimeError); another thread waits for its turn.
-        self._words: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._teller = threading.Thread(target=self._tell, name="signals", daemon=True)
+        # Python hears of a signal at once, but `_note` is called when the main thread is back from
+        # what it does, which may be to wait for other processes; and a thread that writes to the
+        # log may not do so again within that (RuntimeError). So another thread is told, by a pipe.
+        self._pipe: tuple[int, int] | None = None
+        self._fd_before = -1
+        self._teller: threading.Thread | None = None
         self._store: Any = None  # where the processes tell each other
         self._elsewhere, self._ask_at = False, 0.0
 
@@ -56,20 +70,29 @@ class Interrupts:
         if number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
-        again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-        self._words.put(f"{self.name}: saving after this step or batch, then ending{again}")
 
-    def _tell(self) -> None:
-        while (words := self._words.get()) is not None:
+    def _tell(self, pipe: int) -> None:
+        while number := os.read(pipe, 1)[0]:
+            if number not in self._before:
+                continue  # of somebody else
             if self._store is not None:
                 with contextlib.suppress(RuntimeError):  # the store is gone, and the run ends
                     self._store.set(_KEY, "")
-            log.warning("%s", words)
+            again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+            name = signal.Signals(number).name
+            log.warning("%s: saving after this step or batch, then ending%s", name, again)
 
     def __enter__(self) -> Interrupts:
         self._store = dist.private_store()
         if threading.current_thread() is threading.main_thread():
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._teller = threading.Thread(
+                target=self._tell, args=self._pipe[:1], name="signals", daemon=True
+            )
             self._teller.start()
+            self._fd_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            _pipes.add(self._pipe[1])
             for name in _NAMES:
                 if number := getattr(signal, name, None):  # Windows has no SIGUSR1
                     self._before[number] = signal.signal(number, self._note)
@@ -83,6 +106,13 @@ class Interrupts:
     ) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
-        self._words.put(None)
-        if self._teller.is_alive():
-            self._teller.join(_TELLING_SECONDS)
+        if self._pipe is None or self._teller is None:
+            return
+        signal.set_wakeup_fd(self._fd_before)
+        _pipes.discard(self._pipe[1])
+        with contextlib.suppress(BlockingIOError):  # full: the teller does not come to read
+            os.write(self._pipe[1], b"\0")
+        self._teller.join(_TELLING_SECONDS)
+        if not self._teller.is_alive():
+            for end in self._pipe:
+                os.close(end)
