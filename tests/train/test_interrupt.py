@@ -149,3 +149,11 @@ def test_another_thread_leaves_signals_alone() -> None:
     thread.start()
     thread.join()
     assert found == [before]
+
+
+def test_a_signal_that_comes_again_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    with Interrupts():
+        for name in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+            signal.raise_signal(name)
+    told = [message.split(":")[0] for message in caplog.messages]
+    assert told == ["SIGUSR1", "SIGTERM"]

@@ -342,11 +342,12 @@ class Partial:
 
     def _lock(self) -> None:
         """Keep a second process with the same output out; the end of this one opens the lock."""
+        assert self._file is not None
         try:
             import fcntl
-        except ImportError:  # not on this platform; the user must not start two
+        except ImportError:  # not on this platform
+            log.info("%s cannot be locked here; start the command once", self.path)
             return
-        assert self._file is not None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -355,8 +356,8 @@ class Partial:
                 f"{self.path}: another process is writing it; choose another --output, or start "
                 "the command once"
             ) from None
-        except OSError:  # a file system without locks
-            return
+        except OSError as error:  # a file system without locks
+            log.info("%s cannot be locked (%s); start the command once", self.path, error.strerror)
 
     def add(self, record: Record) -> None:
         """Keep a record, on the disk too: no kill of this process takes it away."""

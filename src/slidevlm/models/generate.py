@@ -94,15 +94,7 @@ def draft(
             words.
         CheckpointError: with `finite`, no token has a likelihood after a bag and the prompt.
     """
-    if model.decoder is None:
-        raise ConfigError("this model has no decoder: a clip model cannot write reports")
-    room = model.text.context_length - 1 - len(prompt)
-    steps = min(decoding.max_tokens, room)
-    if steps < 1:
-        raise ConfigError(
-            f"the prompt has {len(prompt)} tokens, but the model's context is "
-            f"{model.text.context_length}; shorten the prompt"
-        )
+    steps = _steps(model, prompt, decoding)
     found: list[list[Draft]] = [[] for _ in specimen_ids]
 
     with evaluation_mode(model), few_rows(model.text, model.decoder):
@@ -131,6 +123,20 @@ def draft(
             ahead = lookup if logits.dtype.itemsize >= 4 else None
             _write(model, cache, logits, prompt, draws, decoding, keep, ahead)
     return found
+
+
+def _steps(model: CoCa | LanguageModel, prompt: Sequence[int], decoding: Decoding) -> int:
+    """Tokens that are generated at most."""
+    if model.decoder is None:
+        raise ConfigError("this model has no decoder: a clip model cannot write reports")
+    room = model.text.context_length - 1 - len(prompt)
+    steps = min(decoding.max_tokens, room)
+    if steps < 1:
+        raise ConfigError(
+            f"the prompt has {len(prompt)} tokens, but the model's context is "
+            f"{model.text.context_length}; shorten the prompt"
+        )
+    return steps
 
 
 def _write(

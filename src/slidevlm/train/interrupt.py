@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from types import FrameType, TracebackType
@@ -16,18 +17,23 @@ from slidevlm import dist
 log = logging.getLogger("slidevlm.train")
 
 # SIGTERM: a scheduler or torchrun ends the job. SIGUSR1: Slurm's --signal, before the end.
-_NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
+# Windows has no SIGUSR1.
+_NAMES = {
+    int(getattr(signal, name)): name
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT")
+    if hasattr(signal, name)
+}
 _TELLING_SECONDS = 1.0  # that an end waits for the last message; what reads it may have stopped
 _ASK_SECONDS = 1.0  # between two questions whether another process has had a signal
 _KEY = "signal"
-_pipes: set[int] = set()  # into which Python writes the signals of this process
+_wakeups: set[int] = set()  # into which Python writes the signals of this process
 
 
 def _keep_to_itself() -> None:
     """In a forked process: its signals, as of a reader that is ended, are not those of the run."""
-    if _pipes:
+    if _wakeups:
         signal.set_wakeup_fd(-1)
-        _pipes.clear()
+        _wakeups.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -46,10 +52,10 @@ class Interrupts:
         self._before: dict[int, Any] = {}
         # Python hears of a signal at once, but `_note` is called when the main thread is back from
         # what it does, which may be to wait for other processes; and a thread that writes to the
-        # log may not do so again within that (RuntimeError). So another thread is told, by a pipe.
-        self._pipe: tuple[int, int] | None = None
+        # log may not do so again within that (RuntimeError). So Python tells another thread, too.
+        self._ends: tuple[socket.socket, socket.socket] | None = None
         self._fd_before = -1
-        self._teller: threading.Thread | None = None
+        self._teller = threading.Thread(target=self._tell, name="signals", daemon=True)
         self._store: Any = None  # where the processes tell each other
         self._elsewhere, self._ask_at = False, 0.0
 
@@ -69,33 +75,32 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self.name = _NAMES[number]
 
-    def _tell(self, pipe: int) -> None:
-        while number := os.read(pipe, 1)[0]:
-            if number not in self._before:
-                continue  # of somebody else
+    def _tell(self) -> None:
+        assert self._ends is not None
+        told = set[int]()
+        while number := self._ends[0].recv(1)[0]:
+            if number in told or number not in _NAMES:
+                continue
+            told.add(number)
             if self._store is not None:
                 with contextlib.suppress(RuntimeError):  # the store is gone, and the run ends
                     self._store.set(_KEY, "")
             again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-            name = signal.Signals(number).name
-            log.warning("%s: saving after this step or batch, then ending%s", name, again)
+            log.warning("%s: saving after this step or batch, then ending%s", _NAMES[number], again)
 
     def __enter__(self) -> Interrupts:
         self._store = dist.private_store()
         if threading.current_thread() is threading.main_thread():
-            self._pipe = os.pipe()
-            os.set_blocking(self._pipe[1], False)
-            self._teller = threading.Thread(
-                target=self._tell, args=self._pipe[:1], name="signals", daemon=True
-            )
+            self._ends = socket.socketpair()
+            self._ends[1].setblocking(False)
             self._teller.start()
-            self._fd_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            _pipes.add(self._pipe[1])
-            for name in _NAMES:
-                if number := getattr(signal, name, None):  # Windows has no SIGUSR1
-                    self._before[number] = signal.signal(number, self._note)
+            end = self._ends[1].fileno()
+            self._fd_before = signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+            _wakeups.add(end)
+            for number in _NAMES:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -106,13 +111,13 @@ class Interrupts:
     ) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
-        if self._pipe is None or self._teller is None:
+        if self._ends is None:
             return
         signal.set_wakeup_fd(self._fd_before)
-        _pipes.discard(self._pipe[1])
+        _wakeups.discard(self._ends[1].fileno())
         with contextlib.suppress(BlockingIOError):  # full: the teller does not come to read
-            os.write(self._pipe[1], b"\0")
+            self._ends[1].send(b"\0")
         self._teller.join(_TELLING_SECONDS)
         if not self._teller.is_alive():
-            for end in self._pipe:
-                os.close(end)
+            for end in self._ends:
+                end.close()
