@@ -425,3 +425,16 @@ def test_what_cannot_be_scored(files, tmp_path, capsys) -> None:
 def test_the_command_offers_the_ways_to_choose_that_there_are() -> None:
     """It names them itself, so that its help starts without torch."""
     assert cli_use.CHOICES == decoding.CHOICES
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog) -> None:
+    import errno
+    import fcntl
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    caplog.set_level("INFO", "slidevlm")
+    with using.Partial(tmp_path / "out.json", {}):
+        assert "cannot be locked (No locks available); start the command once" in caplog.text
