@@ -13,6 +13,12 @@ from slidevlm.models.few_rows import FewRows, few_rows
 from slidevlm.models.quantize import Int8Linear
 
 
+@pytest.fixture(autouse=True)
+def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it the layers are those of `test_fused.py`."""
+    monkeypatch.setattr(module, "is_available", lambda: False)
+
+
 @pytest.fixture(params=["intel", "amd", "amd with avx512"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the processor is taken for."""

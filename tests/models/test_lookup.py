@@ -40,7 +40,7 @@ class Oracle(Lookup):
         wrong = [self.random.randrange(3, 40) for _ in range(self.random.randrange(4))]
         return Guess(4, (*tokens, *wrong)) if tokens or wrong else NOTHING
 
-    def worth(self, guesses: list[Guess], room: int) -> int:
+    def worth(self, guesses: list[Guess], room: int, cost: object = None) -> int:
         return min(max(room, 1), 1 + max(len(g.tokens) for g in guesses), MOST_TOKENS)
 
 

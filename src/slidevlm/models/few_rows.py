@@ -16,20 +16,26 @@ without AVX-512: narrow weights alone, unless threads share the pieces).
 from __future__ import annotations
 
 import functools
+import importlib.util
+import logging
 import math
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slidevlm.models.linear import is_plain
+from slidevlm.models.fused import Fused, is_available, is_fit
+
+log = logging.getLogger(__name__)
 
 MOST = 64  # rows; more are many
+LEAST = 2**21  # weights, of which numba pays: to start it takes a second
 # Measured with MKL 2024.2 and oneDNN 3.12 on three processors of AMD and one of Intel:
 # `benchmarks/few_rows.py`.
 NARROW, MIDDLE, WIDE, WIDEST = 512, 768, 1536, 3000  # inputs, up to and with
@@ -39,23 +45,48 @@ PIECES = 64  # of a weight, at most; how many does not matter
 
 
 @contextmanager
-def few_rows(*towers: nn.Module | None) -> Iterator[None]:
-    """Within, linear layers of these towers are quick on a few rows.
+def few_rows(*towers: nn.Module | None) -> Iterator[Fused | None]:
+    """Within, layers of these towers are quick on a few rows; yields what stands in for them.
 
     Only layers that are nothing more (no LoRA, not quantised), with float32 weights on a CPU, and
-    where there is no autocast: all others are as they were.
+    where there is no autocast: all others are as they were. None where numba is not there, or
+    not worth its start: then linear layers alone are quick, by the libraries behind torch.
     """
-    changed = []
-    if _is_wanted():
-        linears = (m for tower in towers if tower is not None for m in tower.modules())
-        changed = [m for m in linears if isinstance(m, nn.Linear) and _is_fit(m)]
+    changed: list[nn.Module] = []
+    modules = [m for tower in towers if tower is not None for m in tower.modules()]
+    fused = None
+    if not _is_wanted():
+        modules = []
+    elif _weights(modules) >= LEAST:
+        if is_available():
+            fused = Fused(FewRows)
+        else:
+            _tell_of_numba()
     try:
-        for linear in changed:
-            linear.forward = FewRows(linear)  # type: ignore[assignment]
-        yield
+        for module in modules:
+            forward: Any = None
+            if fused is not None:
+                forward = fused.of(module)
+            elif isinstance(module, nn.Linear) and is_fit(module):
+                forward = FewRows(module)
+            if forward is not None:
+                module.forward = forward
+                changed.append(module)
+        with nullcontext() if fused is None else fused.own_threads():
+            yield fused
     finally:
-        for linear in changed:
-            linear.__dict__.pop("forward", None)
+        for module in changed:
+            module.__dict__.pop("forward", None)
+
+
+@functools.cache
+def _tell_of_numba() -> None:
+    if importlib.util.find_spec("numba") is None:
+        log.info("on a CPU, reports are written sooner with numba: pip install 'slidevlm[cpu]'")
+
+
+def _weights(modules: list[nn.Module]) -> int:
+    return sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear) and is_fit(m))
 
 
 @functools.cache
@@ -79,18 +110,6 @@ def has_avx512() -> bool:
 def _is_wanted() -> bool:
     there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return there and not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
-
-
-def _is_fit(linear: nn.Linear) -> bool:
-    weight = linear.weight
-    plain = type(weight) is nn.Parameter or type(weight) is Tensor
-    return (
-        is_plain(linear)
-        and plain
-        and weight.dtype == torch.float32
-        and weight.device.type == "cpu"
-        and weight.is_contiguous()
-    )
 
 
 @dataclass(frozen=True)

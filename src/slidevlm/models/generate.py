@@ -8,7 +8,8 @@ its keys and values where they lie.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from slidevlm.models.decoding import (
     ranked,
 )
 from slidevlm.models.few_rows import few_rows
+from slidevlm.models.fused import cost
 from slidevlm.models.language import LanguageModel
 from slidevlm.models.lookup import NOTHING, Guess, Lookup
 from slidevlm.models.mode import evaluation_mode
@@ -97,7 +99,7 @@ def draft(
     steps = _steps(model, prompt, decoding)
     found: list[list[Draft]] = [[] for _ in specimen_ids]
 
-    with evaluation_mode(model), few_rows(model.text, model.decoder):
+    with evaluation_mode(model), few_rows(model.text, model.decoder) as fused:
         device = bags.features.device
         begun: tuple[Any, Any] = model.start(bags, 1 + len(prompt) + steps)
         image, cache = begun
@@ -121,7 +123,8 @@ def draft(
             draws = draws_for(specimen_ids, steps, decoding).to(device)
             # With 16 bits two tokens are often equally likely, and rounding would decide.
             ahead = lookup if logits.dtype.itemsize >= 4 else None
-            _write(model, cache, logits, prompt, draws, decoding, keep, ahead)
+            taking = math.sqrt if fused is None else cost
+            _write(model, cache, logits, prompt, draws, decoding, keep, ahead, taking)
     return found
 
 
@@ -148,8 +151,12 @@ def _write(
     decoding: Decoding,
     finished: Finished,
     lookup: Lookup | None,
+    taking: Callable[[int], float],
 ) -> None:
-    """Greedily or by drawing: logits [B, V] after the prompt, draws [B * written, steps]."""
+    """Greedily or by drawing: logits [B, V] after the prompt, draws [B * written, steps].
+
+    A pass over n tokens is `taking` so long.
+    """
     each, steps = decoding.written, draws.shape[1]
     alive = list(range(len(logits)))
     if each > 1:
@@ -179,7 +186,7 @@ def _write(
             for w in active:
                 w.guess = NOTHING if w.over else lookup.guess(w.text)
             most = room - 1 - max(lengths)
-            count = lookup.worth([w.guess for w in active], most)
+            count = lookup.worth([w.guess for w in active], most, taking)
             cache.place(lengths, count)
         # Of several draws of a slide, those that have ended wait for the others.
         ahead = [[w.text[-1], *w.guess.tokens[: count - 1]] for w in active]

@@ -11,7 +11,7 @@ same; only the number of passes is smaller.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 SIZES = (4, 2)  # last tokens that must be the same; the longer ones are looked for first
@@ -56,17 +56,21 @@ class Lookup:
                 return Guess(size, tuple(other[place : place + MOST_TOKENS - 1]))
         return NOTHING
 
-    def worth(self, guesses: Sequence[Guess], room: int) -> int:
+    def worth(
+        self, guesses: Sequence[Guess], room: int, cost: Callable[[int], float] = math.sqrt
+    ) -> int:
         """Tokens that are best read of each report in the next pass, 1 to `room`: 1 is no guess.
 
-        n tokens of a report cost about sqrt(n) times one on a CPU (`benchmarks/few_rows.py`), and
-        less on a GPU. As many tokens are gained as guesses have been right of late.
+        As many tokens are gained as guesses have been right of late. `cost` tells what a pass over
+        n tokens takes, of all reports: with the libraries behind torch it is about sqrt(n) on a CPU
+        (`benchmarks/few_rows.py`), and less on a GPU.
         """
         rows = len(guesses)
         most = min(room, MOST_TOKENS, MOST_ROWS // rows)
         best, count = LEAST_GAIN, 1
         for n in range(2, most + 1):
-            gain = sum(self._expected(g, n) for g in guesses) / rows / math.sqrt(n)
+            gain = sum(self._expected(g, n) for g in guesses) / rows
+            gain /= cost(rows * n) / cost(rows)
             if gain > best:
                 best, count = gain, n
         return count

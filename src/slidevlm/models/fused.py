@@ -1,0 +1,201 @@
+"""Layers that read a few tokens on a CPU, in the place of the modules' own: `models/kernels.py`.
+
+They are made for one call of generation, and only of modules that are nothing more than their
+float32 weights. Beyond `MOST` rows the modules take over.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slidevlm.models.attention import GEGLU, CrossAttention, LayerCache, SelfAttentionLayer
+from slidevlm.models.linear import is_plain, is_replaced
+
+log = logging.getLogger(__name__)
+
+MOST = 12  # rows; of more, the libraries behind torch are as quick: `benchmarks/few_rows.py`
+
+
+def is_available() -> bool:
+    """Whether numba is there (the extra `cpu`), with threads that several callers may use."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        # numba's own threads, without OpenMP, end the process where two callers use them at once.
+        importlib.import_module("numba.np.ufunc.omppool")
+    except ImportError:
+        return False
+    return True
+
+
+def cost(rows: int) -> float:
+    """What a pass over so many tokens takes, as measured; that over one takes 1."""
+    return 1 + (rows - 1) / 8 if rows <= MOST else math.sqrt(rows)
+
+
+class Fused:
+    """What stands in for the layers of some towers.
+
+    Args:
+        many: makes the `forward` of a linear layer for more than `MOST` rows.
+    """
+
+    def __init__(self, many: Callable[[nn.Linear], Callable[[Tensor], Tensor]]) -> None:
+        import numba
+
+        from slidevlm.models import kernels
+
+        if not kernels.is_compiled():
+            log.info("compiling for this processor, once: some 20 seconds")
+        self.kernels, self.many = kernels, many
+        most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+        self.threads = min(torch.get_num_threads(), most)
+
+    @contextmanager
+    def own_threads(self) -> Iterator[None]:
+        """Within, the kernels have as many threads as torch has."""
+        import numba
+
+        before = numba.get_num_threads()
+        numba.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            numba.set_num_threads(before)
+
+    def of(self, module: nn.Module) -> Callable[..., Tensor] | None:
+        """What `module.forward` may be, where there is something."""
+        if is_replaced(module):
+            return None
+        if isinstance(module, nn.Linear):
+            return _Linear(self, module) if is_fit(module) else None
+        if type(module) is SelfAttentionLayer and type(module.feed_forward) is GEGLU:
+            attention, gated = module.attention, module.feed_forward
+            linears = (attention.project, attention.out, gated.inner, gated.outer)
+            if _are_plain(linears, (attention.norm, module.norm), (attention, gated)):
+                return _SelfAttentionLayer(self, module, gated)
+        if type(module) is CrossAttention and _are_plain(
+            (module.query, module.out), (module.norm,), ()
+        ):
+            return _CrossAttention(self, module)
+        return None
+
+
+def is_fit(linear: nn.Linear) -> bool:
+    """Whether a layer is its float32 weight on the CPU and nothing more."""
+    weight = linear.weight
+    plain = type(weight) is nn.Parameter or type(weight) is Tensor
+    return is_plain(linear) and plain and _is_array(weight)
+
+
+def _are_plain(
+    linears: Sequence[nn.Linear], norms: Sequence[nn.LayerNorm], others: Sequence[nn.Module]
+) -> bool:
+    parameters = [p for norm in norms for p in (norm.weight, norm.bias)]
+    return (
+        all(map(is_fit, linears))
+        and all(p is not None and _is_array(p) for p in parameters)
+        and not any(map(is_replaced, (*norms, *others)))
+    )
+
+
+def _is_array(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _array(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.detach().numpy()
+
+
+def _norm(norm: nn.LayerNorm) -> tuple[Any, Any, float]:
+    return _array(norm.weight), _array(norm.bias), norm.eps
+
+
+def _rows(x: Tensor) -> Any:
+    """x [..., width] -> [R, width]."""
+    return x.reshape(-1, x.shape[-1]).contiguous().numpy()
+
+
+def _are_few(x: Tensor) -> bool:
+    return 0 < x.numel() <= MOST * x.shape[-1] and x.dtype == torch.float32
+
+
+class _Linear:
+    def __init__(self, fused: Fused, linear: nn.Linear) -> None:
+        self.fused, self.many = fused, fused.many(linear)
+        self.weight, self.bias = _array(linear.weight), _array(linear.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        if not _are_few(x):
+            return self.many(x)
+        y = self.fused.kernels.linear(self.weight, self.bias, _rows(x), self.fused.threads)
+        return torch.from_numpy(y).view(*x.shape[:-1], -1)
+
+
+class _CrossAttention:
+    def __init__(self, fused: Fused, module: CrossAttention) -> None:
+        self.fused, self.many, self.heads = fused, module.forward, module.heads
+        self.norm = _norm(module.norm)
+        self.query, self.out = _array(module.query.weight), _array(module.out.weight)
+        self.bias = _array(module.out.bias)
+
+    def __call__(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As `CrossAttention.forward`."""
+        strides = key.stride()
+        if not _are_few(x) or strides[3] != 1 or value.stride() != strides:
+            return self.many(x, key, value)
+        rows = _rows(x)
+        y = self.fused.kernels.cross_attention(
+            rows, self.norm, self.query, self.out, self.bias, self.heads,
+            _flat(key), _flat(value), strides[:3], key.shape[2],
+            len(rows) // len(key), self.fused.threads,
+        )  # fmt: skip
+        return torch.from_numpy(y).view(x.shape)
+
+
+def _flat(tensor: Tensor) -> Any:
+    """The memory that a tensor reaches over, [n]."""
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((last + 1,), (1,)).numpy()
+
+
+class _SelfAttentionLayer:
+    def __init__(self, fused: Fused, layer: SelfAttentionLayer, gated: GEGLU) -> None:
+        attention = layer.attention
+        self.fused, self.many, self.heads = fused, layer.forward, attention.heads
+        self.attention = (
+            _norm(attention.norm),
+            *(_array(p) for p in (attention.project.weight, attention.out.weight)),
+            _array(attention.out.bias),
+        )
+        linears = gated.inner, gated.outer
+        weights = [_array(p) for linear in linears for p in (linear.weight, linear.bias)]
+        self.gated = (_norm(layer.norm), *weights)
+
+    def __call__(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """As `SelfAttentionLayer.forward`."""
+        if cache is None or not _are_few(x) or not cache.key.is_contiguous():
+            return self.many(x, cache)
+        batch, new = x.shape[:2]
+        if cache.places is not None:
+            starts = cache.places[:, 0].contiguous()
+        else:
+            starts = torch.full((batch,), cache.length)
+            cache.length += new
+        if cache.length > cache.key.shape[2]:  # the kernels write wherever they are told to
+            raise IndexError(f"a cache for {cache.key.shape[2]} tokens cannot hold {cache.length}")
+        y = self.fused.kernels.self_attention_layer(
+            _rows(x), *self.attention, *self.gated, self.heads,
+            cache.key.numpy(), cache.value.numpy(), starts.numpy(), self.fused.threads,
+        )  # fmt: skip
+        return torch.from_numpy(y).view(x.shape)

@@ -1,0 +1,318 @@
+"""A few tokens through a linear or transformer layer on a CPU, compiled by numba.
+
+Such a product takes the time of reading its weight. The libraries behind torch read one row slower
+than memory gives it, take two to four times as long for a few rows, and between two products a
+dozen small operations cost as much as a small one. Here each row of a weight is read once and
+multiplied by all rows of the input while it is near, and a layer is one call.
+
+All arrays are float32 and lie side by side. The numbers are those of the modules to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+# Sums in any order, products and sums together; what is not finite stays so.
+OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True}
+ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
+LOG2_E, LN_2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
+C3, C4, C5, C6, C7 = (np.float32(1 / math.factorial(n)) for n in range(3, 8))
+LEAST_POWER = np.float32(-126)  # of 2, in float32
+A0 = np.float32(0.3275911 * math.sqrt(0.5))
+A1, A2, A3 = np.float32(0.254829592), np.float32(-0.284496736), np.float32(1.421413741)
+A4, A5 = np.float32(-1.453152027), np.float32(1.061405429)
+
+Array = Any  # what numba takes for one
+Norm = tuple[Array, Array, float]  # weight, bias, epsilon
+
+
+@njit(**OPTIONS)
+def _dot(w: Array, x: Array) -> Any:
+    total = ZERO
+    for i in range(len(w)):
+        total += w[i] * x[i]
+    return total
+
+
+@njit(**OPTIONS)
+def _dots_2(w: Array, x: Array, r: int) -> Any:
+    a = b = ZERO
+    for i in range(len(w)):
+        v = w[i]
+        a += v * x[r, i]
+        b += v * x[r + 1, i]
+    return a, b
+
+
+@njit(**OPTIONS)
+def _dots_4(w: Array, x: Array, r: int) -> Any:
+    a = b = c = d = ZERO
+    for i in range(len(w)):
+        v = w[i]
+        a += v * x[r, i]
+        b += v * x[r + 1, i]
+        c += v * x[r + 2, i]
+        d += v * x[r + 3, i]
+    return a, b, c, d
+
+
+@njit(**OPTIONS)
+def _dots_8(w: Array, x: Array, r: int) -> Any:
+    a = b = c = d = e = f = g = h = ZERO
+    for i in range(len(w)):
+        v = w[i]
+        a += v * x[r, i]
+        b += v * x[r + 1, i]
+        c += v * x[r + 2, i]
+        d += v * x[r + 3, i]
+        e += v * x[r + 4, i]
+        f += v * x[r + 5, i]
+        g += v * x[r + 6, i]
+        h += v * x[r + 7, i]
+    return a, b, c, d, e, f, g, h
+
+
+@njit(**OPTIONS)
+def _multiply(weight: Array, bias: Array, x: Array, y: Array, begin: int, end: int) -> None:
+    """Outputs `begin` to `end` of x [R, in] into y [R, out]."""
+    rows = len(x)
+    for o in range(begin, end):
+        w, r = weight[o], 0
+        while r + 8 <= rows:
+            a, b, c, d, e, f, g, h = _dots_8(w, x, r)
+            y[r, o], y[r + 1, o], y[r + 2, o], y[r + 3, o] = a, b, c, d
+            y[r + 4, o], y[r + 5, o], y[r + 6, o], y[r + 7, o] = e, f, g, h
+            r += 8
+        if r + 4 <= rows:
+            y[r, o], y[r + 1, o], y[r + 2, o], y[r + 3, o] = _dots_4(w, x, r)
+            r += 4
+        if r + 2 <= rows:
+            y[r, o], y[r + 1, o] = _dots_2(w, x, r)
+            r += 2
+        if r < rows:
+            y[r, o] = _dot(w, x[r])
+        if bias is not None:
+            for r in range(rows):
+                y[r, o] += bias[o]
+
+
+@njit(**OPTIONS)
+def _normalise(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
+    rows, width = x.shape
+    y = np.empty_like(x)
+    for r in range(rows):
+        mean = ZERO
+        for i in range(width):
+            mean += x[r, i]
+        mean /= np.float32(width)
+        variance = ZERO
+        for i in range(width):
+            variance += (x[r, i] - mean) * (x[r, i] - mean)
+        scale = ONE / np.sqrt(variance / np.float32(width) + np.float32(epsilon))
+        for i in range(width):
+            y[r, i] = (x[r, i] - mean) * scale * weight[i] + bias[i]
+    return y
+
+
+@njit(**OPTIONS)
+def _attend(
+    query: Array, key: Array, value: Array, start: int, step: int, seen: int, out: Array
+) -> None:
+    """One query [d] to `seen` keys and values, which begin `step` numbers after each other."""
+    width = len(query)
+    factor = ONE / np.sqrt(np.float32(width))
+    weights = np.empty(seen, np.float32)
+    together = seen - seen % 4
+    for n in range(0, together, 4):
+        at = start + n * step
+        p, q = key[at : at + width], key[at + step : at + step + width]
+        at += 2 * step
+        r, s = key[at : at + width], key[at + step : at + step + width]
+        a = b = c = d = ZERO
+        for i in range(width):
+            v = query[i]
+            a += v * p[i]
+            b += v * q[i]
+            c += v * r[i]
+            d += v * s[i]
+        weights[n], weights[n + 1], weights[n + 2], weights[n + 3] = a, b, c, d
+    for n in range(together, seen):
+        at = start + n * step
+        weights[n] = _dot(query, key[at : at + width])
+    total = _exponentials(weights, factor)
+    out[:] = ZERO
+    for n in range(0, together, 4):
+        at = start + n * step
+        p, q = value[at : at + width], value[at + step : at + step + width]
+        at += 2 * step
+        r, s = value[at : at + width], value[at + step : at + step + width]
+        a, b, c, d = weights[n], weights[n + 1], weights[n + 2], weights[n + 3]
+        for i in range(width):
+            out[i] += a * p[i] + b * q[i] + c * r[i] + d * s[i]
+    for n in range(together, seen):
+        at, a = start + n * step, weights[n]
+        for i in range(width):
+            out[i] += a * value[at + i]
+    for i in range(width):
+        out[i] /= total
+
+
+@njit(**OPTIONS)
+def _exponentials(x: Array, factor: float) -> Any:
+    """x [n] becomes `exp(factor * (x - max(x)))`; returns the sum."""
+    most, total = x[0], ZERO
+    for n in range(len(x)):
+        most = max(most, x[n])
+    for n in range(len(x)):
+        x[n] = factor * (x[n] - most) * LOG2_E
+    _powers_of_2(x)
+    for n in range(len(x)):
+        total += x[n]
+    return total
+
+
+@njit(**OPTIONS)
+def _powers_of_2(x: Array) -> None:
+    """x [n], none of them positive, becomes 2 ** x; numba's own takes one number at a time."""
+    bits = np.empty(len(x), np.int32)
+    for n in range(len(x)):
+        power = max(x[n], LEAST_POWER)
+        whole = np.floor(power + HALF)
+        rest = (power - whole) * LN_2  # of which Taylor's series is exact to the last bit
+        series = C4 + rest * (C5 + rest * (C6 + rest * C7))
+        x[n] = ONE + rest * (ONE + rest * (HALF + rest * (C3 + rest * series)))
+        bits[n] = (np.int32(whole) + np.int32(127)) << np.int32(23)
+    wholes = bits.view(np.float32)
+    for n in range(len(x)):
+        x[n] *= wholes[n]
+
+
+@njit(**OPTIONS)
+def _gate(x: Array, begin: int, end: int, y: Array) -> None:
+    """Of x [R, 2 n], `a * gelu(b)` of the columns `begin` to `end` of its halves, into y [R, n]."""
+    rows, half = len(x), x.shape[1] // 2
+    powers = np.empty(end - begin, np.float32)
+    for r in range(rows):
+        a, b = x[r, begin:end], x[r, half + begin : half + end]
+        for i in range(len(b)):
+            powers[i] = -HALF * LOG2_E * b[i] * b[i]
+        _powers_of_2(powers)
+        for i in range(len(b)):
+            # The normal distribution below -|b|, to 8e-8: Abramowitz and Stegun, 1964, 7.1.26.
+            t = ONE / (ONE + A0 * abs(b[i]))
+            below = HALF * powers[i] * t * (A1 + t * (A2 + t * (A3 + t * (A4 + t * A5))))
+            y[r, begin + i] = a[i] * b[i] * (below if b[i] < 0 else ONE - below)
+
+
+def _compiled(function: Callable[..., Array]) -> Any:
+    """For threads that share the loops over `shares`; numba keeps the result on disk."""
+    try:
+        return njit(cache=True, parallel=True, **OPTIONS)(function)
+    except RuntimeError:  # there is no folder to keep it in
+        return njit(parallel=True, **OPTIONS)(function)
+
+
+@_compiled
+def linear(weight: Array, bias: Array, x: Array, shares: int) -> Array:
+    """x [R, in] -> [R, out]; `shares`, in how many parts the outputs are divided among threads."""
+    outputs = len(weight)
+    y = np.empty((len(x), outputs), np.float32)
+    for s in prange(shares):
+        begin, end = s * outputs // shares, (s + 1) * outputs // shares
+        _multiply(weight, bias, x, y, begin, end)
+    return y
+
+
+@_compiled
+def cross_attention(
+    x: Array,
+    norm: Norm,
+    query: Array,
+    out: Array,
+    bias: Array,
+    heads: int,
+    key: Array,
+    value: Array,
+    strides: tuple[int, int, int],
+    tokens: int,
+    each_context: int,
+    shares: int,
+) -> Array:
+    """The branch [R, width]: keys and values of context c, head h and token n at n strides."""
+    rows, width = x.shape
+    d = width // heads
+    queries = linear(query, None, _normalise(x, *norm), shares)
+    attended = np.empty_like(x)
+    units = rows * heads
+    for s in prange(shares):
+        for u in range(s * units // shares, (s + 1) * units // shares):
+            r, h = u // heads, u % heads
+            here = slice(h * d, (h + 1) * d)
+            start = r // each_context * strides[0] + h * strides[1]
+            _attend(queries[r, here], key, value, start, strides[2], tokens, attended[r, here])
+    return linear(out, bias, attended, shares)
+
+
+@_compiled
+def self_attention_layer(
+    x: Array,
+    first: Norm,
+    project: Array,
+    out: Array,
+    out_bias: Array,
+    second: Norm,
+    inner: Array,
+    inner_bias: Array,
+    outer: Array,
+    outer_bias: Array,
+    heads: int,
+    key: Array,
+    value: Array,
+    starts: Array,
+    shares: int,
+) -> Array:
+    """The layer's output [R, width]: R / B new tokens of each of B sequences.
+
+    Their keys and values go into key, value [B, H, capacity, d], after the `starts` [B] that
+    are there; each sees what stands before it, and itself.
+    """
+    rows, width = x.shape
+    count, d = rows // len(starts), width // heads
+    projected = linear(project, None, _normalise(x, *first), shares)
+    for r in range(rows):
+        b = r // count
+        at = starts[b] + r % count
+        for h in range(heads):
+            for i in range(d):
+                key[b, h, at, i] = projected[r, width + h * d + i]
+                value[b, h, at, i] = projected[r, 2 * width + h * d + i]
+    attended = np.empty_like(x)
+    units = rows * heads
+    for s in prange(shares):
+        for u in range(s * units // shares, (s + 1) * units // shares):
+            r, h = u // heads, u % heads
+            b = r // count
+            here = slice(h * d, (h + 1) * d)
+            keys, values = key[b, h].reshape(-1), value[b, h].reshape(-1)
+            seen = starts[b] + r % count + 1
+            _attend(projected[r, here], keys, values, 0, d, seen, attended[r, here])
+    x = x + linear(out, out_bias, attended, shares)
+    gates = linear(inner, inner_bias, _normalise(x, *second), shares)
+    half = gates.shape[1] // 2
+    gated = np.empty((rows, half), np.float32)
+    for s in prange(shares):
+        _gate(gates, s * half // shares, (s + 1) * half // shares, gated)
+    return x + linear(outer, outer_bias, gated, shares)
+
+
+def is_compiled() -> bool:
+    """Whether numba has kept what it compiled of this file, and need not do so again."""
+    folder, since = self_attention_layer.stats.cache_path, Path(__file__).stat().st_mtime
+    kept = Path(folder).glob(f"*{self_attention_layer.__name__}*.nbi") if folder else ()
+    return any(file.stat().st_mtime > since for file in kept)

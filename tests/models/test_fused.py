@@ -1,0 +1,258 @@
+"""Layers on the kernels: the modules' numbers, the same reports, and nothing left changed."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slidevlm.batch import Bags
+from slidevlm.models import build_model, few_rows, fused, zoo
+from slidevlm.models.attention import (
+    GEGLU,
+    CrossAttention,
+    FeedForward,
+    KeyValues,
+    LayerCache,
+    SelfAttentionLayer,
+    place_next,
+)
+from slidevlm.models.few_rows import FewRows
+from slidevlm.models.fused import MOST, Fused
+from slidevlm.models.generate import Decoding, Lookup, draft
+from slidevlm.models.quantize import Int8Linear
+
+needs_numba = pytest.mark.skipif(not fused.is_available(), reason="numba is not installed")
+WIDTH, HEADS = 48, 4
+
+
+@pytest.fixture(params=[1, 2])
+def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fused]:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    made = Fused(FewRows)
+    with torch.inference_mode(), made.own_threads():
+        yield made
+
+
+def spread_out(module: nn.Module) -> nn.Module:
+    """With parameters of which none is 0 or 1."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), atol=2e-5, rtol=2e-5)
+
+
+@needs_numba
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("length", [1, 2])
+def test_cross_attention(stand_in: Fused, beams: int, length: int) -> None:
+    """Of sequences that share a context, whose keys and values lie side by side or do not."""
+    module = spread_out(CrossAttention(WIDTH, HEADS, 0.1))
+    key, value = spread_out(KeyValues(WIDTH, 20, HEADS))(torch.randn(2, 9, 20))
+    forward = stand_in.of(module)
+    assert forward is not None
+    x = torch.randn(2 * beams, length, WIDTH)
+    exact = module.double()(x.double(), key.double(), value.double())
+    close(forward(x, key, value), exact)
+    close(forward(x, key.contiguous(), value.contiguous()), exact)
+    module.float()
+    close(forward(x, key.contiguous(), value), exact)  # their steps differ: the module's own
+    odd = key.transpose(2, 3).contiguous().transpose(2, 3)
+    close(forward(x, odd, value), exact)
+
+
+@needs_numba
+def test_a_layer_token_by_token(stand_in: Fused) -> None:
+    """A prompt, then a token at a time, then several at each sequence's own place."""
+    layer = spread_out(SelfAttentionLayer(WIDTH, HEADS, 0.1, causal=True))
+    forward = stand_in.of(layer)
+    assert forward is not None
+    caches = [layer.attention.new_cache(2, 12, torch.zeros(0)) for _ in range(2)]
+    for new in (3, 1, 1):
+        x = torch.randn(2, new, WIDTH)
+        close(forward(x, caches[0]), layer(x, caches[1]))
+        assert caches[0].length == caches[1].length
+        close(caches[0].key, caches[1].key)
+        close(caches[0].value, caches[1].value)
+    for lengths, new in (((5, 3), 4), ((6, 7), 1), ((8, 8), 1), ((9, 9), 3)):
+        for cache in caches:
+            place_next([cache], lengths, new)
+        x = torch.randn(2, new, WIDTH)
+        close(forward(x, caches[0]), layer(x, caches[1]))
+        close(caches[0].key, caches[1].key)
+    assert caches[0].length == 12
+    with pytest.raises(IndexError, match="12 tokens cannot hold 13"):
+        place_next([caches[0]], (12, 12), 1)
+        forward(torch.randn(2, 1, WIDTH), caches[0])
+
+
+@needs_numba
+def test_many_rows_are_the_modules_own(stand_in: Fused, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = spread_out(SelfAttentionLayer(WIDTH, HEADS, 0.1, causal=True))
+    cross = spread_out(CrossAttention(WIDTH, HEADS, 0.1))
+    linear = spread_out(nn.Linear(WIDTH, 5))
+    key = torch.randn(1, HEADS, 3, WIDTH // HEADS)
+    called: list[str] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            called.append(name)
+            return getattr(kernels, name)
+
+    kernels, stand_in.kernels = stand_in.kernels, Watched()
+    forward, across, product = (stand_in.of(m) for m in (layer, cross, linear))
+    assert forward is not None and across is not None and product is not None
+    for rows, expected in ((MOST, 3), (MOST + 1, 0)):
+        called.clear()
+        x = torch.randn(rows, 1, WIDTH)
+        close(product(x), linear(x))
+        close(across(x, key, key), cross(x, key, key))
+        caches = [layer.attention.new_cache(rows, 2, x) for _ in range(2)]
+        close(forward(x, caches[0]), layer(x, caches[1]))
+        assert len(called) == expected
+    called.clear()
+    assert product(torch.randn(0, WIDTH)).shape == (0, 5)
+    close(forward(x, None), layer(x, None))
+    stored = LayerCache(*(torch.zeros(HEADS, 2, 2, WIDTH // HEADS).transpose(0, 1),) * 2)
+    close(forward(x[:2], stored), layer(x[:2], layer.attention.new_cache(2, 2, x)))
+    assert called == []
+
+
+@needs_numba
+def test_only_what_is_nothing_more_than_its_weights(stand_in: Fused) -> None:
+    def layer(**changed: Any) -> SelfAttentionLayer:
+        return SelfAttentionLayer(WIDTH, HEADS, 0.0, causal=True, **changed)
+
+    assert stand_in.of(layer()) is not None and stand_in.of(nn.Linear(8, 8)) is not None
+    other = layer(feed_forward=FeedForward(WIDTH, 60, 0.0))
+    quantised, compiled, norm = layer(), layer(), layer()
+    quantised.feed_forward.outer = Int8Linear(quantised.feed_forward.outer)
+    compiled.attention.forward = compiled.attention.forward
+    norm.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+    narrow, whole = layer().bfloat16(), layer()
+    whole.forward = whole.forward
+
+    class Own(SelfAttentionLayer):
+        pass
+
+    cross = CrossAttention(WIDTH, HEADS, 0.0)
+    cross.out = Int8Linear(cross.out)
+    own = Own(WIDTH, HEADS, 0.0, causal=True)
+    for module in (other, quantised, compiled, norm, narrow, whole, own, cross, GEGLU(8, 0.0)):
+        assert stand_in.of(module) is None, module
+    assert stand_in.of(Int8Linear(nn.Linear(8, 8))) is None
+    assert stand_in.of(nn.Linear(8, 8).bfloat16()) is None
+
+
+def model_of(family: str) -> Any:
+    config = zoo.load("coca_tiny")
+    changes: dict[str, Any] = {"tile_width": 12}
+    if family == "lm":
+        changes = {"family": "lm"}
+    torch.manual_seed(0)
+    model = build_model(replace(config, **changes), vocab_size=60)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@needs_numba
+@pytest.mark.parametrize("family", ["coca", "lm"])
+@pytest.mark.parametrize("guessing", [False, True])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"top_k": 5, "seed": 3},
+        {"top_k": 3, "best": 2},
+        {"beams": 6, "groups": 3},
+        {"repetition_penalty": 1.3, "no_repeat_ngram": 2, "min_tokens": 9},
+    ],
+    ids=str,
+)
+def test_the_reports_are_the_same(
+    form: dict[str, Any], guessing: bool, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With bags of different sizes, reports that end early, and more rows than the kernels take."""
+    model = model_of(family)
+    if family == "coca":
+        bags = Bags(torch.randn(22, 12, generator=torch.Generator().manual_seed(1)), (7, 1, 9, 5))
+    else:
+        bags = Bags(torch.zeros(4, 1), (1,) * 4)
+    names = [f"s{i}" for i in range(4)]
+    decoding = Decoding(1, 2, 0, max_tokens=24, **form)
+    reports = []
+    for least in (10**9, 0):
+        monkeypatch.setattr(few_rows, "LEAST", least)
+        lookup = Lookup() if guessing else None
+        found = [draft(model, bags, names, decoding, (5, 9), lookup=lookup) for _ in range(2)]
+        reports.append([[d.tokens for d in drafts] for each in found for drafts in each])
+    assert reports[0] == reports[1]
+    assert any(reports[0][0])
+
+
+@needs_numba
+def test_the_kernels_are_taken_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8).bfloat16())
+    with torch.inference_mode():
+        for least, expected in ((4097, False), (4096, True)):
+            monkeypatch.setattr(few_rows, "LEAST", least)
+            with few_rows.few_rows(tower, None) as found:
+                assert (found is not None) is expected
+                assert isinstance(tower[0].forward, FewRows) is not expected
+                assert "forward" not in tower[1].__dict__
+            assert "forward" not in tower[0].__dict__
+        monkeypatch.setattr(few_rows, "LEAST", 0)
+        with pytest.raises(ZeroDivisionError), few_rows.few_rows(tower):
+            _ = 1 / 0
+        assert "forward" not in tower[0].__dict__
+        with torch.autocast("cpu", torch.bfloat16), few_rows.few_rows(tower) as found:
+            assert found is None and "forward" not in tower[0].__dict__
+
+
+@needs_numba
+def test_the_caller_s_threads_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    before = numba.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with Fused(FewRows).own_threads():
+        assert numba.get_num_threads() == 1
+    assert numba.get_num_threads() == before
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
+    assert Fused(FewRows).threads == numba.config.NUMBA_NUM_THREADS
+
+
+def test_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Or without the threads that it shares with others: reports are written all the same."""
+    model, decoding = model_of("lm"), Decoding(1, 2, 0, max_tokens=9)
+    bags = Bags(torch.zeros(1, 1), (1,))
+    expected = draft(model, bags, ["s"], decoding)[0][0].tokens
+    monkeypatch.setattr(few_rows, "LEAST", 0)
+    for missing in ("numba.np.ufunc.omppool", "numba"):
+        monkeypatch.setitem(sys.modules, missing, None)
+        assert not fused.is_available()
+        few_rows._tell_of_numba.cache_clear()
+        with caplog.at_level("INFO"):
+            assert draft(model, bags, ["s"], decoding)[0][0].tokens == expected
+            draft(model, bags, ["s"], decoding)
+    told = [r.getMessage() for r in caplog.records if "slidevlm[cpu]" in r.getMessage()]
+    assert len(told) == 1, "once, and only where numba itself is missing"
+
+
+def test_what_a_pass_takes() -> None:
+    assert fused.cost(1) == 1 and fused.cost(9) == 2
+    assert fused.cost(16) == 4 == math.sqrt(16)
+    assert all(fused.cost(n) < fused.cost(n + 1) for n in range(1, 64))
