@@ -1,4 +1,4 @@
-"""Milliseconds for a linear layer on few rows, each way of `models/few_rows.py`.
+"""Milliseconds for a linear layer on few rows, each way of `models/few_rows.py`, and compiled.
 
 python benchmarks/few_rows.py [THREADS]: of the processor with one thread (the default), of the
 clock with more, which wants a quiet machine.
@@ -11,13 +11,16 @@ import sys
 import time
 from collections.abc import Callable
 
+import numba
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slidevlm.models import kernels
+
 SHAPES = ((256, 256), (512, 512), (1536, 512), (2736, 512), (8192, 512), (1024, 1024),
           (3072, 1024), (1024, 2736), (5464, 1024), (42384, 1024))  # fmt: skip
-ROWS = (1, 2, 3, 4, 5, 6, 8, 16, 32, 64)
+ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64)
 TOGETHER = 60_000_000  # elements of the weights in turn, so that each comes from memory
 
 
@@ -29,6 +32,12 @@ def in_pieces(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(pieces, x.T.expand(len(pieces), -1, 1)).view(1, -1)
 
 
+def compiled(x: Tensor, weight: Tensor) -> Tensor:
+    """`models/kernels.py`, which generation takes up to 12 rows."""
+    shares = torch.get_num_threads()
+    return torch.from_numpy(kernels.linear(weight.numpy(), None, x.numpy(), shares))
+
+
 Way = Callable[[Tensor, Tensor], Tensor]
 WAYS: dict[str, Way] = {
     "plain": F.linear,
@@ -36,6 +45,7 @@ WAYS: dict[str, Way] = {
     "other side": lambda x, w: torch.mm(w, (x if len(x) > 1 else torch.cat([x, x])).T).T,
     "in pieces": in_pieces,
     "oneDNN": lambda x, w: F.linear(x.to_mkldnn(), w).to_dense(),
+    "compiled": compiled,
 }
 
 
@@ -56,6 +66,7 @@ def main() -> None:
     threads = int(sys.argv[1]) if len(sys.argv) > 1 else 1
     clock = time.process_time if threads == 1 else time.perf_counter
     torch.set_num_threads(threads)
+    numba.set_num_threads(threads)
     print(
         f"torch {torch.__version__}, {threads} thread(s), {torch.backends.cpu.get_cpu_capability()}"
     )

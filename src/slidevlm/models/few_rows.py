@@ -1,11 +1,13 @@
-"""Linear layers on a few rows, as generation has them: a row for each sequence that is written.
+"""Layers on a few rows, as generation has them: a row for each sequence that is written.
 
-Such a product takes the time of reading the weight. On a CPU the library that multiplies matrices
-is slow at it: one row it reads on one core however many there are, and on some processors at half
-the speed of that core; for a few it first copies the weight into the order in which it reads large
-products. Three ways around it, chosen by processor, shape and number of threads alone: the product
-from the other side, oneDNN's, and for a single row the weight in pieces, which the threads share.
-The numbers are those of the layer to rounding.
+Such a product takes the time of reading the weight, if it is done well. With numba (the extra
+`cpu`) whole layers are compiled for it: `models/fused.py`. Without, and for more rows than those
+take, linear layers alone are quicker than torch has them. On a CPU the library that multiplies
+matrices is slow at few rows: one row it reads on one core however many there are, and on some
+processors at half the speed of that core; for a few it first copies the weight into the order in
+which it reads large products. Three ways around it, chosen by processor, shape and number of
+threads alone: the product from the other side, oneDNN's, and for a single row the weight in
+pieces, which the threads share. The numbers are those of the layer to rounding.
 
 MKL has code of its own for few rows on processors of its maker, where the other side would take
 twice its time: there oneDNN is the only way around it. On those of AMD a single row is best taken
