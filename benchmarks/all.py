@@ -325,7 +325,7 @@ def machine() -> dict[str, Any]:
     if told.is_file():
         names = re.findall(r"^model name\s*: (.*)$", told.read_text(), re.MULTILINE)
         model = names[0] if names else model
-    packages = ("torch", "numpy", "h5py", "scikit-learn", "tokenizers")
+    packages = ("torch", "numpy", "numba", "h5py", "scikit-learn", "tokenizers")
     return {
         "day": time.strftime("%Y-%m-%d"),
         "cores": len(os.sched_getaffinity(0))

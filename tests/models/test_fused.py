@@ -252,6 +252,14 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
     assert len(told) == 1, "once, and only where numba itself is missing"
 
 
+@needs_numba
+def test_numba_that_is_told_not_to_compile_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+    assert not fused.is_available()
+
+
 def test_what_a_pass_takes() -> None:
     assert fused.cost(1) == 1 and fused.cost(9) == 2
     assert fused.cost(16) == 4 == math.sqrt(16)

@@ -34,7 +34,8 @@ def is_available() -> bool:
         importlib.import_module("numba.np.ufunc.omppool")
     except ImportError:
         return False
-    return True
+    compiles: bool = not importlib.import_module("numba").config.DISABLE_JIT
+    return compiles
 
 
 def cost(rows: int) -> float:
