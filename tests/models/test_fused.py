@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,9 +95,11 @@ def test_a_layer_token_by_token(stand_in: Fused) -> None:
         close(forward(x, caches[0]), layer(x, caches[1]))
         close(caches[0].key, caches[1].key)
     assert caches[0].length == 12
-    with pytest.raises(IndexError, match="12 tokens cannot hold 13"):
-        place_next([caches[0]], (12, 12), 1)
+    place_next([caches[0]], (12, 12), 1)
+    with pytest.raises(IndexError, match="2 sequences of 13 tokens do not fit .* for 2 of 12"):
         forward(torch.randn(2, 1, WIDTH), caches[0])
+    with pytest.raises(IndexError, match="3 sequences of 1 tokens"):
+        forward(torch.randn(3, 1, WIDTH), layer.attention.new_cache(2, 12, torch.zeros(0)))
 
 
 @needs_numba
@@ -123,6 +128,13 @@ def test_many_rows_are_the_modules_own(stand_in: Fused, monkeypatch: pytest.Monk
         assert len(called) == expected
     called.clear()
     assert product(torch.randn(0, WIDTH)).shape == (0, 5)
+    close(across(x, key[:, :, :0], key[:, :, :0]), cross(x, key[:, :, :0], key[:, :, :0]))
+    for wrong in (
+        lambda: product(x[..., :8]),
+        lambda: across(x[:3], *[key.repeat(2, 1, 1, 1)] * 2),
+    ):
+        with pytest.raises(RuntimeError):  # the module's own
+            wrong()
     close(forward(x, None), layer(x, None))
     stored = LayerCache(*(torch.zeros(HEADS, 2, 2, WIDTH // HEADS).transpose(0, 1),) * 2)
     close(forward(x[:2], stored), layer(x[:2], layer.attention.new_cache(2, 2, x)))
@@ -132,27 +144,49 @@ def test_many_rows_are_the_modules_own(stand_in: Fused, monkeypatch: pytest.Monk
 @needs_numba
 def test_only_what_is_nothing_more_than_its_weights(stand_in: Fused) -> None:
     def layer(**changed: Any) -> SelfAttentionLayer:
-        return SelfAttentionLayer(WIDTH, HEADS, 0.0, causal=True, **changed)
+        return SelfAttentionLayer(WIDTH, HEADS, 0.1, causal=True, **changed).eval()
 
-    assert stand_in.of(layer()) is not None and stand_in.of(nn.Linear(8, 8)) is not None
-    other = layer(feed_forward=FeedForward(WIDTH, 60, 0.0))
-    quantised, compiled, norm = layer(), layer(), layer()
-    quantised.feed_forward.outer = Int8Linear(quantised.feed_forward.outer)
-    compiled.attention.forward = compiled.attention.forward
-    norm.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
-    narrow, whole = layer().bfloat16(), layer()
-    whole.forward = whole.forward
+    def changed(change: Callable[[SelfAttentionLayer], Any]) -> SelfAttentionLayer:
+        other = layer()
+        change(other)
+        return other
 
     class Own(SelfAttentionLayer):
         pass
 
+    class OwnNorm(nn.LayerNorm):
+        pass
+
+    def hook(module: nn.Module, *_: Any) -> None:
+        pass
+
+    own_hook = changed(lambda m: m.register_forward_hook(hook))
+    for module in (layer(), own_hook, CrossAttention(WIDTH, HEADS, 0.1).eval(), nn.Linear(8, 8)):
+        assert stand_in.of(module) is not None
     cross = CrossAttention(WIDTH, HEADS, 0.0)
     cross.out = Int8Linear(cross.out)
-    own = Own(WIDTH, HEADS, 0.0, causal=True)
-    for module in (other, quantised, compiled, norm, narrow, whole, own, cross, GEGLU(8, 0.0)):
-        assert stand_in.of(module) is None, module
-    assert stand_in.of(Int8Linear(nn.Linear(8, 8))) is None
-    assert stand_in.of(nn.Linear(8, 8).bfloat16()) is None
+    others = [
+        layer(feed_forward=FeedForward(WIDTH, 60, 0.0)),
+        changed(lambda m: setattr(m.feed_forward, "outer", Int8Linear(m.feed_forward.outer))),
+        changed(lambda m: setattr(m.attention, "forward", m.attention.forward)),
+        changed(lambda m: setattr(m, "forward", m.forward)),
+        changed(lambda m: setattr(m, "norm", nn.LayerNorm(WIDTH, elementwise_affine=False))),
+        changed(lambda m: setattr(m, "norm", OwnNorm(WIDTH))),
+        changed(lambda m: setattr(m.attention, "dropout", nn.Identity())),
+        changed(lambda m: setattr(m.attention, "causal", False)),
+        changed(lambda m: m.attention.out.register_forward_hook(hook)),
+        changed(lambda m: m.attention.out.register_forward_pre_hook(hook)),
+        changed(lambda m: m.train()),
+        changed(lambda m: m.bfloat16()),
+        Own(WIDTH, HEADS, 0.0, causal=True),
+        cross,
+        GEGLU(8, 0.0),
+        Int8Linear(nn.Linear(8, 8)),
+        nn.Linear(8, 8).bfloat16(),
+    ]
+    for i, module in enumerate(others):
+        assert stand_in.of(module) is None, i
+    assert stand_in.of(layer().train(False)) is not None
 
 
 def model_of(family: str) -> Any:
@@ -235,29 +269,110 @@ def test_the_caller_s_threads_are_as_before(monkeypatch: pytest.MonkeyPatch) -> 
     assert Fused(FewRows).threads == numba.config.NUMBA_NUM_THREADS
 
 
+GENERATES = """
+import logging, os, sys, torch
+logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
+torch.set_num_threads(1)
+sys.path.insert(0, {folder!r})
+from test_fused import model_of
+from slidevlm.batch import Bags
+from slidevlm.models import few_rows, fused
+from slidevlm.models.generate import Decoding, draft
+few_rows.LEAST, model = 0, model_of("lm")
+def write():
+    bags = Bags(torch.zeros(1, 1), (1,))
+    return draft(model, bags, ["s"], Decoding(1, 2, 0, max_tokens=9))[0][0].tokens
+first = write()
+"""
+
+
+def generating(code: str, **environment: str) -> list[str]:
+    """The lines of a process of its own that has written a report, and then runs `code`."""
+    text = GENERATES.format(folder=str(Path(__file__).parent)) + code
+    command = [sys.executable, "-c", text]
+    given = {**os.environ, **environment}
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@needs_numba
+def test_torch_s_threads_are_as_before() -> None:
+    """numba sets those of OpenMP when it starts its own, once in a process."""
+    told = generating("print(fused.is_available(), torch.get_num_threads())")
+    assert told[-1] == "True 1"
+
+
+@needs_numba
+def test_a_forked_process_writes_without_numba() -> None:
+    """Its threads are those of the process before, and not there."""
+    code = (
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    print(fused.is_available(), write() == first, flush=True)\n"
+        "    os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1], write() == first)\n"
+    )
+    assert generating(code)[-2:] == ["False True", "0 True"]
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"NUMBA_THREADING_LAYER": "workqueue"}, "whose threads (workqueue) can clash"),
+        ({"NUMBA_THREADING_LAYER": "none_such"}, "which does not work here"),
+        ({"NUMBA_DISABLE_JIT": "1"}, None),
+    ],
+)
+def test_numba_as_it_is_told_to_be(environment: dict[str, str], said: str | None) -> None:
+    told = generating("print(write() == first, fused.is_available())", **environment)
+    assert told[-1] == "True False"
+    assert sum("reports are written without numba" in line for line in told) == (said is not None)
+    assert said is None or any(said in line for line in told)
+
+
+@pytest.fixture
+def unstarted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a process that has not looked for numba yet."""
+    monkeypatch.setattr(fused, "_processes", [])
+    fused._started.cache_clear()
+    yield
+    fused._started.cache_clear()
+    few_rows._tell_of_numba.cache_clear()
+
+
+@needs_numba
+@pytest.mark.usefixtures("unstarted")
+@pytest.mark.parametrize("error", [OSError("no space left"), SystemError("too new a numpy")])
+def test_numba_that_is_broken(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from slidevlm.models import kernels
+
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setattr(kernels, "compile_all", fails)
+    for _ in range(2):
+        assert not fused.is_available()
+    assert [str(error) in r.getMessage() for r in caplog.records] == [True]
+
+
+@pytest.mark.usefixtures("unstarted")
 def test_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Or without the threads that it shares with others: reports are written all the same."""
     model, decoding = model_of("lm"), Decoding(1, 2, 0, max_tokens=9)
     bags = Bags(torch.zeros(1, 1), (1,))
     expected = draft(model, bags, ["s"], decoding)[0][0].tokens
     monkeypatch.setattr(few_rows, "LEAST", 0)
-    for missing in ("numba.np.ufunc.omppool", "numba"):
-        monkeypatch.setitem(sys.modules, missing, None)
-        assert not fused.is_available()
-        few_rows._tell_of_numba.cache_clear()
-        with caplog.at_level("INFO"):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    few_rows._tell_of_numba.cache_clear()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
             assert draft(model, bags, ["s"], decoding)[0][0].tokens == expected
-            draft(model, bags, ["s"], decoding)
-    told = [r.getMessage() for r in caplog.records if "slidevlm[cpu]" in r.getMessage()]
-    assert len(told) == 1, "once, and only where numba itself is missing"
-
-
-@needs_numba
-def test_numba_that_is_told_not_to_compile_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    import numba
-
-    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
     assert not fused.is_available()
+    told = [r.getMessage() for r in caplog.records if "slidevlm[cpu]" in r.getMessage()]
+    assert len(told) == 1, "once"
 
 
 def test_what_a_pass_takes() -> None:

@@ -6,36 +6,71 @@ float32 weights. Beyond `MOST` rows the modules take over.
 
 from __future__ import annotations
 
-import importlib
+import functools
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slidevlm.models.attention import GEGLU, CrossAttention, LayerCache, SelfAttentionLayer
+from slidevlm.models.attention import (
+    GEGLU,
+    CrossAttention,
+    LayerCache,
+    SelfAttention,
+    SelfAttentionLayer,
+)
 from slidevlm.models.linear import is_plain, is_replaced
 
 log = logging.getLogger(__name__)
 
+THREADS = ("omp", "tbb")  # numba's own end the process where two callers use them at once
 MOST = 12  # rows; of more, the libraries behind torch are as quick: `benchmarks/few_rows.py`
 
 
-def is_available() -> bool:
-    """Whether numba is there (the extra `cpu`), with threads that several callers may use."""
-    if importlib.util.find_spec("numba") is None:
-        return False
+@functools.cache
+def _started(process: int) -> Any:
+    """The kernels, compiled and with their threads running; None where that cannot be."""
+    if _processes or importlib.util.find_spec("numba") is None:
+        return None  # threads of the process that this one was forked from are not there
+    mine = torch.get_num_threads()
     try:
-        # numba's own threads, without OpenMP, end the process where two callers use them at once.
-        importlib.import_module("numba.np.ufunc.omppool")
-    except ImportError:
-        return False
-    compiles: bool = not importlib.import_module("numba").config.DISABLE_JIT
-    return compiles
+        import numba
+
+        if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+            return None
+        numba.get_num_threads()  # starts them
+        layer = numba.threading_layer()
+        if layer not in THREADS:
+            log.warning("reports are written without numba, whose threads (%s) can clash", layer)
+            return None
+        from slidevlm.models import kernels
+
+        if not kernels.is_compiled():
+            log.info("compiling layers for this processor: some 20 seconds, once on a machine")
+        kernels.compile_all()
+    except Exception as error:  # of whatever is wrong with numba or with the place for its files
+        log.warning("reports are written without numba, which does not work here: %s", error)
+        return None
+    finally:
+        # To start its threads numba sets the number of OpenMP's, which may be torch's too.
+        if torch.get_num_threads() != mine:
+            torch.set_num_threads(mine)
+    _processes.append(process)
+    return kernels
+
+
+_processes: list[int] = []  # that have started threads: this one, or one that it was forked from
+
+
+def is_available() -> bool:
+    """Whether numba is there (the extra `cpu`) and works; it is started the first time."""
+    return _started(os.getpid()) is not None
 
 
 def cost(rows: int) -> float:
@@ -53,11 +88,7 @@ class Fused:
     def __init__(self, many: Callable[[nn.Linear], Callable[[Tensor], Tensor]]) -> None:
         import numba
 
-        from slidevlm.models import kernels
-
-        if not kernels.is_compiled():
-            log.info("compiling for this processor, once: some 20 seconds")
-        self.kernels, self.many = kernels, many
+        self.kernels, self.many = _started(os.getpid()), many
         most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         self.threads = min(torch.get_num_threads(), most)
 
@@ -81,12 +112,9 @@ class Fused:
             return _Linear(self, module) if is_fit(module) else None
         if type(module) is SelfAttentionLayer and type(module.feed_forward) is GEGLU:
             attention, gated = module.attention, module.feed_forward
-            linears = (attention.project, attention.out, gated.inner, gated.outer)
-            if _are_plain(linears, (attention.norm, module.norm), (attention, gated)):
+            if attention.causal and _are_plain(module, (SelfAttentionLayer, SelfAttention, GEGLU)):
                 return _SelfAttentionLayer(self, module, gated)
-        if type(module) is CrossAttention and _are_plain(
-            (module.query, module.out), (module.norm,), ()
-        ):
+        if type(module) is CrossAttention and _are_plain(module, (CrossAttention,)):
             return _CrossAttention(self, module)
         return None
 
@@ -98,15 +126,24 @@ def is_fit(linear: nn.Linear) -> bool:
     return is_plain(linear) and plain and _is_array(weight)
 
 
-def _are_plain(
-    linears: Sequence[nn.Linear], norms: Sequence[nn.LayerNorm], others: Sequence[nn.Module]
-) -> bool:
-    parameters = [p for norm in norms for p in (norm.weight, norm.bias)]
-    return (
-        all(map(is_fit, linears))
-        and all(p is not None and _is_array(p) for p in parameters)
-        and not any(map(is_replaced, (*norms, *others)))
-    )
+def _are_plain(layer: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a layer is of these kinds, norms, linear layers and dropouts that rest, no more."""
+    for module in layer.modules():
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if hooked and module is not layer:  # whose own are called all the same
+            return False
+        if isinstance(module, nn.Linear):
+            plain = is_fit(module)
+        elif type(module) is nn.LayerNorm:
+            parameters = module.weight, module.bias
+            plain = all(p is not None and _is_array(p) for p in parameters)
+        elif type(module) is nn.Dropout:
+            plain = not module.training or not module.p
+        else:
+            plain = type(module) in kinds
+        if not plain or is_replaced(module):
+            return False
+    return True
 
 
 def _is_array(tensor: Tensor) -> bool:
@@ -126,8 +163,9 @@ def _rows(x: Tensor) -> Any:
     return x.reshape(-1, x.shape[-1]).contiguous().numpy()
 
 
-def _are_few(x: Tensor) -> bool:
-    return 0 < x.numel() <= MOST * x.shape[-1] and x.dtype == torch.float32
+def _are_few(x: Tensor, width: int) -> bool:
+    few = 0 < x.numel() <= MOST * width and x.shape[-1] == width
+    return few and x.dtype == torch.float32
 
 
 class _Linear:
@@ -137,7 +175,7 @@ class _Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if not _are_few(x):
+        if not _are_few(x, self.weight.shape[1]):
             return self.many(x)
         y = self.fused.kernels.linear(self.weight, self.bias, _rows(x), self.fused.threads)
         return torch.from_numpy(y).view(*x.shape[:-1], -1)
@@ -152,8 +190,9 @@ class _CrossAttention:
 
     def __call__(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As `CrossAttention.forward`."""
-        strides = key.stride()
-        if not _are_few(x) or strides[3] != 1 or value.stride() != strides:
+        strides, contexts = key.stride(), max(1, len(key))
+        fits = strides[3] == 1 and value.stride() == strides and key.shape[2] > 0
+        if not fits or len(x) % contexts or not _are_few(x, self.query.shape[1]):
             return self.many(x, key, value)
         rows = _rows(x)
         y = self.fused.kernels.cross_attention(
@@ -179,22 +218,29 @@ class _SelfAttentionLayer:
             *(_array(p) for p in (attention.project.weight, attention.out.weight)),
             _array(attention.out.bias),
         )
+        self.width = attention.project.in_features
         linears = gated.inner, gated.outer
         weights = [_array(p) for linear in linears for p in (linear.weight, linear.bias)]
         self.gated = (_norm(layer.norm), *weights)
 
     def __call__(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """As `SelfAttentionLayer.forward`."""
-        if cache is None or not _are_few(x) or not cache.key.is_contiguous():
+        if cache is None or not cache.key.is_contiguous() or not _are_few(x, self.width):
             return self.many(x, cache)
         batch, new = x.shape[:2]
+        placed = cache.places is not None
+        # The kernels write wherever they are told to.
+        length, capacity = cache.length + (0 if placed else new), cache.key.shape[2]
+        if length > capacity or batch != len(cache.key):
+            raise IndexError(
+                f"{batch} sequences of {length} tokens do not fit into a cache for "
+                f"{len(cache.key)} of {capacity}"
+            )
         if cache.places is not None:
             starts = cache.places[:, 0].contiguous()
         else:
             starts = torch.full((batch,), cache.length)
-            cache.length += new
-        if cache.length > cache.key.shape[2]:  # the kernels write wherever they are told to
-            raise IndexError(f"a cache for {cache.key.shape[2]} tokens cannot hold {cache.length}")
+            cache.length = length
         y = self.fused.kernels.self_attention_layer(
             _rows(x), *self.attention, *self.gated, self.heads,
             cache.key.numpy(), cache.value.numpy(), starts.numpy(), self.fused.threads,

@@ -311,6 +311,21 @@ def self_attention_layer(
     return x + linear(outer, outer_bias, gated, shares)
 
 
+def compile_all() -> None:
+    """Compile every kernel as generation calls it, or load what has been kept of that."""
+    x, ones, square = (np.ones(n, np.float32) for n in ((1, 2), 2, (2, 2)))
+    cache, starts = np.ones((1, 1, 1, 2), np.float32), np.zeros(1, np.int64)
+    norm = ones, ones, 1e-5
+    for bias in (None, ones):
+        linear(square, bias, x, 1)
+    cross_attention(x, norm, square, square, ones, 1, ones, ones, (2, 2, 2), 1, 1, 1)
+    project, inner = np.ones((6, 2), np.float32), np.ones((4, 2), np.float32)
+    self_attention_layer(
+        x, norm, project, square, ones, norm, inner, np.ones(4, np.float32), square, ones,
+        1, cache, cache.copy(), starts, 1,
+    )  # fmt: skip
+
+
 def is_compiled() -> bool:
     """Whether numba has kept what it compiled of this file, and need not do so again."""
     folder, since = self_attention_layer.stats.cache_path, Path(__file__).stat().st_mtime
