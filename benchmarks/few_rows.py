@@ -65,8 +65,8 @@ def main() -> None:
     """Print the table."""
     threads = int(sys.argv[1]) if len(sys.argv) > 1 else 1
     clock = time.process_time if threads == 1 else time.perf_counter
+    numba.set_num_threads(threads)  # first: to start its threads it sets torch's, too
     torch.set_num_threads(threads)
-    numba.set_num_threads(threads)
     print(
         f"torch {torch.__version__}, {threads} thread(s), {torch.backends.cpu.get_cpu_capability()}"
     )
