@@ -155,6 +155,11 @@ def test_guesses() -> None:
     assert lookup.guess([BOS, 4, 4, 7, 8]) == Guess(2, (3,)), "the latest"
     assert lookup.worth([NOTHING], 50) == 1 == lookup.worth([lookup.guess([BOS])], 1)
     assert lookup.worth([lookup.guess([BOS])] * 40, 50) == 1, "as many rows are work enough"
+    guess = [lookup.guess([BOS])]
+    assert lookup.worth(guess, 50, lambda n: 1.0) == 7, "all of them, where a pass costs the same"
+    assert lookup.worth(guess, 50, float) == 1, "none, where each token costs as much"
+    beyond = lambda n: 1.0 if n <= 6 else 100.0  # noqa: E731
+    assert lookup.worth(guess * 2, 50, beyond) == 3, "the tokens of all reports are counted"
 
 
 def test_with_16_bits_nothing_is_guessed() -> None:

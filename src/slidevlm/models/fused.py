@@ -29,25 +29,33 @@ from slidevlm.models.linear import is_plain, is_replaced
 
 log = logging.getLogger(__name__)
 
+WITHOUT = "reports are the same, but written more slowly, without numba"
 THREADS = ("omp", "tbb")  # numba's own end the process where two callers use them at once
 MOST = 12  # rows; of more, the libraries behind torch are as quick: `benchmarks/few_rows.py`
+
+_processes: list[int] = []  # that have started threads: this one, or one that it was forked from
 
 
 @functools.cache
 def _started(process: int) -> Any:
     """The kernels, compiled and with their threads running; None where that cannot be."""
-    if _processes or importlib.util.find_spec("numba") is None:
-        return None  # threads of the process that this one was forked from are not there
+    if importlib.util.find_spec("numba") is None:
+        return None
+    if _processes:
+        log.warning("%s: numba's threads are those of the process before", WITHOUT)
+        return None
     mine = torch.get_num_threads()
     try:
         import numba
 
         if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+            log.warning("%s: NUMBA_DISABLE_JIT is set", WITHOUT)
             return None
         numba.get_num_threads()  # starts them
         layer = numba.threading_layer()
         if layer not in THREADS:
-            log.warning("reports are written without numba, whose threads (%s) can clash", layer)
+            log.warning("%s, whose %s threads can clash: set NUMBA_THREADING_LAYER=omp, or install "
+                        "tbb", WITHOUT, layer)  # fmt: skip
             return None
         from slidevlm.models import kernels
 
@@ -55,7 +63,8 @@ def _started(process: int) -> Any:
             log.info("compiling layers for this processor: some 20 seconds, once on a machine")
         kernels.compile_all()
     except Exception as error:  # of whatever is wrong with numba or with the place for its files
-        log.warning("reports are written without numba, which does not work here: %s", error)
+        log.warning("%s, which does not work here (install it anew, or give its files another "
+                    "folder by NUMBA_CACHE_DIR): %s", WITHOUT, error)  # fmt: skip
         return None
     finally:
         # To start its threads numba sets the number of OpenMP's, which may be torch's too.
@@ -63,9 +72,6 @@ def _started(process: int) -> Any:
             torch.set_num_threads(mine)
     _processes.append(process)
     return kernels
-
-
-_processes: list[int] = []  # that have started threads: this one, or one that it was forked from
 
 
 def is_available() -> bool:
