@@ -33,7 +33,7 @@ def in_pieces(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def compiled(x: Tensor, weight: Tensor) -> Tensor:
-    """`models/kernels.py`, which generation takes up to 12 rows."""
+    """`models/kernels.py`, which generation takes up to 24 rows."""
     shares = torch.get_num_threads()
     return torch.from_numpy(kernels.linear(weight.numpy(), None, x.numpy(), shares))
 

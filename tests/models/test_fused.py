@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -385,5 +384,5 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
 
 def test_what_a_pass_takes() -> None:
     assert fused.cost(1) == 1 and fused.cost(9) == 2
-    assert fused.cost(16) == 4 == math.sqrt(16)
+    assert fused.cost(MOST) < 4 and fused.cost(25) == 5
     assert all(fused.cost(n) < fused.cost(n + 1) for n in range(1, 64))

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 WITHOUT = "reports are the same, but written more slowly, without numba"
 THREADS = ("omp", "tbb")  # numba's own end the process where two callers use them at once
-MOST = 12  # rows; of more, the libraries behind torch are as quick: `benchmarks/few_rows.py`
+MOST = 24  # rows; of more, the libraries behind torch are as quick: `benchmarks/few_rows.py`
 
 _processes: list[int] = []  # that have started threads: this one, or one that it was forked from
 

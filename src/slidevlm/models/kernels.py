@@ -3,7 +3,8 @@
 Such a product takes the time of reading its weight. The libraries behind torch read one row slower
 than memory gives it, take two to four times as long for a few rows, and between two products a
 dozen small operations cost as much as a small one. Here each row of a weight is read once and
-multiplied by all rows of the input while it is near, and a layer is one call.
+multiplied by all rows of the input while it is near, four rows that lie far apart at a time, and a
+layer is one call.
 
 All arrays are float32 and lie side by side. The numbers are those of the modules to rounding.
 """
@@ -41,64 +42,59 @@ def _dot(w: Array, x: Array) -> Any:
 
 
 @njit(**OPTIONS)
-def _dots_2(w: Array, x: Array, r: int) -> Any:
-    a = b = ZERO
-    for i in range(len(w)):
-        v = w[i]
-        a += v * x[r, i]
-        b += v * x[r + 1, i]
-    return a, b
-
-
-@njit(**OPTIONS)
-def _dots_4(w: Array, x: Array, r: int) -> Any:
+def _dots_4(weight: Array, o: int, step: int, x: Array) -> Any:
+    """Four rows of a weight [out, in], `step` after each other, with x [in]."""
     a = b = c = d = ZERO
-    for i in range(len(w)):
-        v = w[i]
-        a += v * x[r, i]
-        b += v * x[r + 1, i]
-        c += v * x[r + 2, i]
-        d += v * x[r + 3, i]
+    p, q, s, t = weight[o], weight[o + step], weight[o + 2 * step], weight[o + 3 * step]
+    for i in range(len(x)):
+        v = x[i]
+        a += p[i] * v
+        b += q[i] * v
+        c += s[i] * v
+        d += t[i] * v
     return a, b, c, d
 
 
 @njit(**OPTIONS)
-def _dots_8(w: Array, x: Array, r: int) -> Any:
+def _dots_4_2(weight: Array, o: int, step: int, x: Array, r: int) -> Any:
+    """The same with the rows r and r + 1 of x [R, in]."""
     a = b = c = d = e = f = g = h = ZERO
-    for i in range(len(w)):
-        v = w[i]
-        a += v * x[r, i]
-        b += v * x[r + 1, i]
-        c += v * x[r + 2, i]
-        d += v * x[r + 3, i]
-        e += v * x[r + 4, i]
-        f += v * x[r + 5, i]
-        g += v * x[r + 6, i]
-        h += v * x[r + 7, i]
+    p, q, s, t = weight[o], weight[o + step], weight[o + 2 * step], weight[o + 3 * step]
+    for i in range(len(p)):
+        v, w = x[r, i], x[r + 1, i]
+        a += p[i] * v
+        b += q[i] * v
+        c += s[i] * v
+        d += t[i] * v
+        e += p[i] * w
+        f += q[i] * w
+        g += s[i] * w
+        h += t[i] * w
     return a, b, c, d, e, f, g, h
 
 
 @njit(**OPTIONS)
 def _multiply(weight: Array, bias: Array, x: Array, y: Array, begin: int, end: int) -> None:
-    """Outputs `begin` to `end` of x [R, in] into y [R, out]."""
-    rows = len(x)
-    for o in range(begin, end):
-        w, r = weight[o], 0
-        while r + 8 <= rows:
-            a, b, c, d, e, f, g, h = _dots_8(w, x, r)
-            y[r, o], y[r + 1, o], y[r + 2, o], y[r + 3, o] = a, b, c, d
-            y[r + 4, o], y[r + 5, o], y[r + 6, o], y[r + 7, o] = e, f, g, h
-            r += 8
-        if r + 4 <= rows:
-            y[r, o], y[r + 1, o], y[r + 2, o], y[r + 3, o] = _dots_4(w, x, r)
-            r += 4
-        if r + 2 <= rows:
-            y[r, o], y[r + 1, o] = _dots_2(w, x, r)
-            r += 2
-        if r < rows:
-            y[r, o] = _dot(w, x[r])
-        if bias is not None:
-            for r in range(rows):
+    """Outputs `begin` to `end` of x [R, in] into y [R, out].
+
+    A core reads in four places at a time: in one place memory gives it two thirds of that.
+    """
+    rows, n = len(x), (end - begin) // 4
+    for o in range(begin, begin + n):
+        p, q, s, t = o, o + n, o + 2 * n, o + 3 * n
+        for r in range(0, rows - 1, 2):
+            a, b, c, d, e, f, g, h = _dots_4_2(weight, o, n, x, r)
+            y[r, p], y[r, q], y[r, s], y[r, t] = a, b, c, d
+            y[r + 1, p], y[r + 1, q], y[r + 1, s], y[r + 1, t] = e, f, g, h
+        if rows % 2:
+            r = rows - 1
+            y[r, p], y[r, q], y[r, s], y[r, t] = _dots_4(weight, o, n, x[r])
+    for o in range(begin + 4 * n, end):
+        for r in range(rows):
+            y[r, o] = _dot(weight[o], x[r])
+    if bias is not None:
+        for r in range(rows):
+            for o in range(begin, end):
                 y[r, o] += bias[o]
 
 
