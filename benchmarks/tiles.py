@@ -32,7 +32,7 @@ MEGABYTE = 2**20
 def begin(way: str, encoder: Perceiver, bags: Bags) -> tuple[Tensor, Tensor]:
     """Latents that know the moments, and projected tiles."""
     if way == "ours":
-        return encoder._begin(bags), encoder._tiles(bags)
+        return encoder.begin(bags)
     assert encoder.standardise and encoder.moments and encoder.tile_norm and encoder.tile_project
     tiles = encoder.standardise(bags.features)
     mean = tiles.mean(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -60,6 +61,40 @@ def test_the_openmp_of_torch_has_read_it(mine: dict[str, str], expected: str) ->
     if "GOMP_SPINCOUNT" not in told:
         pytest.skip("torch has another OpenMP here")
     assert f"GOMP_SPINCOUNT = '{expected}'" in told
+
+
+_FAULTS = """
+import os, resource, sys
+import numpy as np
+from slidevlm.launch import keep_memory
+keep_memory(os.environ if sys.argv[1] == "keep" else {"MALLOC_TRIM_THRESHOLD_": "1"})
+def bag():
+    return [np.ones(1 << 19) for _ in range(4)]  # of 4 MB each
+for _ in range(3):
+    bag()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    bag()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_freed_memory_is_kept_unless_the_user_says_otherwise() -> None:
+    """Pages that the process touches for the first time, in ten bags of 16 MB after three."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+    own = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES" and "MALLOC" not in k}
+
+    def faults(how: str, **mine: str) -> int:
+        command = [sys.executable, "-c", _FAULTS, how]
+        told = subprocess.run(
+            command, env={**own, **mine}, capture_output=True, text=True, check=True
+        )
+        return int(told.stdout)
+
+    assert faults("keep") < 100
+    assert faults("not") > 1_000
+    assert faults("keep", MALLOC_TRIM_THRESHOLD_="131072") > 1_000
 
 
 def test_alone() -> None:

@@ -16,7 +16,7 @@ from slidevlm.completion import SHELLS, script
 from slidevlm.config import arg, validate_arguments
 from slidevlm.errors import ConfigError, SlideVLMError
 from slidevlm.flags import declared, parse_config, parse_into
-from slidevlm.launch import share_cores
+from slidevlm.launch import keep_memory, share_cores
 from slidevlm.registry import nearest
 from slidevlm.train.launcher import note_launcher
 
@@ -716,6 +716,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     note_launcher()
     share_cores(os.environ)
+    keep_memory(os.environ)
     words = list(sys.argv[1:] if argv is None else argv)
     if words in (["--version"], ["version"]):
         print(f"slidevlm {__version__}")

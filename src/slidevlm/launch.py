@@ -1,9 +1,10 @@
 """What is settled before torch is there: which of several processes this one is, where they meet
-(from torchrun, Slurm or a URL), and how its threads wait for each other.
+(from torchrun, Slurm or a URL), how its threads wait for each other, and what memory it keeps.
 """
 
 from __future__ import annotations
 
+import ctypes
 import re
 import socket
 import time
@@ -19,6 +20,10 @@ _FIRST_PORT, _PORTS = 15_000, 15_000
 # Turns of the loop in which a thread waits before it sleeps; some 50 microseconds.
 _SPINS = 10_000
 
+# mallopt(3): what it sets, to how many bytes. These are where glibc arrives by itself at most.
+_TRIM_THRESHOLD, _KEPT_BYTES = -1, 1 << 26
+_MMAP_THRESHOLD, _LARGE_BYTES = -3, 1 << 25
+
 
 def share_cores(environment: MutableMapping[str, str]) -> None:
     """Let threads that wait for each other give their core away after some 50 microseconds.
@@ -30,6 +35,24 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
         environment["GOMP_SPINCOUNT"] = str(_SPINS)
+
+
+def keep_memory(environment: Mapping[str, str]) -> None:
+    """Let the process keep up to 64 MB that it has freed, for the next tensors.
+
+    glibc gives all but some megabytes back to the system at once, until something large has been
+    freed. The next bag then has new pages, 4 kB each, which cost a quarter of its time
+    (docs/performance.md). What the user has set stays, and so does any other C library.
+    """
+    mine = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}
+    if mine & environment.keys():
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # not glibc
+        return
+    mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+    mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.losses import caption_loss_sum
 from slidevlm.models import CoCa, build_model, create_model, from_dict, linear, zoo
-from slidevlm.models.slide.base import FourierPositions, Standardise
+from slidevlm.models.attention import initialise
+from slidevlm.models.slide.base import FourierPositions, Moments, Standardise
+from slidevlm.models.slide.perceiver import Perceiver, PerceiverConfig
 
 LENGTHS = (7, 1, 30, 3)
 NAMES = [
@@ -230,6 +232,36 @@ def test_moments_are_those_of_standardised_tiles(
     if needs_gradient:
         rows.sum().backward()
         assert features.grad is not None and features.grad.isfinite().all()
+
+
+def test_moments_seen_on_the_way_are_those_made_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bags that begin and end within the rows taken at a time, one of a single tile."""
+    monkeypatch.setitem(linear.BYTES_AT_ONCE, "cpu", 4 * 3 * 4)  # four rows
+    lengths = (5, 1, 2, 9, 3)
+    encoder = Perceiver(PerceiverConfig(width=8, heads=2, latents=2), 3)
+    initialise(encoder)
+    encoder.eval().double()
+    assert encoder.standardise is not None and encoder.moments is not None
+    encoder.standardise.set(torch.tensor([5.0, -2.0, 0.0]), torch.tensor([0.1, 3.0, 1.0]))
+    torch.nn.init.normal_(encoder.moments.weight)
+    features = (5 + torch.randn(sum(lengths), 3)).double()
+    alone = encoder.moments(encoder.standardise.moments(features, lengths))
+    for data in (features, features.clone().requires_grad_()):
+        latents, tiles = encoder.begin(Bags(data, lengths))
+        torch.testing.assert_close(latents - encoder.latents, alone[:, None].expand_as(latents))
+        assert tiles.shape == (sum(lengths), 8)
+
+
+def test_moments_of_a_large_mean_lose_no_digits() -> None:
+    """A channel of 1000 with a deviation of a hundredth, not standardised; parts of 8 rows."""
+    features = 1000 + 0.01 * torch.randn(64, 2)
+    watched = Moments((64,))
+    for rows in features.split(8):
+        watched.add(rows)
+    mean, deviation = watched.found().view(2, 2)
+    exact = features.double()
+    torch.testing.assert_close(mean.double(), exact.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(deviation.double(), exact.std(0, unbiased=False), rtol=0.02, atol=0)
 
 
 def test_moments_of_half_precision_have_32_bits() -> None:

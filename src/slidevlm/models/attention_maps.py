@@ -241,7 +241,7 @@ def _trace(encoder: torch.nn.Module, bags: Bags) -> tuple[list[_Step], Tensor]:
 def _perceiver(encoder: Perceiver, bags: Bags) -> tuple[list[_Step], Tensor]:
     """`Perceiver.forward`, step by step."""
     steps: list[_Step] = []
-    latents, tiles = encoder._begin(bags), encoder._tiles(bags)
+    latents, tiles = encoder.begin(bags)
     further = [encoder.further] * (encoder.blocks - 1)
     for read in (read for read in (encoder.first, *further) if read is not None):
         key, value = encoder._context(read, tiles)

@@ -26,6 +26,8 @@ BYTES_ELSEWHERE = 1 << 25
 
 # [..., n] and parameters -> [..., in of the linear layer]
 Before = Callable[..., Tensor]
+# Gets rows of tiles [n, D] as they are before a norm, some after the other.
+Watch = Callable[[Tensor], None]
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Module) -> Tensor:
@@ -129,6 +131,11 @@ class _LinearOf(torch.autograd.Function):
         return (None, to_weight, to_bias, *found)
 
 
+def are_data(features: Tensor) -> bool:
+    """Whether tiles need no gradient, and may be taken some rows at a time."""
+    return not features.requires_grad and not outside_autograd()
+
+
 def rows_of(features: Tensor) -> tuple[Tensor, ...]:
     """Some rows of [T, D] after the other."""
     most = BYTES_AT_ONCE.get(features.device.type, BYTES_ELSEWHERE)
@@ -141,6 +148,7 @@ def normalised_linear(
     weights: tuple[Tensor, ...],
     bias: Tensor | None = None,
     standard: tuple[Tensor, Tensor] | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, ...]:
     """`F.linear(norm(features), weight)` for each of several weights.
 
@@ -155,16 +163,20 @@ def normalised_linear(
         weights: [W, D] each.
         bias: [sum of W], added to the outputs.
         standard: mean and deviation [D] by which the features are standardised before the norm.
+        watch: sees all rows before the norm, standardised, in float32 or wider, without gradient.
 
     Returns:
         One [T, W] for each weight, contiguous.
     """
     assert norm.weight is not None and norm.bias is not None
-    plain = features.requires_grad or outside_autograd()
+    plain = not are_data(features)
     parts = [None] * len(weights) if bias is None else bias.split([len(w) for w in weights])
     if plain:
         rows = features.to(norm.weight.dtype)
-        rows = norm(rows if standard is None else (rows - standard[0]) / standard[1])
+        rows = rows if standard is None else (rows - standard[0]) / standard[1]
+        if watch is not None:
+            watch(rows.detach())
+        rows = norm(rows)
         return tuple(F.linear(rows, w, b) for w, b in zip(weights, parts, strict=True))
     folded, biases = [], []
     for weight, part in zip(weights, parts, strict=True):
@@ -172,7 +184,7 @@ def normalised_linear(
         constant = weight @ norm.bias
         biases.append(constant if part is None else constant + part)
     outputs: tuple[Tensor, ...] = _NormalisedLinear.apply(
-        features, norm.eps, standard, *folded, *biases
+        features, norm.eps, standard, watch, *folded, *biases
     )
     return outputs
 
@@ -186,6 +198,7 @@ class _NormalisedLinear(torch.autograd.Function):
         features: Tensor,
         eps: float,
         standard: tuple[Tensor, Tensor] | None,
+        watch: Watch | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         device = features.device.type
@@ -199,7 +212,10 @@ class _NormalisedLinear(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             done = 0
             for some in rows_of(features):
-                rows = _normalised(some, eps, standard, dtype)
+                wide_rows = standardised(some, standard)
+                if watch is not None:
+                    watch(wide_rows)
+                rows = _normalised(wide_rows, eps, dtype)
                 for output, weight, bias in zip(outputs, weights, biases, strict=True):
                     # Written in place: the product of a chunk is not copied.
                     torch.addmm(bias, rows, weight.T, out=output[done : done + len(rows)])
@@ -220,7 +236,7 @@ class _NormalisedLinear(torch.autograd.Function):
         ]
         done = 0
         for some in rows_of(features):
-            rows = _normalised(some, ctx.eps, ctx.standard, dtype)
+            rows = _normalised(standardised(some, ctx.standard), ctx.eps, dtype)
             for total, gradient in zip(to_weights, gradients, strict=True):
                 part = gradient[done : done + len(rows)]
                 if total.dtype == dtype:
@@ -230,16 +246,19 @@ class _NormalisedLinear(torch.autograd.Function):
             done += len(rows)
         to_biases = [g.sum(0, dtype=t.dtype) for g, t in zip(gradients, to_weights, strict=True)]
         result = [t.to(d) for t, d in zip([*to_weights, *to_biases], ctx.dtypes, strict=True)]
-        return (None, None, None, *result)
+        return (None, None, None, None, *result)
 
 
-def _normalised(
-    features: Tensor, eps: float, standard: tuple[Tensor, Tensor] | None, dtype: torch.dtype
-) -> Tensor:
+def standardised(features: Tensor, standard: tuple[Tensor, Tensor] | None) -> Tensor:
+    """`(features - mean) / deviation` [n, D], in float32 or wider; without `standard` the same."""
     rows = wide(features)
-    if standard is not None:
-        mean, deviation = standard
-        rows = (rows - mean).div_(deviation)
+    if standard is None:
+        return rows
+    mean, deviation = standard
+    return (rows - mean).div_(deviation)
+
+
+def _normalised(rows: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return F.layer_norm(rows, rows.shape[-1:], eps=eps).to(dtype)
 
 

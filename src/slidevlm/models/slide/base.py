@@ -13,11 +13,12 @@ from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.models.attention import OwnStart
 from slidevlm.models.linear import (
+    are_data,
     is_plain,
     narrowed,
     normalised_linear,
-    outside_autograd,
     rows_of,
+    standardised,
 )
 from slidevlm.models.mode import Group, Recomputing
 from slidevlm.models.ragged import bags_of
@@ -171,18 +172,59 @@ class Standardise(nn.Module):
         """Mean and standard deviation of each bag's standardised tiles: [T, D] -> [B, 2 D].
 
         The deviation of identical tiles (or of one) is 0, with gradient 0. Where features need no
-        gradient no standardised copy is made: a bag's own moments, some rows at a time, are
-        standardised in its place.
+        gradient, rows are standardised some at a time, and no copy of the features is made.
         """
-        if features.requires_grad or outside_autograd():
+        if not are_data(features):
             found = [_moments(bag) for bag in bags_of(self(features), lengths)]
-            mean, variance = (torch.stack(rows) for rows in zip(*found, strict=True))
-        else:
-            found = [_moments_by_rows(bag, self.mean.dtype) for bag in bags_of(features, lengths)]
-            mean, variance = (torch.stack(rows) for rows in zip(*found, strict=True))
-            mean = (mean - self.mean) / self.deviation
-            variance = variance / self.deviation.square()
-        return torch.cat([mean, (variance + 1e-12).sqrt() - 1e-6], 1).to(self.mean.dtype)
+            return _joined(found).to(self.mean.dtype)
+        watched = Moments(lengths)
+        with torch.autocast(features.device.type, enabled=False):
+            for rows in rows_of(features):
+                watched.add(standardised(rows, (self.mean, self.deviation)))
+        return watched.found().to(self.mean.dtype)
+
+
+class Moments:
+    """Mean and standard deviation of each bag, from rows that come some at a time.
+
+    The squares are those of distances to the mean of the rows that came together: what such parts
+    hold is joined as Chan et al. (1979) do, and loses no digits where a mean is large.
+
+    Args:
+        lengths: rows of each bag, whose bags come end to end.
+    """
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        self._lengths = lengths
+        self._parts: list[list[tuple[int, Tensor, Tensor]]] = [[]]
+        self._room = lengths[0]  # rows of the last bag that are still to come
+
+    def add(self, rows: Tensor) -> None:
+        """The next rows [n, D], float32 or wider, without gradient."""
+        while len(rows):
+            while not self._room:
+                self._room = self._lengths[len(self._parts)]
+                self._parts.append([])
+            some, rows = rows[: self._room], rows[self._room :]
+            self._room -= len(some)
+            mean = some.mean(0)
+            self._parts[-1].append((len(some), mean, (some - mean).square_().sum(0)))
+
+    def found(self) -> Tensor:
+        """[B, 2 D] of all bags."""
+        return _joined([_of_parts(parts) for parts in self._parts])
+
+
+def _of_parts(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a bag, [D] each."""
+    if len(parts) == 1:
+        count, mean, square = parts[0]
+        return mean, square / count
+    means, squares = (torch.stack(p) for p in list(zip(*parts, strict=True))[1:])
+    counts = means.new_tensor([count for count, _, _ in parts])[:, None]
+    mean = (counts * means).sum(0) / counts.sum()
+    between = (counts * (means - mean).square()).sum(0)
+    return mean, (squares.sum(0) + between) / counts.sum()
 
 
 def _moments(bag: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,9 +233,7 @@ def _moments(bag: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (bag - mean).square().mean(0)
 
 
-def _moments_by_rows(bag: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`_moments` of a bag of any float type, in `dtype` and no less than 32 bits."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    mean = torch.stack([rows.sum(0, dtype=dtype) for rows in rows_of(bag)]).sum(0) / len(bag)
-    squares = [(rows.to(dtype) - mean).square_().sum(0) for rows in rows_of(bag)]
-    return mean, torch.stack(squares).sum(0) / len(bag)
+def _joined(found: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean and variance of each bag, side by side and as a deviation: [B, 2 D]."""
+    mean, variance = (torch.stack(rows) for rows in zip(*found, strict=True))
+    return torch.cat([mean, (variance + 1e-12).sqrt() - 1e-6], 1)

@@ -17,11 +17,12 @@ from slidevlm.models.attention import (
     OwnStart,
     SelfAttentionLayer,
 )
-from slidevlm.models.linear import is_plain, normalised_linear
+from slidevlm.models.linear import Watch, are_data, is_plain, normalised_linear
 from slidevlm.models.mode import Group
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     FourierPositions,
+    Moments,
     SlideEncoder,
     Standardise,
     check_heads,
@@ -156,9 +157,8 @@ class Perceiver(SlideEncoder):
 
     def forward(self, bags: Bags) -> Tensor:
         """Bags -> latents [B, latents, width]."""
-        latents = self._begin(bags)
+        latents, tiles = self.begin(bags)
         if self.first is not None:  # without blocks nothing reads the tiles one by one
-            tiles = self._tiles(bags)
             latents = self._block(self.first, latents, *self._context(self.first, tiles), bags)
             if self.further is not None:
                 key, value = self._context(self.further, tiles)
@@ -181,29 +181,39 @@ class Perceiver(SlideEncoder):
         groups = [(name, [p for p in part if p is not None]) for name, part in parts]
         return [(name, part) for name, part in groups if part]
 
-    def _begin(self, bags: Bags) -> Tensor:
-        """Latents [B, latents, width] that have read no single tile yet."""
-        latents = self.latents.expand(len(bags), -1, -1)
-        if self.moments is not None and self.standardise is not None:
-            known = self.standardise.moments(bags.features, bags.lengths)  # [B, 2 D]
-            latents = latents + self.moments(self.moments_dropout(known))[:, None]
-        return latents
+    def begin(self, bags: Bags) -> tuple[Tensor, Tensor]:
+        """Latents [B, latents, width] that have read no single tile yet, and what they will read.
 
-    def _tiles(self, bags: Bags) -> Tensor:
-        """What the cross-attentions read: [T, width], or the features [T, D]."""
-        if self.tile_norm is None or self.tile_project is None or self.standardise is None:
+        That is [T, width], or the features [T, D]; the bags' moments are seen in the same pass.
+        """
+        latents = self.latents.expand(len(bags), -1, -1)
+        if self.moments is None or self.standardise is None:
+            return latents, self._tiles(bags, None)
+        tile_project = self.tile_project if self.first is not None else None
+        if tile_project is not None and is_plain(tile_project) and are_data(bags.features):
+            watched = Moments(bags.lengths)
+            tiles = self._tiles(bags, watched.add)
+            known = watched.found().to(self.standardise.mean.dtype)  # [B, 2 D]
+        else:
+            tiles = self._tiles(bags, None)
+            known = self.standardise.moments(bags.features, bags.lengths)
+        return latents + self.moments(self.moments_dropout(known))[:, None], tiles
+
+    def _tiles(self, bags: Bags, watch: Watch | None) -> Tensor:
+        tile_norm, project, standard = self.tile_norm, self.tile_project, self.standardise
+        if tile_norm is None or project is None or standard is None or self.first is None:
             return bags.features
-        project, standard = self.tile_project, self.standardise
         if is_plain(project):
             (tiles,) = normalised_linear(
                 bags.features,
-                self.tile_norm,
+                tile_norm,
                 (project.weight,),
                 project.bias,
                 (standard.mean, standard.deviation),
+                watch,
             )
         else:
-            tiles = project(self.tile_norm(standard(bags.features)))
+            tiles = project(tile_norm(standard(bags.features)))
         if self.positions is not None and bags.positions is not None:
             tiles = tiles + self.positions(bags.positions)
         return tiles
