@@ -2,7 +2,7 @@
 
     make quality
     python -m benchmarks.quality [--seeds 0 1 2] [--data ../shared/data/tcga] [--out quality]
-        [--no-demo] [--at-once 2]
+        [--no-demo] [--at-once 2] [--refit]
 
 For each seed: trains examples/tcga.yaml, evaluates the test split (retrieval, zero-shot, few-shot,
 probe, intervals of 1,000 resamples of patients), writes its reports as the model's configuration
@@ -10,6 +10,10 @@ says (`generation`) and scores them; then the demo cohort, synthesized by that s
 benchmarks/tcga.py and benchmarks/reports.py are computed in the same run. Beside the reports that
 the model writes stand those that it finds: of each slide the training report whose embedding is
 nearest to the slide's.
+
+With --refit the settings are trained on training and validation split together, which cannot be
+validated any more, and so are the baselines: what more specimens bring. Reports and the demo cohort
+are left out.
 
 Seeds run side by side, `--at-once` of them, and share the cores: a step on bags this small leaves
 a second thread little to do. Everything goes to `--out`, the tables to `--out`/quality.md: mean and
@@ -33,6 +37,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import yaml
 from benchmarks.reports import frequent_words, nearest
 from benchmarks.tcga import ROWS, Cohort, baselines, newest_evaluation
 
@@ -110,23 +115,52 @@ def side_by_side(tasks: Sequence[Callable[[], Path]], at_once: int) -> list[Path
         return list(pool.map(unless_failed, tasks))
 
 
-def tcga_run(seed: int, data: Path, out: Path, slidevlm: Commands) -> Path:
+def joined(data: Path, out: Path) -> tuple[Path, Path]:
+    """The data with the validation split in the training split, and the settings without one."""
+    folder = out / "data"
+    folder.mkdir(exist_ok=True)
+    for file in data.iterdir():
+        place = folder / file.name
+        if file.name not in ("train.txt", "val.txt") and not place.exists():
+            place.symlink_to(file.resolve())
+    both = [(data / name).read_text().strip() for name in ("train.txt", "val.txt")]
+    (folder / "train.txt").write_text("\n".join(both) + "\n")
+    settings = yaml.safe_load(RECIPE.read_text())
+    recipe = out / "recipe.yaml"
+    kept = {k: v for k, v in settings.items() if "val" not in k and k != "save_captions"}
+    recipe.write_text(yaml.safe_dump(kept))
+    return folder, recipe
+
+
+def tcga_run(
+    seed: int,
+    data: Path,
+    out: Path,
+    slidevlm: Commands,
+    recipe: Path = RECIPE,
+    *,
+    reports: bool = True,
+) -> Path:
     """Train, evaluate, caption and embed with one seed; the run's folder."""
     run = out / f"tcga-{seed}"
+    validation = data / "val.txt"
     paths = [
         "--hdf5_filename", data / "tcga.h5", "--train-split", data / "train.txt",
-        "--val-split", data / "val.txt", "--test-split", data / "test.txt",
+        *(["--val-split", validation] if validation.exists() else []),
+        "--test-split", data / "test.txt",
         "--zsc-class-prompt-mapping", data / "class_prompts_ensemble.json",
         "--zsc-specimen-class-mapping", data / "specimen_class.json",
     ]  # fmt: skip
     if not (run / "test.json").exists():
-        slidevlm(f"train-{run.name}", "train", "--config", RECIPE, *paths, "--logs", out,
+        slidevlm(f"train-{run.name}", "train", "--config", recipe, *paths, "--logs", out,
                  "--name", run.name, "--seed", seed, "--no-save-captions",
                  "--workers", 0)  # fmt: skip
     if not list(run.glob("evaluation-*/metrics.json")):
         examples = [data / f"few_shot_{k}.json" for k in (1, 4, 16)]
         slidevlm(f"evaluate-{run.name}", "evaluate", run, "--probe", "--eval-metric-bootstraps",
                  1000, "--no-save-captions", "--few-shot-examples", *examples)  # fmt: skip
+    if not reports:
+        return run
     if not (run / "reports.json").exists():
         slidevlm(f"caption-{run.name}", "caption", run, data / "tcga.h5", "--split",
                  data / "test.txt", "--output", run / "reports.json", "--workers", 0)  # fmt: skip
@@ -243,18 +277,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("quality"))
     parser.add_argument("--no-demo", action="store_true")
     parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
+    parser.add_argument("--refit", action="store_true", help="train on validation too")
     args = parser.parse_args()
     began = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     commands = Commands(args.out, args.at_once)
-    tasks = [partial(tcga_run, seed, args.data, args.out, commands) for seed in args.seeds]
-    if not args.no_demo:
+    data, recipe = joined(args.data, args.out) if args.refit else (args.data, RECIPE)
+    run = partial(tcga_run, data=data, out=args.out, slidevlm=commands, recipe=recipe,
+                  reports=not args.refit)  # fmt: skip
+    tasks = [partial(run, seed) for seed in args.seeds]
+    if not args.no_demo and not args.refit:
         tasks += [partial(demo_run, seed, args.out, commands) for seed in args.seeds]
     found = side_by_side(tasks, args.at_once)
     runs, demos = found[: len(args.seeds)], found[len(args.seeds) :]
-    cohort = Cohort(args.data)
-    lines = ["## tcga", "", *table_of_tasks(runs, cohort), "", "## tcga: reports", "",
-             *table_of_reports(runs, cohort)]  # fmt: skip
+    cohort = Cohort(data)
+    lines = ["## tcga", "", *table_of_tasks(runs, cohort)]
+    if not args.refit:
+        lines += ["", "## tcga: reports", "", *table_of_reports(runs, cohort)]
     if demos:
         lines += ["", "## Demo cohort", "", *table_of_demos(demos)]
     lines += ["", "| computed now | seconds |", "|---|---|"]

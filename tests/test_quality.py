@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+from slidevlm.data.splits import read_identifiers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,3 +74,27 @@ def test_what_is_there_is_not_computed_again(quality: Any, tmp_path: Path) -> No
 
     assert quality.tcga_run(3, tmp_path, tmp_path, commands) == run
     assert named == ["caption-tcga-3"]
+
+
+def test_refit_trains_on_both_splits_and_validates_on_none(quality: Any, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    for folder in (data, out):
+        folder.mkdir()
+    (data / "train.txt").write_text("a,\nb")
+    (data / "val.txt").write_text("c\n")
+    (data / "test.txt").write_text("d\n")
+    for _ in range(2):  # a run that was stopped goes on
+        joined, recipe = quality.joined(data, out)
+    assert read_identifiers(joined / "train.txt") == ["a", "b", "c"]
+    assert read_identifiers(joined / "test.txt") == ["d"]
+    assert (data / "train.txt").read_text() == "a,\nb", "the data are as they were"
+    settings, kept = (yaml.safe_load(f.read_text()) for f in (quality.RECIPE, recipe))
+    assert settings.items() >= kept.items() and kept["epochs"] == settings["epochs"]
+    given: list[tuple[object, ...]] = []
+
+    def commands(name: str, *words: object) -> None:
+        given.append(words)
+
+    quality.tcga_run(0, joined, out, commands, recipe, reports=False)
+    assert [words[0] for words in given] == ["train", "evaluate"]
+    assert recipe in given[0] and "--val-split" not in given[0]

@@ -20,7 +20,7 @@ _FIRST_PORT, _PORTS = 15_000, 15_000
 # Turns of the loop in which a thread waits before it sleeps; some 50 microseconds.
 _SPINS = 10_000
 
-# mallopt(3): what it sets, to how many bytes. These are where glibc arrives by itself at most.
+# mallopt(3): what it sets, and to how many bytes: where glibc on 64 bits arrives by itself at most.
 _TRIM_THRESHOLD, _KEPT_BYTES = -1, 1 << 26
 _MMAP_THRESHOLD, _LARGE_BYTES = -3, 1 << 25
 
@@ -38,11 +38,12 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
 
 
 def keep_memory(environment: Mapping[str, str]) -> None:
-    """Let the process keep up to 64 MB that it has freed, for the next tensors.
+    """Let the process keep memory that it has freed, for the next tensors.
 
-    glibc gives all but some megabytes back to the system at once, until something large has been
-    freed. The next bag then has new pages, 4 kB each, which cost a quarter of its time
-    (docs/performance.md). What the user has set stays, and so does any other C library.
+    Until something large has been freed, glibc gives what is free at the end of its heap back to
+    the system. The next bag then has new pages, 4 kB each, which cost a sixth of its time
+    (docs/performance.md). Now it keeps 64 MB there, and has tensors of up to 32 MB in the heap, as
+    it does by itself after it has freed one of these. What the user has set stays.
     """
     mine = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}
     if mine & environment.keys():

@@ -246,10 +246,34 @@ def test_moments_seen_on_the_way_are_those_made_alone(monkeypatch: pytest.Monkey
     torch.nn.init.normal_(encoder.moments.weight)
     features = (5 + torch.randn(sum(lengths), 3)).double()
     alone = encoder.moments(encoder.standardise.moments(features, lengths))
+    apart, made = encoder.standardise.moments, []
+
+    def moments(features: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+        made.append(features.requires_grad)
+        return apart(features, lengths)
+
+    monkeypatch.setattr(encoder.standardise, "moments", moments)
     for data in (features, features.clone().requires_grad_()):
         latents, tiles = encoder.begin(Bags(data, lengths))
         torch.testing.assert_close(latents - encoder.latents, alone[:, None].expand_as(latents))
         assert tiles.shape == (sum(lengths), 8)
+    assert made == [True], "those of data are seen on the way"
+
+
+def test_moments_do_not_depend_on_the_bags_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(linear.BYTES_AT_ONCE, "cpu", 4 * 3 * 4)
+    first, second = torch.randn(7, 3), torch.randn(9, 3)
+    standardise = Standardise(3)
+    both = standardise.moments(torch.cat([first, second]), (7, 9))
+    assert torch.equal(both[1:], standardise.moments(second, (9,)))
+
+
+@pytest.mark.parametrize("lengths", [(2, 9), (2, 3), (6, 0), ()])
+def test_moments_of_other_lengths_than_the_tiles_are_refused(lengths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="tiles"):
+        watched = Moments(lengths)
+        watched.add(torch.randn(6, 3))
+        watched.found()
 
 
 def test_moments_of_a_large_mean_lose_no_digits() -> None:

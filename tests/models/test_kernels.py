@@ -39,6 +39,16 @@ def test_a_product_is_the_layer_s(inputs: int, outputs: int, shares: int) -> Non
             )
 
 
+@pytest.mark.parametrize("outputs", [3, 37, 64])
+def test_the_number_of_threads_changes_no_digit(outputs: int) -> None:
+    weight = torch.randn(outputs, 64).numpy()
+    for rows in (1, 2, 3, 24):
+        x = torch.randn(rows, 64).numpy()
+        alone = kernels.linear(weight, None, x, 1)
+        for shares in (2, 3, 5, 50):
+            assert np.array_equal(kernels.linear(weight, None, x, shares), alone)
+
+
 def test_a_row_is_the_same_beside_others() -> None:
     """To rounding; what is not finite in one row stays there."""
     weight, x = torch.randn(64, 100), torch.randn(9, 100)

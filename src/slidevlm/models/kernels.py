@@ -219,8 +219,10 @@ def linear(weight: Array, bias: Array, x: Array, shares: int) -> Array:
     """x [R, in] -> [R, out]; `shares`, in how many parts the outputs are divided among threads."""
     outputs = len(weight)
     y = np.empty((len(x), outputs), np.float32)
+    fours = outputs // 4  # a share begins at one, so that their number changes no digit
     for s in prange(shares):
-        begin, end = s * outputs // shares, (s + 1) * outputs // shares
+        begin = 4 * (s * fours // shares)
+        end = outputs if s + 1 == shares else 4 * ((s + 1) * fours // shares)
         _multiply(weight, bias, x, y, begin, end)
     return y
 

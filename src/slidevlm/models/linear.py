@@ -163,20 +163,18 @@ def normalised_linear(
         weights: [W, D] each.
         bias: [sum of W], added to the outputs.
         standard: mean and deviation [D] by which the features are standardised before the norm.
-        watch: sees all rows before the norm, standardised, in float32 or wider, without gradient.
+        watch: sees all rows before the norm, standardised, in float32 or wider, where `are_data`.
 
     Returns:
         One [T, W] for each weight, contiguous.
     """
     assert norm.weight is not None and norm.bias is not None
     plain = not are_data(features)
+    assert watch is None or not plain
     parts = [None] * len(weights) if bias is None else bias.split([len(w) for w in weights])
     if plain:
         rows = features.to(norm.weight.dtype)
-        rows = rows if standard is None else (rows - standard[0]) / standard[1]
-        if watch is not None:
-            watch(rows.detach())
-        rows = norm(rows)
+        rows = norm(rows if standard is None else (rows - standard[0]) / standard[1])
         return tuple(F.linear(rows, w, b) for w, b in zip(weights, parts, strict=True))
     folded, biases = [], []
     for weight, part in zip(weights, parts, strict=True):

@@ -179,52 +179,68 @@ class Standardise(nn.Module):
             return _joined(found).to(self.mean.dtype)
         watched = Moments(lengths)
         with torch.autocast(features.device.type, enabled=False):
-            for rows in rows_of(features):
-                watched.add(standardised(rows, (self.mean, self.deviation)))
+            # Bag by bag: the moments of one do not depend on the others, to the last bit.
+            for bag in bags_of(features, lengths):
+                for rows in rows_of(bag):
+                    watched.add(standardised(rows, (self.mean, self.deviation)))
         return watched.found().to(self.mean.dtype)
 
 
 class Moments:
     """Mean and standard deviation of each bag, from rows that come some at a time.
 
-    The squares are those of distances to the mean of the rows that came together: what such parts
+    The squares are those of distances to the mean of the rows that came together; what such parts
     hold is joined as Chan et al. (1979) do, and loses no digits where a mean is large.
 
     Args:
-        lengths: rows of each bag, whose bags come end to end.
+        lengths: rows of each bag, one or more; bags come end to end.
     """
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"bags of {lengths} tiles: each must have one or more")
         self._lengths = lengths
-        self._parts: list[list[tuple[int, Tensor, Tensor]]] = [[]]
-        self._room = lengths[0]  # rows of the last bag that are still to come
+        self._found: list[tuple[Tensor, Tensor]] = []  # mean and sum of squares of whole bags
+        self._seen = 0  # rows of the next one
+        self._mean, self._squares = torch.empty(0), torch.empty(0)
 
     def add(self, rows: Tensor) -> None:
-        """The next rows [n, D], float32 or wider, without gradient."""
+        """The next rows [n, D], float32 or wider, without gradient.
+
+        Raises:
+            ValueError: there are more than the bags have.
+        """
         while len(rows):
-            while not self._room:
-                self._room = self._lengths[len(self._parts)]
-                self._parts.append([])
-            some, rows = rows[: self._room], rows[self._room :]
-            self._room -= len(some)
-            mean = some.mean(0)
-            self._parts[-1].append((len(some), mean, (some - mean).square_().sum(0)))
+            if len(self._found) == len(self._lengths):
+                raise ValueError(f"{len(rows)} tiles more than the bags' {sum(self._lengths)}")
+            length = self._lengths[len(self._found)]
+            some, rows = rows.tensor_split([length - self._seen])
+            self._join(some)
+            if self._seen == length:
+                self._found.append((self._mean, self._squares / length))
+                self._seen = 0
+
+    def _join(self, rows: Tensor) -> None:
+        mean = rows.mean(0)
+        squares = (rows - mean).square_().sum(0)
+        seen, new = self._seen, len(rows)
+        self._seen = seen + new
+        if seen:
+            # By numbers of Python: a tensor of counts would make a GPU's host wait.
+            away = mean - self._mean
+            mean = self._mean + away * (new / self._seen)
+            squares = self._squares + squares + away.square() * (seen * new / self._seen)
+        self._mean, self._squares = mean, squares
 
     def found(self) -> Tensor:
-        """[B, 2 D] of all bags."""
-        return _joined([_of_parts(parts) for parts in self._parts])
+        """[B, 2 D] of all bags.
 
-
-def _of_parts(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a bag, [D] each."""
-    if len(parts) == 1:
-        count, mean, square = parts[0]
-        return mean, square / count
-    means, squares = (torch.stack(p) for p in list(zip(*parts, strict=True))[1:])
-    counts = means.new_tensor([count for count, _, _ in parts])[:, None]
-    mean = (counts * means).sum(0) / counts.sum()
-    between = (counts * (means - mean).square()).sum(0)
-    return mean, (squares.sum(0) + between) / counts.sum()
+        Raises:
+            ValueError: rows have not come.
+        """
+        if len(self._found) < len(self._lengths):
+            raise ValueError(f"fewer tiles than the bags' {sum(self._lengths)}")
+        return _joined(self._found)
 
 
 def _moments(bag: Tensor) -> tuple[Tensor, Tensor]:

@@ -194,10 +194,10 @@ class Perceiver(SlideEncoder):
             watched = Moments(bags.lengths)
             tiles = self._tiles(bags, watched.add)
             known = watched.found().to(self.standardise.mean.dtype)  # [B, 2 D]
-        else:
-            tiles = self._tiles(bags, None)
-            known = self.standardise.moments(bags.features, bags.lengths)
-        return latents + self.moments(self.moments_dropout(known))[:, None], tiles
+            return latents + self.moments(self.moments_dropout(known))[:, None], tiles
+        known = self.standardise.moments(bags.features, bags.lengths)
+        latents = latents + self.moments(self.moments_dropout(known))[:, None]
+        return latents, self._tiles(bags, None)
 
     def _tiles(self, bags: Bags, watch: Watch | None) -> Tensor:
         tile_norm, project, standard = self.tile_norm, self.tile_project, self.standardise
