@@ -177,13 +177,21 @@ def size_problem(length: int, most: int, what: str) -> str | None:
     )
 
 
+_FOLDER = 0x10  # of the attributes of MS-DOS, the lowest byte of a member's
+
+
 def check_stored(archive: zipfile.ZipFile) -> None:
     """That an archive is as torch.save writes it: a few kilobytes cannot stand for all memory.
 
+    Nothing that has content is marked as a folder either, which one flipped bit does: of a tensor
+    so marked torch reads nothing, and hands out memory as it found it.
+
     Raises:
-        BadZipFile: something in it is compressed, which torch never does.
+        BadZipFile: something in it is compressed, or such a folder, which torch never writes.
     """
     for member in archive.infolist():
+        if member.file_size and (member.is_dir() or member.external_attr & _FOLDER):
+            raise zipfile.BadZipFile(f"{member.filename} is marked as a folder")
         if member.compress_type != zipfile.ZIP_STORED:
             raise zipfile.BadZipFile(f"{member.filename} is compressed")
 

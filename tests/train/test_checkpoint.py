@@ -215,6 +215,20 @@ def test_a_flipped_bit_is_found_or_harmless(
         assert equal(read, states()), "damage went unnoticed"
 
 
+def test_a_tensor_marked_as_a_folder_is_found(whole: bytes, tmp_path: Path) -> None:
+    """One bit in the archive's directory, for which torch reads nothing; of each part in turn."""
+    path, marked = tmp_path / "epoch_1.pt", 0
+    entry = whole.find(b"PK\x01\x02")
+    while entry >= 0:
+        content = bytearray(whole)
+        content[entry + 38] ^= 0x10
+        path.write_bytes(content)
+        assert "folder" in refused(path)
+        marked += 1
+        entry = whole.find(b"PK\x01\x02", entry + 4)
+    assert marked > 3
+
+
 def test_a_flipped_bit_of_a_weight_is_found(whole: bytes, tmp_path: Path) -> None:
     """Nothing but the checksum can see it."""
     weight = states()[0].weights["a.weight"].numpy().tobytes()
