@@ -12,8 +12,8 @@ the model writes stand those that it finds: of each slide the training report wh
 nearest to the slide's.
 
 With --refit the settings are trained on training and validation split together, which cannot be
-validated any more, and so are the baselines: what more specimens bring. Reports and the demo cohort
-are left out.
+validated any more, and so are the baselines: what more specimens bring. The bars are for the
+training split alone; they, reports and the demo cohort are left out. It all goes to `--out`/refit.
 
 Seeds run side by side, `--at-once` of them, and share the cores: a step on bags this small leaves
 a second thread little to do. Everything goes to `--out`, the tables to `--out`/quality.md: mean and
@@ -31,7 +31,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -127,7 +127,7 @@ def joined(data: Path, out: Path) -> tuple[Path, Path]:
     (folder / "train.txt").write_text("\n".join(both) + "\n")
     settings = yaml.safe_load(RECIPE.read_text())
     recipe = out / "recipe.yaml"
-    kept = {k: v for k, v in settings.items() if "val" not in k and k != "save_captions"}
+    kept = {k: v for k, v in settings.items() if "val" not in k.split("_")}
     recipe.write_text(yaml.safe_dump(kept))
     return folder, recipe
 
@@ -185,7 +185,7 @@ def spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
 
 
-def table_of_tasks(runs: list[Path], cohort: Cohort) -> list[str]:
+def table_of_tasks(runs: list[Path], cohort: Cohort, bars: Mapping[str, float] = BARS) -> list[str]:
     """Retrieval, zero-shot, few-shot, probe."""
     known = baselines(cohort)
     stored = [json.loads((newest_evaluation(r) / "metrics.json").read_text()) for r in runs]
@@ -199,9 +199,9 @@ def table_of_tasks(runs: list[Path], cohort: Cohort) -> list[str]:
         values = [metrics[f"test/{name}"]["value"] for metrics in found]
         first = found[0][f"test/{name}"]
         bar = ""
-        if name in BARS:
-            met = "met" if np.mean(values) >= BARS[name] else "missed"
-            bar = f"{BARS[name]:.2f}: {met}"
+        if name in bars:
+            met = "met" if np.mean(values) >= bars[name] else "missed"
+            bar = f"{bars[name]:.2f}: {met}"
         beside = "" if key is None else f"{known[key]:.3f}"
         lines.append(f"| {name} | {spread(values)} | {first['lo']:.3f} to {first['hi']:.3f} | "
                      f"{beside} | {what} | {bar} |")  # fmt: skip
@@ -280,6 +280,8 @@ def main() -> None:
     parser.add_argument("--refit", action="store_true", help="train on validation too")
     args = parser.parse_args()
     began = time.perf_counter()
+    if args.refit:  # other runs of the same names
+        args.out /= "refit"
     args.out.mkdir(parents=True, exist_ok=True)
     commands = Commands(args.out, args.at_once)
     data, recipe = joined(args.data, args.out) if args.refit else (args.data, RECIPE)
@@ -291,7 +293,7 @@ def main() -> None:
     found = side_by_side(tasks, args.at_once)
     runs, demos = found[: len(args.seeds)], found[len(args.seeds) :]
     cohort = Cohort(data)
-    lines = ["## tcga", "", *table_of_tasks(runs, cohort)]
+    lines = ["## tcga", "", *table_of_tasks(runs, cohort, {} if args.refit else BARS)]
     if not args.refit:
         lines += ["", "## tcga: reports", "", *table_of_reports(runs, cohort)]
     if demos:

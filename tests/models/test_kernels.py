@@ -49,6 +49,38 @@ def test_the_number_of_threads_changes_no_digit(outputs: int) -> None:
             assert np.array_equal(kernels.linear(weight, None, x, shares), alone)
 
 
+def test_nor_does_it_in_a_whole_layer() -> None:
+    """Three queries of each of two contexts to 7 tokens, and two new tokens of each of three sequences."""
+    draw = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> np.ndarray:
+        return torch.randn(shape, generator=draw).numpy()
+
+    width, heads, hidden = 36, 3, 22
+    norm = numbers(width), numbers(width), 1e-5
+    x, context = numbers(6, width), numbers(2 * heads * 7 * 12)
+    query, out, bias = numbers(width, width), numbers(width, width), numbers(width)
+    project, inner, outer = (
+        numbers(3 * width, width), numbers(2 * hidden, width), numbers(width, hidden)
+    )  # fmt: skip
+    inner_bias, starts = numbers(2 * hidden), np.array([0, 4, 2])
+    cache = numbers(3, heads, 9, 12)
+
+    def both(shares: int) -> list[np.ndarray]:
+        crossed = kernels.cross_attention(
+            x, norm, query, out, bias, heads, context, context, (heads * 84, 84, 12), 7, 3, shares
+        )
+        layer = kernels.self_attention_layer(
+            x, norm, project, out, bias, norm, inner, inner_bias, outer, bias, heads,
+            cache.copy(), cache.copy(), starts, shares,
+        )  # fmt: skip
+        return [crossed, layer]
+
+    alone = both(1)
+    for shares in (2, 3, 5, 50):
+        assert all(map(np.array_equal, both(shares), alone))
+
+
 def test_a_row_is_the_same_beside_others() -> None:
     """To rounding; what is not finite in one row stays there."""
     weight, x = torch.randn(64, 100), torch.randn(9, 100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -138,7 +139,7 @@ def test_bad_guesses_stop() -> None:
     text = [BOS]
     counts = []
     for _ in range(60):
-        counts.append(lookup.worth([lookup.guess(text)], 50))
+        counts.append(lookup.worth([lookup.guess(text)], 50, math.sqrt))
         text.append(5)
         lookup.learn(lookup.guess(text), text, 1)
     assert counts[0] > 1 and set(counts[20:]) == {1}
@@ -153,8 +154,10 @@ def test_guesses() -> None:
     assert lookup.guess([BOS]) == Guess(4, (5, 6, 7, 8, 9, 10)), "the beginning is one, too"
     lookup.learn(NOTHING, [BOS, 4, 7, 8, 3], 1)
     assert lookup.guess([BOS, 4, 4, 7, 8]) == Guess(2, (3,)), "the latest"
-    assert lookup.worth([NOTHING], 50) == 1 == lookup.worth([lookup.guess([BOS])], 1)
-    assert lookup.worth([lookup.guess([BOS])] * 40, 50) == 1, "as many rows are work enough"
+    assert lookup.worth([NOTHING], 50, math.sqrt) == 1
+    assert lookup.worth([lookup.guess([BOS])], 1, math.sqrt) == 1
+    many = [lookup.guess([BOS])] * 40
+    assert lookup.worth(many, 50, math.sqrt) == 1, "as many rows are work enough"
     guess = [lookup.guess([BOS])]
     assert lookup.worth(guess, 50, lambda n: 1.0) == 7, "all of them, where a pass costs the same"
     assert lookup.worth(guess, 50, float) == 1, "none, where each token costs as much"

@@ -10,7 +10,6 @@ same; only the number of passes is smaller.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -56,9 +55,7 @@ class Lookup:
                 return Guess(size, tuple(other[place : place + MOST_TOKENS - 1]))
         return NOTHING
 
-    def worth(
-        self, guesses: Sequence[Guess], room: int, cost: Callable[[int], float] = math.sqrt
-    ) -> int:
+    def worth(self, guesses: Sequence[Guess], room: int, cost: Callable[[int], float]) -> int:
         """Tokens that are best read of each report in the next pass, 1 to `room`: 1 is no guess.
 
         As many tokens are gained as guesses have been right of late. `cost` tells what a pass over
