@@ -50,7 +50,7 @@ def test_the_number_of_threads_changes_no_digit(outputs: int) -> None:
 
 
 def test_nor_does_it_in_a_whole_layer() -> None:
-    """Three queries of each of two contexts to 7 tokens, and two new tokens of each of three sequences."""
+    """Three queries to each of two contexts; two new tokens of each of three sequences."""
     draw = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> np.ndarray:
