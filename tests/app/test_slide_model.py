@@ -18,6 +18,8 @@ from slidevlm import testing
 from slidevlm.app.slide_model import SlideModel
 from slidevlm.batch import Bags
 from slidevlm.errors import CheckpointError, ConfigError, DataError, SlideVLMError
+from slidevlm.models import few_rows, fused, sketch
+from slidevlm.models.generate import Lookup
 from slidevlm.precision import for_use
 
 
@@ -186,6 +188,24 @@ def test_prompts_that_are_none(model: SlideModel) -> None:
             model.classify(bag, prompts)
     with pytest.raises(ConfigError, match="not one of mean"):
         model.classify(bag, ["a", "b"], ensemble="median")
+
+
+@pytest.mark.skipif(not fused.is_available(), reason="numba is not installed")
+def test_a_caption_is_guessed_by_rounded_weights(
+    model: SlideModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once enough has been written one at a time, and with the same text."""
+    expected = [model.caption(testing.bag(), max_tokens=20, seed=seed, top_k=4) for seed in (1, 2)]
+    monkeypatch.setattr(few_rows, "LEAST", 0)
+    monkeypatch.setattr(sketch, "LEAST_WEIGHTS", 0)
+    rounded, enter = [], fused.Fused.rounded
+    monkeypatch.setattr(fused.Fused, "rounded", lambda *a: (rounded.append(1), enter(*a))[1])
+    model._lookup = Lookup()
+    monkeypatch.setattr(model._lookup, "worth", lambda *_: 1)
+    for _ in range(sketch.LEAST_WRITTEN // 20 + 2):
+        for seed, text in zip((1, 2), expected, strict=True):
+            assert model.caption(testing.bag(), max_tokens=20, seed=seed, top_k=4) == text
+    assert rounded
 
 
 def test_captions(model: SlideModel, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -343,9 +344,8 @@ def test_numba_as_it_is_told_to_be(environment: dict[str, str], said: str) -> No
 def unstarted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process that has not looked for numba yet."""
     monkeypatch.setattr(fused, "_processes", [])
-    fused._started.cache_clear()
+    monkeypatch.setattr(fused, "_started", functools.cache(fused._started.__wrapped__))
     yield
-    fused._started.cache_clear()
     few_rows._tell_of_numba.cache_clear()
 
 
@@ -357,7 +357,7 @@ def test_numba_that_is_broken(
 ) -> None:
     from slidevlm.models import kernels
 
-    def fails() -> None:
+    def fails(*, narrow: bool) -> None:
         raise error
 
     monkeypatch.setattr(kernels, "compile_all", fails)

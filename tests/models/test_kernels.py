@@ -39,6 +39,48 @@ def test_a_product_is_the_layer_s(inputs: int, outputs: int, shares: int) -> Non
             )
 
 
+def in_16_bits(weight: torch.Tensor, shares: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    outputs, inputs = weight.shape
+    pairs, steps = np.empty((outputs, inputs // 2), np.int32), np.empty(outputs, np.float32)
+    kernels.sketch(weight.numpy(), pairs, steps, shares)
+    return pairs, steps
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3])
+@pytest.mark.parametrize(("inputs", "outputs"), [(2, 1), (6, 5), (64, 2), (514, 130)])
+def test_a_product_in_16_bits(inputs: int, outputs: int, shares: int) -> None:
+    """Each number to half a step, of which the largest of its row has 32,767."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, inputs, generator=draw) * torch.logspace(-9, 9, outputs)[:, None]
+    weight[:, 0] = 3 * weight.abs().amax(1)  # so that the steps of a row are large
+    form = in_16_bits(weight, shares)
+    half = weight.abs().amax(1).double() / 32767 * 0.501
+    found = kernels.linear(form, None, torch.eye(inputs)[:24].numpy(), shares)
+    exact = weight.double().T[:24]
+    assert ((torch.from_numpy(found).double() - exact).abs() <= half + 2e-7 * exact.abs()).all()
+    last = torch.zeros(1, inputs)
+    last[0, -1] = 1
+    found = kernels.linear(form, None, last.numpy(), shares)
+    assert ((torch.from_numpy(found)[0].double() - weight[:, -1]).abs() <= half).all()
+    for rows in (1, 2, 3):
+        x, bias = torch.randn(rows, inputs, generator=draw), torch.randn(outputs, generator=draw)
+        found = kernels.linear(form, bias.numpy(), x.numpy(), shares)
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        bound = half * x.double().abs().sum(1, keepdim=True) + 1e-6 * exact.abs() + 1e-6
+        assert ((torch.from_numpy(found).double() - exact).abs() <= bound).all()
+        assert np.array_equal(found, kernels.linear(form, bias.numpy(), x.numpy(), 1))
+
+
+def test_rows_that_16_bits_do_not_hold() -> None:
+    weight = torch.randn(6, 8)
+    weight[1, 3], weight[2, 5], weight[3] = torch.nan, -torch.inf, 0
+    weight[4] = 1e-39
+    found = kernels.linear(in_16_bits(weight), None, np.ones((1, 8), np.float32), 1)[0]
+    assert (found[1:5] == 0).all()
+    exact = weight.double().sum(1)[[0, 5]]
+    torch.testing.assert_close(torch.from_numpy(found[[0, 5]]).double(), exact, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("outputs", [3, 37, 64])
 def test_the_number_of_threads_changes_no_digit(outputs: int) -> None:
     weight = torch.randn(outputs, 64).numpy()
@@ -139,7 +181,7 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     code = (
         "import numpy as np\n"
         "from slidevlm.models import kernels\n"
-        "before = kernels.is_compiled()\n"
+        "before = kernels.is_compiled(narrow=False)\n"
         "kernels.linear(np.ones((2, 3), np.float32), None, np.ones((1, 3), np.float32), 1)\n"
         "print(before, sum(kernels.linear.stats.cache_hits.values()))\n"
     )
@@ -155,3 +197,14 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     for file in tmp_path.rglob("*linear*.nbi"):
         file.rename(file.with_name(file.name.replace("linear", "self_attention_layer")))
     assert told() == ["True", "0"]
+
+
+def test_what_is_compiled_last_tells_of_all() -> None:
+    for narrow in (False, True):
+        kernels.compile_all(narrow=narrow)
+        assert kernels.is_compiled(narrow=narrow)
+    forms = kernels.self_attention_layer.signatures
+    assert len(forms) == len(kernels.cross_attention.signatures) == 2
+    assert len(kernels.linear.signatures) == 4, "with a bias and without"
+    kernels.linear(in_16_bits(torch.ones(4, 2)), None, np.ones((1, 2), np.float32), 1)
+    assert len(kernels.linear.signatures) == 4

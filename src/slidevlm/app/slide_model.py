@@ -28,7 +28,7 @@ from slidevlm.eval.prompts import Prompts, prompts_of, read_prompts
 from slidevlm.eval.tasks.zero_shot import ClassTexts, embed_prompts
 from slidevlm.models import CoCa
 from slidevlm.models.cast import cast_weights
-from slidevlm.models.generate import Decoding, Draft, Lookup, draft
+from slidevlm.models.generate import Decoding, Draft, Lookup, Sketch, draft
 from slidevlm.precision import Precision, for_use
 from slidevlm.precision import resolve as resolve_precision
 from slidevlm.registry import unknown
@@ -182,7 +182,7 @@ class SlideModel:
         self.trained = trained
         self.precision = precision
         self.image_features_cutoff = image_features_cutoff
-        self._lookup = Lookup()  # of what it has written
+        self._lookup, self._sketch = Lookup(), Sketch()  # of what it has written
         self._class_texts = lru_cache(maxsize=8)(self._embed_prompts)
 
     @property
@@ -520,6 +520,7 @@ class SlideModel:
                 told,
                 self._lookup,
                 words,
+                self._sketch,
                 finite=True,
             )
         return [reports(drafts) for drafts in found]

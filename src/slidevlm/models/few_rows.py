@@ -23,7 +23,7 @@ import logging
 import math
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,11 @@ def few_rows(*towers: nn.Module | None) -> Iterator[Fused | None]:
             if forward is not None:
                 module.forward = forward
                 changed.append(module)
-        with nullcontext() if fused is None else fused.own_threads():
-            yield fused
+        if fused is None:
+            yield None
+        else:
+            with fused.own_threads():
+                yield fused
     finally:
         for module in changed:
             module.__dict__.pop("forward", None)

@@ -2,6 +2,9 @@
 
 They are made for one call of generation, and only of modules that are nothing more than their
 float32 weights. Beyond `MOST` rows the modules take over.
+
+What takes the time of a few tokens is reading the weights. For tokens that are only guessed they
+are kept rounded to 16 bits besides, which takes half of it: `models/sketch.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from slidevlm.models.attention import (
     GEGLU,
@@ -30,6 +35,8 @@ from slidevlm.models.linear import is_plain, is_replaced
 log = logging.getLogger(__name__)
 
 WITHOUT = "reports are the same, but written more slowly, without numba"
+BROKEN = ("%s, which does not work here (install it anew, or give its files another folder by "
+          "NUMBA_CACHE_DIR): %s")  # fmt: skip
 THREADS = ("omp", "tbb")  # numba's own end the process where two callers use them at once
 MOST = 24  # rows; of more, the libraries behind torch are as quick: `benchmarks/few_rows.py`
 
@@ -59,12 +66,11 @@ def _started(process: int) -> Any:
             return None
         from slidevlm.models import kernels
 
-        if not kernels.is_compiled():
+        if not kernels.is_compiled(narrow=False):
             log.info("compiling layers for this processor: some 20 seconds, once on a machine")
-        kernels.compile_all()
+        kernels.compile_all(narrow=False)
     except Exception as error:  # of whatever is wrong with numba or with the place for its files
-        log.warning("%s, which does not work here (install it anew, or give its files another "
-                    "folder by NUMBA_CACHE_DIR): %s", WITHOUT, error)  # fmt: skip
+        log.warning(BROKEN, WITHOUT, error)
         return None
     finally:
         # To start its threads numba sets the number of OpenMP's, which may be torch's too.
@@ -72,6 +78,20 @@ def _started(process: int) -> Any:
             torch.set_num_threads(mine)
     _processes.append(process)
     return kernels
+
+
+@functools.cache
+def _narrow_started(process: int) -> bool:
+    """Whether the kernels are compiled for weights in 16 bits too, or could be."""
+    kernels = _started(process)
+    try:
+        if not kernels.is_compiled(narrow=True):
+            log.info("compiling layers with weights in 16 bits: some 20 seconds, once on a machine")
+        kernels.compile_all(narrow=True)
+    except Exception as error:  # the place for numba's files may have filled up
+        log.warning(BROKEN, WITHOUT, error)
+        return False
+    return True
 
 
 def is_available() -> bool:
@@ -95,6 +115,8 @@ class Fused:
         import numba
 
         self.kernels, self.many = _started(os.getpid()), many
+        self.narrowed: Narrowed | None = None  # what is read now, where it is in 16 bits
+        self.sizes: dict[int, int] = {}  # of weights, by where they lie: some are of two layers
         most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         self.threads = min(torch.get_num_threads(), most)
 
@@ -109,6 +131,24 @@ class Fused:
             yield
         finally:
             numba.set_num_threads(before)
+
+    @property
+    def size(self) -> int:
+        """How many weights the layers have."""
+        return sum(self.sizes.values())
+
+    def can_round(self) -> bool:
+        """Whether `rounded` works here; compiles what it needs the first time."""
+        return _narrow_started(os.getpid())
+
+    @contextmanager
+    def rounded(self, kept: Narrowed) -> Iterator[None]:
+        """Within, layers compute with weights rounded to 16 bits, in half the time."""
+        self.narrowed = kept
+        try:
+            yield
+        finally:
+            self.narrowed = None
 
     def of(self, module: nn.Module) -> Callable[..., Tensor] | None:
         """What `module.forward` may be, where there is something."""
@@ -174,35 +214,77 @@ def _are_few(x: Tensor, width: int) -> bool:
     return few and x.dtype == torch.float32
 
 
-class _Linear:
+class Narrowed:
+    """Weights in 16 bits, made when they are asked for, kept as long as those in 32 are there."""
+
+    def __init__(self) -> None:
+        self.forms: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def of(self, weight: Tensor, fused: Fused) -> Any:
+        """As the kernels read it; None of a weight without pairs, with an odd number of inputs.
+
+        A weight that was changed behind torch's back (its `.data`) is not made anew.
+        """
+        outputs, inputs = weight.shape
+        if inputs % 2:
+            return None
+        state = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        kept = self.forms.get(weight)
+        if kept is None or kept[0] != state:
+            form = np.empty((outputs, inputs // 2), np.int32), np.empty(outputs, np.float32)
+            fused.kernels.sketch(_array(weight), *form, fused.threads)
+            kept = self.forms[weight] = state, form
+        return kept[1]
+
+
+class _Layer:
+    def __init__(self, fused: Fused, *weights: Tensor) -> None:
+        self.fused, self.tensors = fused, weights
+        self.wide = [_array(w) for w in weights]
+        self.narrow: list[Any] | None = None
+        fused.sizes |= {w.data_ptr(): w.numel() for w in weights}
+
+    def weights(self) -> list[Any]:
+        """As they are to be read now, all in the same form."""
+        kept = self.fused.narrowed
+        if kept is None:
+            return self.wide
+        if self.narrow is None:
+            forms = [kept.of(w, self.fused) for w in self.tensors]
+            self.narrow = self.wide if any(f is None for f in forms) else forms
+        return self.narrow
+
+
+class _Linear(_Layer):
     def __init__(self, fused: Fused, linear: nn.Linear) -> None:
-        self.fused, self.many = fused, fused.many(linear)
-        self.weight, self.bias = _array(linear.weight), _array(linear.bias)
+        super().__init__(fused, linear.weight)
+        self.many, self.width = fused.many(linear), linear.in_features
+        self.bias = _array(linear.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if not _are_few(x, self.weight.shape[1]):
+        if not _are_few(x, self.width):
             return self.many(x)
-        y = self.fused.kernels.linear(self.weight, self.bias, _rows(x), self.fused.threads)
+        (weight,) = self.weights()
+        y = self.fused.kernels.linear(weight, self.bias, _rows(x), self.fused.threads)
         return torch.from_numpy(y).view(*x.shape[:-1], -1)
 
 
-class _CrossAttention:
+class _CrossAttention(_Layer):
     def __init__(self, fused: Fused, module: CrossAttention) -> None:
-        self.fused, self.many, self.heads = fused, module.forward, module.heads
-        self.norm = _norm(module.norm)
-        self.query, self.out = _array(module.query.weight), _array(module.out.weight)
-        self.bias = _array(module.out.bias)
+        super().__init__(fused, module.query.weight, module.out.weight)
+        self.many, self.heads, self.width = module.forward, module.heads, module.query.in_features
+        self.norm, self.bias = _norm(module.norm), _array(module.out.bias)
 
     def __call__(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As `CrossAttention.forward`."""
         strides, contexts = key.stride(), max(1, len(key))
         fits = strides[3] == 1 and value.stride() == strides and key.shape[2] > 0
-        if not fits or len(x) % contexts or not _are_few(x, self.query.shape[1]):
+        if not fits or len(x) % contexts or not _are_few(x, self.width):
             return self.many(x, key, value)
         rows = _rows(x)
         y = self.fused.kernels.cross_attention(
-            rows, self.norm, self.query, self.out, self.bias, self.heads,
+            rows, self.norm, *self.weights(), self.bias, self.heads,
             _flat(key), _flat(value), strides[:3], key.shape[2],
             len(rows) // len(key), self.fused.threads,
         )  # fmt: skip
@@ -215,19 +297,15 @@ def _flat(tensor: Tensor) -> Any:
     return tensor.as_strided((last + 1,), (1,)).numpy()
 
 
-class _SelfAttentionLayer:
+class _SelfAttentionLayer(_Layer):
     def __init__(self, fused: Fused, layer: SelfAttentionLayer, gated: GEGLU) -> None:
         attention = layer.attention
-        self.fused, self.many, self.heads = fused, layer.forward, attention.heads
-        self.attention = (
-            _norm(attention.norm),
-            *(_array(p) for p in (attention.project.weight, attention.out.weight)),
-            _array(attention.out.bias),
-        )
+        linears = attention.project, attention.out, gated.inner, gated.outer
+        super().__init__(fused, *(linear.weight for linear in linears))
+        self.many, self.heads = layer.forward, attention.heads
         self.width = attention.project.in_features
-        linears = gated.inner, gated.outer
-        weights = [_array(p) for linear in linears for p in (linear.weight, linear.bias)]
-        self.gated = (_norm(layer.norm), *weights)
+        self.first, self.second = _norm(attention.norm), _norm(layer.norm)
+        self.biases = [_array(linear.bias) for linear in linears[1:]]
 
     def __call__(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """As `SelfAttentionLayer.forward`."""
@@ -243,12 +321,15 @@ class _SelfAttentionLayer:
                 f"{len(cache.key)} of {capacity}"
             )
         if cache.places is not None:
-            starts = cache.places[:, 0].contiguous()
+            starts = cache.places[:, 0].contiguous().numpy()
         else:
-            starts = torch.full((batch,), cache.length)
+            starts = np.full(batch, cache.length)
             cache.length = length
+        project, out, inner, outer = self.weights()
+        out_bias, inner_bias, outer_bias = self.biases
         y = self.fused.kernels.self_attention_layer(
-            _rows(x), *self.attention, *self.gated, self.heads,
-            cache.key.numpy(), cache.value.numpy(), starts.numpy(), self.fused.threads,
+            _rows(x), self.first, project, out, out_bias, self.second,
+            inner, inner_bias, outer, outer_bias, self.heads,
+            cache.key.numpy(), cache.value.numpy(), starts, self.fused.threads,
         )  # fmt: skip
         return torch.from_numpy(y).view(x.shape)

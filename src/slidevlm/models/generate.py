@@ -9,7 +9,7 @@ its keys and values where they lie.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,13 @@ from slidevlm.models.decoding import (
     ranked,
 )
 from slidevlm.models.few_rows import few_rows
-from slidevlm.models.fused import cost
+from slidevlm.models.fused import Fused, cost
 from slidevlm.models.language import LanguageModel
 from slidevlm.models.lookup import NOTHING, Guess, Lookup
 from slidevlm.models.mode import evaluation_mode
+from slidevlm.models.sketch import Sketch
 
-__all__ = ["Decoding", "Draft", "Lookup", "choose", "draft", "generate"]
+__all__ = ["Decoding", "Draft", "Lookup", "Sketch", "choose", "draft", "generate"]
 
 
 def generate(
@@ -67,6 +68,7 @@ def draft(
     finished: Finished | None = None,
     lookup: Lookup | None = None,
     words: Words | None = None,
+    sketch: Sketch | None = None,
     *,
     finite: bool = False,
 ) -> list[list[Draft]]:
@@ -84,6 +86,8 @@ def draft(
             bits.
         words: of a report's tokens, the prompt left out; needed to choose by consensus, which
             compares them.
+        sketch: guesses tokens too, where one report is written at a time and layers are compiled
+            (numba, on a CPU); the reports are the same as with `lookup`.
         finite: refuse weights and features that make no numbers. Their reports are empty, and
             look as likely as can be; a training goes on with these.
 
@@ -123,8 +127,7 @@ def draft(
             draws = draws_for(specimen_ids, steps, decoding).to(device)
             # With 16 bits two tokens are often equally likely, and rounding would decide.
             ahead = lookup if logits.dtype.itemsize >= 4 else None
-            taking = math.sqrt if fused is None else cost
-            _write(model, cache, logits, prompt, draws, decoding, keep, ahead, taking)
+            _write(model, cache, logits, prompt, draws, decoding, keep, ahead, fused, sketch)
     return found
 
 
@@ -151,12 +154,10 @@ def _write(
     decoding: Decoding,
     finished: Finished,
     lookup: Lookup | None,
-    taking: Callable[[int], float],
+    fused: Fused | None,
+    sketch: Sketch | None,
 ) -> None:
-    """Greedily or by drawing: logits [B, V] after the prompt, draws [B * written, steps].
-
-    A pass over n tokens is `taking` so long.
-    """
+    """Greedily or by drawing: logits [B, V] after the prompt, draws [B * written, steps]."""
     each, steps = decoding.written, draws.shape[1]
     alive = list(range(len(logits)))
     if each > 1:
@@ -165,8 +166,9 @@ def _write(
         logits = logits[rows]
     active = [_Writing(i, [decoding.bos_id, *prompt], steps) for i in range(len(draws))]
     room, logits = 1 + len(prompt) + steps, logits[:, None]
+    taking = math.sqrt if fused is None else cost
     while True:
-        _go_on(active, logits, draws, decoding, lookup)
+        _go_on(active, logits, draws, decoding, lookup, sketch)
         over = [all(w.over for w in active[i : i + each]) for i in range(0, len(active), each)]
         for i, slide in enumerate(alive):
             if over[i]:
@@ -180,19 +182,46 @@ def _write(
             alive, active = [alive[i] for i in going], [active[i] for i in kept]
             cache.keep(*(torch.tensor(x, device=logits.device) for x in (kept, going)))
         # A report's last token is in its text, but not yet in the cache.
-        count = 1
+        lengths = [len(w.text) - 1 for w in active]
+        count, most = 1, room - 1 - max(lengths)
+        for w in active:
+            w.guess = NOTHING if w.over or lookup is None else lookup.guess(w.text)
+            w.sketched = ()
         if lookup is not None:
-            lengths = [len(w.text) - 1 for w in active]
-            for w in active:
-                w.guess = NOTHING if w.over else lookup.guess(w.text)
-            most = room - 1 - max(lengths)
             count = lookup.worth([w.guess for w in active], most, taking)
+        if count == 1 and sketch is not None and fused is not None and len(active) == 1:
+            guesses = sketch.worth(fused, most) - 1
+            if guesses:
+                cache.place(lengths, 1)
+                with sketch.rounded(fused):
+                    _foresee(model, cache, active[0], draws, decoding, guesses)
+                count = 1 + len(active[0].sketched)
+        if lookup is not None or sketch is not None:
             cache.place(lengths, count)
         # Of several draws of a slide, those that have ended wait for the others.
-        ahead = [[w.text[-1], *w.guess.tokens[: count - 1]] for w in active]
+        ahead = [[w.text[-1], *w.ahead[: count - 1]] for w in active]
         padded = [[*t, *[decoding.eos_id] * (count - len(t))] for t in ahead]
         tokens = torch.tensor(padded, device=logits.device)
         logits = model.step(tokens, cache)[:, None] if count == 1 else model.steps(tokens, cache)
+
+
+def _foresee(
+    model: CoCa | LanguageModel,
+    cache: Any,
+    writing: _Writing,
+    draws: Tensor,
+    decoding: Decoding,
+    count: int,
+) -> None:
+    """Guess the next tokens of a report, up to its end, by the model as it is now."""
+    last = writing.text[-1]
+    for place in range(count):
+        logits = model.step(torch.tensor([[last]], device=draws.device), cache)
+        chosen, _ = _chosen([writing], logits[:, None], place, draws, decoding)
+        last = int(chosen)
+        writing.sketched += (last,)
+        if last == decoding.eos_id:
+            break
 
 
 @dataclass
@@ -204,7 +233,13 @@ class _Writing:
     left: int  # tokens that may still come
     likely: float = 0.0
     ended: bool = False
-    guess: Guess = NOTHING
+    guess: Guess = NOTHING  # the lookup's
+    sketched: tuple[int, ...] = ()
+
+    @property
+    def ahead(self) -> tuple[int, ...]:
+        """The tokens that are guessed to come next."""
+        return self.sketched or self.guess.tokens
 
     @property
     def over(self) -> bool:
@@ -224,27 +259,19 @@ def _go_on(
     draws: Tensor,
     decoding: Decoding,
     lookup: Lookup | None,
+    sketch: Sketch | None,
 ) -> None:
     """Choose the next tokens: logits [R, n, V] after the last one and after n - 1 guessed ones.
 
     Each token is chosen as if it came alone, from what stands before it and with the draw of its
     place. The guess was right up to the first one that is chosen otherwise.
     """
-    count, steps = logits.shape[1], draws.shape[1]
-    places = [steps - w.left + n for w in active for n in range(count)]
-    seen = _seen(active, count, decoding, logits.device)
-    logs = log_probabilities(logits.flatten(0, 1), seen, places, decoding)
-    drawn: Tensor | None = None
-    if decoding.draws:
-        # Beyond a report's end nothing is taken of what is chosen.
-        rows = [w.row for w in active for _ in range(count)]
-        drawn = draws[rows, [min(place, steps - 1) for place in places]]
-    chosen = choose(logs, drawn, decoding)
-    likely = logs.gather(1, chosen[:, None])[:, 0]
+    count = logits.shape[1]
+    chosen, likely = _chosen(active, logits, 0, draws, decoding)
     found = torch.stack([chosen.double(), likely.double()]).view(2, -1, count).tolist()
     for w, tokens, values in zip(active, *found, strict=True):
         before = len(w.text)
-        guessed = [*w.guess.tokens[: count - 1], None]
+        guessed = [*w.ahead[: count - 1], None]
         for token, value, ahead in zip(map(int, tokens), values, guessed, strict=False):
             if w.over:
                 break
@@ -252,17 +279,42 @@ def _go_on(
             w.left, w.likely, w.ended = w.left - 1, w.likely + value, token == decoding.eos_id
             if token != ahead:
                 break
-        if lookup is not None and len(w.text) > before:
-            lookup.learn(w.guess, w.text, len(w.text) - before)
+        new = len(w.text) - before
+        if sketch is not None:
+            sketch.learn(w.sketched, w.text[before:])
+        if lookup is not None and new:
+            lookup.learn(w.guess, w.text, new)
+
+
+def _chosen(
+    active: Sequence[_Writing], logits: Tensor, ahead: int, draws: Tensor, decoding: Decoding
+) -> tuple[Tensor, Tensor]:
+    """The next tokens and their log probabilities, each [R * n].
+
+    logits [R, n, V]: after `ahead` guessed tokens, and after each further one.
+    """
+    count, steps = logits.shape[1], draws.shape[1]
+    guessed = range(ahead, ahead + count)
+    places = [steps - w.left + n for w in active for n in guessed]
+    seen = _seen(active, guessed, decoding, logits.device)
+    logs = log_probabilities(logits.flatten(0, 1), seen, places, decoding)
+    drawn: Tensor | None = None
+    if decoding.draws:
+        # Beyond a report's end nothing is taken of what is chosen.
+        rows = [w.row for w in active for _ in guessed]
+        drawn = draws[rows, [min(place, steps - 1) for place in places]]
+    chosen = choose(logs, drawn, decoding)
+    return chosen, logs.gather(1, chosen[:, None])[:, 0]
 
 
 def _seen(
-    active: Sequence[_Writing], count: int, decoding: Decoding, device: torch.device
+    active: Sequence[_Writing], guessed: range, decoding: Decoding, device: torch.device
 ) -> Tensor:
-    """Tokens before each of `count` places of each report, BOS on the left: [R * count, t]."""
+    """Tokens before each place, after so many guessed ones of each report: [R * n, t], BOS left."""
+    rows = len(active) * len(guessed)
     if decoding.repetition_penalty == 1 and not decoding.no_repeat_ngram:
-        return torch.zeros(len(active) * count, 0, dtype=torch.int64, device=device)
-    texts = [[*w.text[1:], *w.guess.tokens[:n]] for w in active for n in range(count)]
+        return torch.zeros(rows, 0, dtype=torch.int64, device=device)
+    texts = [[*w.text[1:], *w.ahead[:n]] for w in active for n in guessed]
     most = max(map(len, texts))
     padded = [[decoding.bos_id] * (most - len(text)) + text for text in texts]
-    return torch.tensor(padded, dtype=torch.int64, device=device).view(len(texts), most)
+    return torch.tensor(padded, dtype=torch.int64, device=device).view(rows, most)

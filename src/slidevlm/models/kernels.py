@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit, prange, types
+from numba.extending import overload
 
 # Sums in any order, products and sums together; what is not finite stays so.
-OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True}
+OPTIONS: Any = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True}
+BITS, LOWER, UNSIGNED = np.int32(16), np.int32(0xFFFF), np.int32(0x7FFFFFFF)
+TINY, INFINITE = (int(np.float32(x).view(np.int32)) for x in (1e-30, np.inf))
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
 LOG2_E, LN_2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
 C3, C4, C5, C6, C7 = (np.float32(1 / math.factorial(n)) for n in range(3, 8))
@@ -31,46 +34,123 @@ A4, A5 = np.float32(-1.453152027), np.float32(1.061405429)
 
 Array = Any  # what numba takes for one
 Norm = tuple[Array, Array, float]  # weight, bias, epsilon
+Weight = Any  # [out, in] in float32; or in 16 bits, as `sketch` makes it
 
 
 @njit(**OPTIONS)
-def _dot(w: Array, x: Array) -> Any:
-    total = ZERO
-    for i in range(len(w)):
-        total += w[i] * x[i]
-    return total
+def _low(pair: Any) -> Any:
+    """65,536 times the integer in the lower half of a pair's bits."""
+    return np.float32(np.int32(pair << BITS))
 
 
 @njit(**OPTIONS)
-def _dots_4(weight: Array, o: int, step: int, x: Array) -> Any:
+def _high(pair: Any) -> Any:
+    """The same of the upper half, which was chosen with the lower bits in view."""
+    return np.float32(pair)
+
+
+def _outputs(weight: Weight) -> Any:
+    """How many rows a weight has."""
+    raise NotImplementedError  # compiled code alone knows its form
+
+
+@overload(_outputs, jit_options=OPTIONS)
+def _outputs_of(weight: Weight) -> Any:
+    def wide(weight: Weight) -> Any:
+        return len(weight)
+
+    def narrow(weight: Weight) -> Any:
+        return len(weight[1])
+
+    return narrow if isinstance(weight, types.BaseTuple) else wide
+
+
+def _dot(weight: Weight, o: int, x: Array) -> Any:
+    """Row o of a weight [out, in] with x [in]."""
+    raise NotImplementedError
+
+
+def _dots_4(weight: Weight, o: int, step: int, x: Array) -> Any:
     """Four rows of a weight [out, in], `step` after each other, with x [in]."""
-    a = b = c = d = ZERO
-    p, q, s, t = weight[o], weight[o + step], weight[o + 2 * step], weight[o + 3 * step]
-    for i in range(len(x)):
-        v = x[i]
-        a += p[i] * v
-        b += q[i] * v
-        c += s[i] * v
-        d += t[i] * v
-    return a, b, c, d
+    raise NotImplementedError
 
 
-@njit(**OPTIONS)
-def _dots_4_2(weight: Array, o: int, step: int, x: Array, r: int) -> Any:
+def _dots_4_2(weight: Weight, o: int, step: int, x: Array, r: int) -> Any:
     """The same with the rows r and r + 1 of x [R, in]."""
-    a = b = c = d = e = f = g = h = ZERO
-    p, q, s, t = weight[o], weight[o + step], weight[o + 2 * step], weight[o + 3 * step]
-    for i in range(len(p)):
-        v, w = x[r, i], x[r + 1, i]
-        a += p[i] * v
-        b += q[i] * v
-        c += s[i] * v
-        d += t[i] * v
-        e += p[i] * w
-        f += q[i] * w
-        g += s[i] * w
-        h += t[i] * w
-    return a, b, c, d, e, f, g, h
+    raise NotImplementedError
+
+
+@overload(_dot, jit_options=OPTIONS)
+def _dot_of(weight: Weight, o: int, x: Array) -> Any:
+    def wide(weight: Weight, o: int, x: Array) -> Any:
+        total, w = ZERO, weight[o]
+        for i in range(len(w)):
+            total += w[i] * x[i]
+        return total
+
+    def narrow(weight: Weight, o: int, x: Array) -> Any:
+        total, w = ZERO, weight[0][o]
+        half = len(w)
+        low, high = x[:half], x[half:]
+        for i in range(half):
+            total += _low(w[i]) * low[i] + _high(w[i]) * high[i]
+        return total * weight[1][o]
+
+    return narrow if isinstance(weight, types.BaseTuple) else wide
+
+
+@overload(_dots_4, jit_options=OPTIONS)
+def _dots_4_of(weight: Weight, o: int, step: int, x: Array) -> Any:
+    def wide(weight: Weight, o: int, step: int, x: Array) -> Any:
+        a = b = c = d = ZERO
+        p, q, s, t = weight[o], weight[o + step], weight[o + 2 * step], weight[o + 3 * step]
+        for i in range(len(x)):
+            v = x[i]
+            a += p[i] * v
+            b += q[i] * v
+            c += s[i] * v
+            d += t[i] * v
+        return a, b, c, d
+
+    def narrow(weight: Weight, o: int, step: int, x: Array) -> Any:
+        a = b = c = d = ZERO
+        pairs, k = weight
+        p, q, s, t = pairs[o], pairs[o + step], pairs[o + 2 * step], pairs[o + 3 * step]
+        half = len(p)
+        low, high = x[:half], x[half:]
+        for i in range(half):
+            v, w = low[i], high[i]
+            a += _low(p[i]) * v + _high(p[i]) * w
+            b += _low(q[i]) * v + _high(q[i]) * w
+            c += _low(s[i]) * v + _high(s[i]) * w
+            d += _low(t[i]) * v + _high(t[i]) * w
+        return a * k[o], b * k[o + step], c * k[o + 2 * step], d * k[o + 3 * step]
+
+    return narrow if isinstance(weight, types.BaseTuple) else wide
+
+
+@overload(_dots_4_2, jit_options=OPTIONS)
+def _dots_4_2_of(weight: Weight, o: int, step: int, x: Array, r: int) -> Any:
+    def wide(weight: Weight, o: int, step: int, x: Array, r: int) -> Any:
+        a = b = c = d = e = f = g = h = ZERO
+        p, q, s, t = weight[o], weight[o + step], weight[o + 2 * step], weight[o + 3 * step]
+        for i in range(len(p)):
+            v, w = x[r, i], x[r + 1, i]
+            a += p[i] * v
+            b += q[i] * v
+            c += s[i] * v
+            d += t[i] * v
+            e += p[i] * w
+            f += q[i] * w
+            g += s[i] * w
+            h += t[i] * w
+        return a, b, c, d, e, f, g, h
+
+    def narrow(weight: Weight, o: int, step: int, x: Array, r: int) -> Any:
+        # Only one row at a time is guessed.
+        return *_dots_4(weight, o, step, x[r]), *_dots_4(weight, o, step, x[r + 1])
+
+    return narrow if isinstance(weight, types.BaseTuple) else wide
 
 
 @njit(**OPTIONS)
@@ -91,7 +171,7 @@ def _multiply(weight: Array, bias: Array, x: Array, y: Array, begin: int, end: i
             y[r, p], y[r, q], y[r, s], y[r, t] = _dots_4(weight, o, n, x[r])
     for o in range(begin + 4 * n, end):
         for r in range(rows):
-            y[r, o] = _dot(weight[o], x[r])
+            y[r, o] = _dot(weight, o, x[r])
     if bias is not None:
         for r in range(rows):
             for o in range(begin, end):
@@ -140,7 +220,10 @@ def _attend(
         weights[n], weights[n + 1], weights[n + 2], weights[n + 3] = a, b, c, d
     for n in range(together, seen):
         at = start + n * step
-        weights[n] = _dot(query, key[at : at + width])
+        total = ZERO
+        for i in range(width):
+            total += query[i] * key[at + i]
+        weights[n] = total
     total = _exponentials(weights, factor)
     out[:] = ZERO
     for n in range(0, together, 4):
@@ -217,7 +300,7 @@ def _compiled(function: Callable[..., Array]) -> Any:
 @_compiled
 def linear(weight: Array, bias: Array, x: Array, shares: int) -> Array:
     """x [R, in] -> [R, out]; `shares`, in how many parts the outputs are divided among threads."""
-    outputs = len(weight)
+    outputs = _outputs(weight)
     y = np.empty((len(x), outputs), np.float32)
     fours = outputs // 4  # a share begins at one, so that their number changes no digit
     for s in prange(shares):
@@ -309,23 +392,57 @@ def self_attention_layer(
     return x + linear(outer, outer_bias, gated, shares)
 
 
-def compile_all() -> None:
+@_compiled
+def sketch(weight: Array, pairs: Array, steps: Array, shares: int) -> None:
+    """A weight [out, 2 n] in 16 bits: pairs [out, n], in steps [out] of a row's largest / 32,767.
+
+    The number in the upper half of a pair's bits is from the upper half of the row. A row that is
+    not finite becomes 0, and so does one below 1e-30.
+    """
+    rows, half = pairs.shape
+    for s in prange(shares):
+        for o in range(s * rows // shares, (s + 1) * rows // shares):
+            low, high, out = weight[o, :half], weight[o, half:], pairs[o]
+            bits, most = weight[o].view(np.int32), np.int32(0)  # whose order is that of the numbers
+            for i in range(2 * half):
+                most = max(most, bits[i] & UNSIGNED)
+            step = ZERO
+            if TINY < most < INFINITE:
+                step = np.int32(most).view(np.float32) / np.float32(32767)
+            steps[o] = step / np.float32(65536)
+            factor = ONE / step if step > 0 else ZERO
+            for i in range(half):
+                a = np.int32(np.rint(low[i] * factor)) & LOWER
+                # The lower bits are taken for a part of the upper number.
+                b = np.int32(np.rint(high[i] * factor - np.float32(a) / np.float32(65536)))
+                out[i] = a | b << BITS
+
+
+def compile_all(*, narrow: bool) -> None:
     """Compile every kernel as generation calls it, or load what has been kept of that."""
-    x, ones, square = (np.ones(n, np.float32) for n in ((1, 2), 2, (2, 2)))
+    x, ones, four = np.ones((1, 2), np.float32), np.ones(2, np.float32), np.ones(4, np.float32)
     cache, starts = np.ones((1, 1, 1, 2), np.float32), np.zeros(1, np.int64)
     norm = ones, ones, 1e-5
+    shapes: Any = [(rows, 2) for rows in (2, 4, 6)]
+    weights: Any = [np.ones(shape, np.float32) for shape in shapes]
+    wide = weights[0]
+    if narrow:
+        weights = [(np.zeros((n, 1), np.int32), np.zeros(n, np.float32)) for n, _ in shapes]
+    square, inner, project = weights
     for bias in (None, ones):
         linear(square, bias, x, 1)
     cross_attention(x, norm, square, square, ones, 1, ones, ones, (2, 2, 2), 1, 1, 1)
-    project, inner = np.ones((6, 2), np.float32), np.ones((4, 2), np.float32)
     self_attention_layer(
-        x, norm, project, square, ones, norm, inner, np.ones(4, np.float32), square, ones,
+        x, norm, project, square, ones, norm, inner, four, square, ones,
         1, cache, cache.copy(), starts, 1,
     )  # fmt: skip
+    if narrow:  # the last one, as `is_compiled` takes it to be
+        sketch(wide, *square, 1)
 
 
-def is_compiled() -> bool:
+def is_compiled(*, narrow: bool) -> bool:
     """Whether numba has kept what it compiled of this file, and need not do so again."""
-    folder, since = self_attention_layer.stats.cache_path, Path(__file__).stat().st_mtime
-    kept = Path(folder).glob(f"*{self_attention_layer.__name__}*.nbi") if folder else ()
+    last = sketch if narrow else self_attention_layer
+    folder, since = last.stats.cache_path, Path(__file__).stat().st_mtime
+    kept = Path(folder).glob(f"*{last.__name__}*.nbi") if folder else ()
     return any(file.stat().st_mtime > since for file in kept)
