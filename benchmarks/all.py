@@ -100,7 +100,7 @@ def _limit(what: str) -> Figure:
     row = what.replace(", ", r" \| ")
     return Figure(
         f"{what}: the same, were it reading the weights alone",
-        rf"^\| {row} \|.*\n.*: no more than {NUMBER} times$",
+        rf"^\| {row} \|.*\n.*: no more than {NUMBER} times without guesses$",
     )
 
 

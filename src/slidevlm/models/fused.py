@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -115,7 +116,8 @@ class Fused:
         import numba
 
         self.kernels, self.many = _started(os.getpid()), many
-        self.narrowed: Narrowed | None = None  # what is read now, where it is in 16 bits
+        # Other threads that write with the same model have these layers too.
+        self._this_thread = threading.local()
         self.sizes: dict[int, int] = {}  # of weights, by where they lie: some are of two layers
         most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         self.threads = min(torch.get_num_threads(), most)
@@ -143,12 +145,17 @@ class Fused:
 
     @contextmanager
     def rounded(self, kept: Narrowed) -> Iterator[None]:
-        """Within, layers compute with weights rounded to 16 bits, in half the time."""
-        self.narrowed = kept
+        """Within, and in this thread, layers have weights rounded to 16 bits: half the time."""
+        self._this_thread.narrowed = kept
         try:
             yield
         finally:
-            self.narrowed = None
+            self._this_thread.narrowed = None
+
+    @property
+    def narrowed(self) -> Narrowed | None:
+        """What this thread reads now, where that is in 16 bits."""
+        return getattr(self._this_thread, "narrowed", None)
 
     def of(self, module: nn.Module) -> Callable[..., Tensor] | None:
         """What `module.forward` may be, where there is something."""
@@ -223,7 +230,8 @@ class Narrowed:
     def of(self, weight: Tensor, fused: Fused) -> Any:
         """As the kernels read it; None of a weight without pairs, with an odd number of inputs.
 
-        A weight that was changed behind torch's back (its `.data`) is not made anew.
+        One that was changed behind torch's back (`.data`, or made in inference mode) is not made
+        anew: guesses get worse.
         """
         outputs, inputs = weight.shape
         if inputs % 2:

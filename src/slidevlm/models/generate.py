@@ -189,14 +189,14 @@ def _write(
             w.sketched = ()
         if lookup is not None:
             count = lookup.worth([w.guess for w in active], most, taking)
-        if count == 1 and sketch is not None and fused is not None and len(active) == 1:
+        if count == 1 and len(active) == 1 and sketch is not None and fused is not None:
             guesses = sketch.worth(fused, most) - 1
             if guesses:
                 cache.place(lengths, 1)
                 with sketch.rounded(fused):
                     _foresee(model, cache, active[0], draws, decoding, guesses)
                 count = 1 + len(active[0].sketched)
-        if lookup is not None or sketch is not None:
+        if lookup is not None or (sketch is not None and len(active) == 1):
             cache.place(lengths, count)
         # Of several draws of a slide, those that have ended wait for the others.
         ahead = [[w.text[-1], *w.ahead[: count - 1]] for w in active]

@@ -19,6 +19,8 @@ NARROW = 0.55  # what a token takes with weights in 16 bits; in 32 it is 1
 MOST_TOKENS = 12  # read in a pass
 # To round the weights takes the time of some 40 tokens, mostly for new memory.
 LEAST_WRITTEN = 128  # tokens of single reports before that is done
+RIGHT = 0.97  # share of right guesses that is expected
+RETURNING = 0.005  # to it, a token that was not worth a guess: so all is tried again now and then
 # So many weights are worth it: of fewer, other things take as long, and more would take 2 GB.
 LEAST_WEIGHTS, MOST_WEIGHTS = 2**25, 2**30
 
@@ -27,12 +29,12 @@ class Sketch:
     """A model's rounded weights, and how good its guesses were. It is for one model.
 
     Args:
-        after: tokens of single reports that are written before weights are rounded.
+        after: passes over a token of a single report before weights are rounded.
     """
 
     def __init__(self, after: int = LEAST_WRITTEN) -> None:
         self.left = after
-        self.right = 0.97  # share of guessed tokens, of late
+        self.right = RIGHT  # share of guessed tokens, of late
         self._kept = Narrowed()
 
     def worth(self, fused: Fused, room: int) -> int:
@@ -50,6 +52,8 @@ class Sketch:
             gain = gained / ((n - 1) * NARROW + cost(n))
             if gain > best:
                 best, count = gain, n
+        if count == 1 and room > 1:
+            self.right += RETURNING * (RIGHT - self.right)
         return count
 
     def rounded(self, fused: Fused) -> AbstractContextManager[None]:
