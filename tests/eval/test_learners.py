@@ -130,22 +130,36 @@ def test_a_class_that_the_queries_lack() -> None:
 def test_the_probe_takes_what_validation_says() -> None:
     train, judge = examples(80, 3, 0, noise=1.5), examples(60, 3, 1, noise=1.5)
     probe = learners.linear_probe(train, judge, seed=0)
-    values = []
+    accuracies, losses = [], []
     for strength in learners.STRENGTHS:
-        guess = (
-            LogisticRegression(C=strength, max_iter=1000, tol=1e-6)
-            .fit(train.x, train.y)
-            .predict(judge.x)
-        )
-        values.append(sk.balanced_accuracy_score(judge.y, guess))
+        model = LogisticRegression(C=strength, max_iter=1000, tol=1e-6).fit(train.x, train.y)
+        accuracies.append(sk.balanced_accuracy_score(judge.y, model.predict(judge.x)))
+        losses.append(sk.log_loss(judge.y, model.predict_proba(judge.x)))
     assert len(learners.STRENGTHS) == 45 and learners.STRENGTHS[[0, -1]].tolist() == [1e-5, 1e5]
-    np.testing.assert_allclose(
-        probe.curve[:35], values[:35], atol=0.03
-    )  # fits end within a tolerance
-    assert probe.strength == learners.STRENGTHS[int(np.argmax(probe.curve))]
-    assert probe.chosen_on == "validation" and np.ptp(probe.curve) > 0.05
+    # Fits end within a tolerance.
+    np.testing.assert_allclose(probe.accuracies[:35], accuracies[:35], atol=0.03)
+    np.testing.assert_allclose(probe.losses[:25], losses[:25], rtol=0.01)
+    assert probe.strength == learners.STRENGTHS[int(np.argmin(losses))]
+    assert probe.strength != learners.STRENGTHS[int(np.argmax(accuracies))]
+    assert probe.chosen_on == "validation" and np.ptp(probe.accuracies) > 0.05
     again = LogisticRegression(C=probe.strength, max_iter=1000, tol=1e-6).fit(train.x, train.y)
     np.testing.assert_array_equal(probe(judge.x).argmax(1), again.predict(judge.x))
+
+
+def test_classes_that_were_not_learnt_do_not_choose() -> None:
+    """They are wrong at any strength; where there is no other, the strongest penalty is taken."""
+    train, judge = examples(80, 3, 0, noise=1.5), examples(60, 3, 1, noise=1.5)
+    probe = learners.linear_probe(train, judge, seed=0)
+    further = Examples(
+        np.concatenate([judge.x, judge.x[:20]]),
+        np.concatenate([judge.y, np.full(20, 3)]),
+        np.concatenate([judge.patients, judge.patients[:20]]),
+    )
+    again = learners.linear_probe(train, further, seed=0)
+    assert (again.strength, again.losses) == (probe.strength, probe.losses)
+    assert max(again.accuracies) < max(probe.accuracies)
+    strange = Examples(judge.x[:20], np.full(20, 3), judge.patients[:20])
+    assert learners.linear_probe(train, strange, seed=0).strength == learners.STRENGTHS[0]
 
 
 def test_folds_keep_patients_together_and_every_specimen_is_judged_once() -> None:
@@ -157,13 +171,16 @@ def test_folds_keep_patients_together_and_every_specimen_is_judged_once() -> Non
     assert len(np.unique(judged, axis=0)) == 60 == len(judged)
     assert all(not set(a.patients) & set(b.patients) for a, b in parts)
     probe = learners.linear_probe(Examples(train.x, train.y, patients), None, seed=0)
-    assert probe.chosen_on == "5-fold cross-validation" and len(probe.curve) == 45
+    assert (
+        probe.chosen_on == "5-fold cross-validation"
+        and len(probe.losses) == len(probe.accuracies) == 45
+    )
 
 
 def test_any_seed_of_the_arguments_makes_folds() -> None:
     train = examples(30, 2, 0)
     probes = [learners.linear_probe(train, None, seed=s) for s in (0, 10**18)]
-    assert all(len(probe.curve) == len(learners.STRENGTHS) for probe in probes)
+    assert all(len(probe.losses) == len(learners.STRENGTHS) for probe in probes)
 
 
 def test_a_class_of_one_specimen_survives_cross_validation() -> None:
@@ -191,7 +208,7 @@ def test_a_probe_of_few_examples(case: str) -> None:
     probe = learners.linear_probe(train, None, seed=0)
     assert probe.chosen_on == chosen_on and probe(x).argmax(1).tolist() == y
     if chosen_on == "nothing":
-        assert probe.strength == 4 * 2 / 100 and probe.curve == ()
+        assert probe.strength == 4 * 2 / 100 and probe.losses == probe.accuracies == ()
 
 
 def test_a_fold_that_nobody_is_in_is_left_out() -> None:

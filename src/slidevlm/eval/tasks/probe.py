@@ -88,7 +88,8 @@ class Probes:
             "strength": self.linear.strength,
             "chosen_on": self.linear.chosen_on,
             "strengths": learners.STRENGTHS.tolist(),
-            "balanced_accuracy_of_strengths": list(self.linear.curve),
+            "log_loss_of_strengths": list(self.linear.losses),
+            "balanced_accuracy_of_strengths": list(self.linear.accuracies),
             "trained_on": len(self.train.y),
         }
         return merge([*parts, self._curves(queries, y)])
