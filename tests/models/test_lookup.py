@@ -10,8 +10,9 @@ import pytest
 import torch
 from tests.models.test_generate import BOS, EOS, NAMES, PAD, bags_for, model_for, slow_greedy
 
-from slidevlm.models import build_model, create_model, from_dict
+from slidevlm.models import CoCa, build_model, create_model, from_dict
 from slidevlm.models.generate import Decoding, draft, generate
+from slidevlm.models.language import LanguageModel
 from slidevlm.models.lookup import MOST_TOKENS, NOTHING, Guess, Lookup
 
 WAYS = {
@@ -91,8 +92,8 @@ def test_greedy_equals_recomputing_everything(seed: int) -> None:
         assert generate(model, bags_for(), NAMES, decoding, lookup=lookup) == slow
 
 
-@pytest.mark.parametrize("text", ["biogpt", "gpt2", "lm"])
-def test_other_decoders(text: str) -> None:
+def other_model(text: str) -> CoCa | LanguageModel:
+    """With the towers of others, or a language model; random weights."""
     torch.manual_seed(0)
     if text == "lm":
         model = create_model("lm_tiny", tile_width=12, vocab_size=40).eval()
@@ -108,7 +109,12 @@ def test_other_decoders(text: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    decoding = Decoding(BOS, EOS, PAD, max_tokens=30)
+    return model
+
+
+@pytest.mark.parametrize("text", ["biogpt", "gpt2", "lm"])
+def test_other_decoders(text: str) -> None:
+    model, decoding = other_model(text), Decoding(BOS, EOS, PAD, max_tokens=30)
     expected = reports(model, decoding)
     texts = [[BOS, *d.tokens, EOS] for drafts in expected for d in drafts]
     for seed in range(3):

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from tests.models.test_generate import BOS, EOS, PAD, bags_for, model_for, slow_greedy
-from tests.models.test_lookup import WAYS, assert_same
+from tests.models.test_lookup import WAYS, assert_same, other_model
 from torch import Tensor, nn
 
 from slidevlm.batch import Bags
-from slidevlm.models import build_model, create_model, few_rows, from_dict, fused, sketch
+from slidevlm.models import few_rows, fused, sketch
 from slidevlm.models.few_rows import FewRows
 from slidevlm.models.fused import Fused, Narrowed
 from slidevlm.models.generate import Decoding, Lookup, Sketch, draft
@@ -112,21 +112,7 @@ def test_greedy_equals_recomputing_everything(seed: int, monkeypatch: pytest.Mon
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("text", ["biogpt", "gpt2", "lm"])
 def test_other_decoders(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    if text == "lm":
-        model = create_model("lm_tiny", tile_width=12, vocab_size=40).eval()
-    else:
-        model = build_model(from_dict({
-            "family": "coca", "embed_dim": 16, "tile_width": 12,
-            "slide": {"type": "mean", "width": 16},
-            "text": {"type": text, "source": "", "tokenizer": "train", "start": 0, "end": 2,
-                     "width": 32, "heads": 4, "inner": 64, "positions": 64,
-                     "context_length": 64},
-            "decoder": {"type": text, "source": "", "start": 2, "end": 4, "heads": 4, "inner": 64},
-        }, "here"), 40).eval()  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    model = other_model(text)
     decoding = Decoding(BOS, EOS, PAD, max_tokens=30, min_tokens=20)
     bag = bags_for((7,)) if text != "lm" else Bags(torch.zeros(1, 1), (1,))
     expected = draft(model, bag, ["s"], decoding)
@@ -308,4 +294,5 @@ def test_where_they_cannot_be_compiled(
     finally:
         fused._narrow_started.cache_clear()
     assert not passes.guessing
-    assert ["no space left" in r.getMessage() for r in caplog.records] == [True]
+    told = [r.getMessage() for r in caplog.records]
+    assert ["no space left" in text and "NUMBA_CACHE_DIR" in text for text in told] == [True]

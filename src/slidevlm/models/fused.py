@@ -36,8 +36,6 @@ from slidevlm.models.linear import is_plain, is_replaced
 log = logging.getLogger(__name__)
 
 WITHOUT = "reports are the same, but written more slowly, without numba"
-BROKEN = ("%s, which does not work here (install it anew, or give its files another folder by "
-          "NUMBA_CACHE_DIR): %s")  # fmt: skip
 THREADS = ("omp", "tbb")  # numba's own end the process where two callers use them at once
 MOST = 24  # rows; of more, the libraries behind torch are as quick: `benchmarks/few_rows.py`
 
@@ -71,7 +69,8 @@ def _started(process: int) -> Any:
             log.info("compiling layers for this processor: some 20 seconds, once on a machine")
         kernels.compile_all(narrow=False)
     except Exception as error:  # of whatever is wrong with numba or with the place for its files
-        log.warning(BROKEN, WITHOUT, error)
+        log.warning("%s, which does not work here (install it anew, or give its files another "
+                    "folder by NUMBA_CACHE_DIR): %s", WITHOUT, error)  # fmt: skip
         return None
     finally:
         # To start its threads numba sets the number of OpenMP's, which may be torch's too.
@@ -90,7 +89,9 @@ def _narrow_started(process: int) -> bool:
             log.info("compiling layers with weights in 16 bits: some 20 seconds, once on a machine")
         kernels.compile_all(narrow=True)
     except Exception as error:  # the place for numba's files may have filled up
-        log.warning(BROKEN, WITHOUT, error)
+        log.warning("single reports are the same, but written without guesses by rounded weights, "
+                    "whose layers numba cannot compile here (give its files another folder by "
+                    "NUMBA_CACHE_DIR): %s", error)  # fmt: skip
         return False
     return True
 

@@ -6,7 +6,8 @@ dozen small operations cost as much as a small one. Here each row of a weight is
 multiplied by all rows of the input while it is near, four rows that lie far apart at a time, and a
 layer is one call.
 
-All arrays are float32 and lie side by side. The numbers are those of the modules to rounding.
+All arrays are float32 and lie side by side; the numbers are those of the modules to rounding. A
+weight may also come rounded to 16 bits (`sketch`), for tokens that are only guessed.
 """
 
 from __future__ import annotations
@@ -65,7 +66,15 @@ def _outputs_of(weight: Weight) -> Any:
     return narrow if isinstance(weight, types.BaseTuple) else wide
 
 
-def _dot(weight: Weight, o: int, x: Array) -> Any:
+@njit(**OPTIONS)
+def _dot(w: Array, x: Array) -> Any:
+    total = ZERO
+    for i in range(len(w)):
+        total += w[i] * x[i]
+    return total
+
+
+def _dot_1(weight: Weight, o: int, x: Array) -> Any:
     """Row o of a weight [out, in] with x [in]."""
     raise NotImplementedError
 
@@ -80,13 +89,10 @@ def _dots_4_2(weight: Weight, o: int, step: int, x: Array, r: int) -> Any:
     raise NotImplementedError
 
 
-@overload(_dot, jit_options=OPTIONS)
-def _dot_of(weight: Weight, o: int, x: Array) -> Any:
+@overload(_dot_1, jit_options=OPTIONS)
+def _dot_1_of(weight: Weight, o: int, x: Array) -> Any:
     def wide(weight: Weight, o: int, x: Array) -> Any:
-        total, w = ZERO, weight[o]
-        for i in range(len(w)):
-            total += w[i] * x[i]
-        return total
+        return _dot(weight[o], x)
 
     def narrow(weight: Weight, o: int, x: Array) -> Any:
         total, w = ZERO, weight[0][o]
@@ -154,7 +160,7 @@ def _dots_4_2_of(weight: Weight, o: int, step: int, x: Array, r: int) -> Any:
 
 
 @njit(**OPTIONS)
-def _multiply(weight: Array, bias: Array, x: Array, y: Array, begin: int, end: int) -> None:
+def _multiply(weight: Weight, bias: Array, x: Array, y: Array, begin: int, end: int) -> None:
     """Outputs `begin` to `end` of x [R, in] into y [R, out].
 
     A core reads in four places at a time: in one place memory gives it two thirds of that.
@@ -171,7 +177,7 @@ def _multiply(weight: Array, bias: Array, x: Array, y: Array, begin: int, end: i
             y[r, p], y[r, q], y[r, s], y[r, t] = _dots_4(weight, o, n, x[r])
     for o in range(begin + 4 * n, end):
         for r in range(rows):
-            y[r, o] = _dot(weight, o, x[r])
+            y[r, o] = _dot_1(weight, o, x[r])
     if bias is not None:
         for r in range(rows):
             for o in range(begin, end):
@@ -220,10 +226,7 @@ def _attend(
         weights[n], weights[n + 1], weights[n + 2], weights[n + 3] = a, b, c, d
     for n in range(together, seen):
         at = start + n * step
-        total = ZERO
-        for i in range(width):
-            total += query[i] * key[at + i]
-        weights[n] = total
+        weights[n] = _dot(query, key[at : at + width])
     total = _exponentials(weights, factor)
     out[:] = ZERO
     for n in range(0, together, 4):
@@ -298,7 +301,7 @@ def _compiled(function: Callable[..., Array]) -> Any:
 
 
 @_compiled
-def linear(weight: Array, bias: Array, x: Array, shares: int) -> Array:
+def linear(weight: Weight, bias: Array, x: Array, shares: int) -> Array:
     """x [R, in] -> [R, out]; `shares`, in how many parts the outputs are divided among threads."""
     outputs = _outputs(weight)
     y = np.empty((len(x), outputs), np.float32)
