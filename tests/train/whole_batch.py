@@ -66,7 +66,9 @@ def start_ranks(script: str, folder: Path, world: int, *more: str) -> list[Any]:
     processes = [
         subprocess.Popen(
             [sys.executable, script, str(folder), *more],
-            env={**os.environ, **place, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            # One that crashes below Python says nothing else, and the others only that it is gone.
+            env={**os.environ, **place, "RANK": str(rank), "OMP_NUM_THREADS": "1",
+                 "PYTHONFAULTHANDLER": "1"},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -74,7 +76,8 @@ def start_ranks(script: str, folder: Path, world: int, *more: str) -> list[Any]:
     ]
     try:
         errors = [process.communicate(timeout=280)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
+        codes = [process.returncode for process in processes]
+        assert codes == [0] * world, f"ended with {codes}:\n" + "\n".join(errors)
     finally:
         for process in processes:
             process.kill()
