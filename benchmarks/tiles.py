@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from slidevlm.batch import Bags
+from slidevlm.models import tile_rows
 from slidevlm.models.attention import initialise
 from slidevlm.models.slide.perceiver import Perceiver, PerceiverConfig
 
@@ -69,7 +70,8 @@ def status(key: str) -> int:
 def grown(way: str, given: argparse.Namespace) -> float:
     """Megabytes by which this process grows in a pass, at its peak."""
     encoder, bags = prepared(given)
-    one_pass(way, encoder, Bags(bags.features[:20], (20,)))  # code comes into memory
+    some = -(-tile_rows.LEAST // given.width)
+    one_pass(way, encoder, Bags(bags.features[:some], (some,)))  # code comes into memory
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     one_pass(way, encoder, bags)

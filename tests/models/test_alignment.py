@@ -16,7 +16,7 @@ from slidevlm.data.tokenizer import Tokenizer
 from slidevlm.errors import ConfigError
 from slidevlm.models import CoCa, build_model, from_dict, zoo
 from slidevlm.models.alignment import Aligned, Alignment, AlignmentConfig
-from slidevlm.models.linear import BYTES_AT_ONCE
+from slidevlm.models.tile_rows import BYTES_AT_ONCE
 
 WIDTH = 5
 REPORTS = [

@@ -12,10 +12,11 @@ from torch import nn
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError
 from slidevlm.losses import caption_loss_sum
-from slidevlm.models import CoCa, build_model, create_model, from_dict, linear, zoo
+from slidevlm.models import CoCa, build_model, create_model, from_dict, tile_rows, zoo
 from slidevlm.models.attention import initialise
-from slidevlm.models.slide.base import FourierPositions, Moments, Standardise
+from slidevlm.models.slide.base import FourierPositions, Standardise
 from slidevlm.models.slide.perceiver import Perceiver, PerceiverConfig
+from slidevlm.models.tile_rows import Moments
 
 LENGTHS = (7, 1, 30, 3)
 NAMES = [
@@ -220,7 +221,7 @@ def test_moments_are_those_of_standardised_tiles(
     needs_gradient: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where they are made some rows at a time, and of a single tile."""
-    monkeypatch.setitem(linear.BYTES_AT_ONCE, "cpu", 4 * 3 * 2)
+    monkeypatch.setitem(tile_rows.BYTES_AT_ONCE, "cpu", 4 * 3 * 2)
     standardise = Standardise(3).double()
     standardise.set(torch.tensor([5.0, -2.0, 0.0]), torch.tensor([0.1, 3.0, 1.0]))
     features = 5 + torch.randn(9, 3, dtype=torch.float64)
@@ -236,7 +237,7 @@ def test_moments_are_those_of_standardised_tiles(
 
 def test_moments_seen_on_the_way_are_those_made_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bags that begin and end within the rows taken at a time, one of a single tile."""
-    monkeypatch.setitem(linear.BYTES_AT_ONCE, "cpu", 4 * 3 * 4)  # four rows
+    monkeypatch.setitem(tile_rows.BYTES_AT_ONCE, "cpu", 4 * 3 * 4)  # four rows
     lengths = (5, 1, 2, 9, 3)
     encoder = Perceiver(PerceiverConfig(width=8, heads=2, latents=2), 3)
     initialise(encoder)
@@ -261,7 +262,7 @@ def test_moments_seen_on_the_way_are_those_made_alone(monkeypatch: pytest.Monkey
 
 
 def test_moments_do_not_depend_on_the_bags_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(linear.BYTES_AT_ONCE, "cpu", 4 * 3 * 4)
+    monkeypatch.setitem(tile_rows.BYTES_AT_ONCE, "cpu", 4 * 3 * 4)
     first, second = torch.randn(7, 3), torch.randn(9, 3)
     standardise = Standardise(3)
     both = standardise.moments(torch.cat([first, second]), (7, 9))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slidevlm.batch import Bags
-from slidevlm.models import build_model, few_rows, fused, zoo
+from slidevlm.models import build_model, few_rows, fused, jit, zoo
 from slidevlm.models.attention import (
     GEGLU,
     CrossAttention,
@@ -322,7 +322,7 @@ def test_a_forked_process_writes_without_numba() -> None:
     )
     told = generating(code)
     assert told[-2:] == ["False True", "0 True"]
-    assert "without numba: numba's threads" in told[-3]
+    assert "without numba: its threads" in told[-3]
 
 
 @needs_numba
@@ -343,8 +343,9 @@ def test_numba_as_it_is_told_to_be(environment: dict[str, str], said: str) -> No
 @pytest.fixture
 def unstarted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process that has not looked for numba yet."""
-    monkeypatch.setattr(fused, "_processes", [])
-    monkeypatch.setattr(fused, "_started", functools.cache(fused._started.__wrapped__))
+    monkeypatch.setattr(jit, "_processes", [])
+    for name in ("_is_there", "_has_threads", "_kernels"):
+        monkeypatch.setattr(jit, name, functools.cache(getattr(jit, name).__wrapped__))
     yield
     few_rows._tell_of_numba.cache_clear()
 
@@ -357,7 +358,7 @@ def test_numba_that_is_broken(
 ) -> None:
     from slidevlm.models import kernels
 
-    def fails(*, narrow: bool) -> None:
+    def fails() -> None:
         raise error
 
     monkeypatch.setattr(kernels, "compile_all", fails)

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slidevlm.models import linear
+from slidevlm.models import tile_rows
 from slidevlm.models.linear import (
     geglu_linear,
     gelu_linear,
     norm_linear,
     normalised_linear,
-    rows_of,
 )
+from slidevlm.models.tile_rows import rows_of
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def norm() -> nn.LayerNorm:
 def test_values_and_gradients_are_exact_over_several_pieces(
     norm: nn.LayerNorm, monkeypatch: pytest.MonkeyPatch, with_bias: bool, standardised: bool
 ) -> None:
-    monkeypatch.setitem(linear.BYTES_AT_ONCE, "cpu", 4 * 6 * 4)
+    monkeypatch.setitem(tile_rows.BYTES_AT_ONCE, "cpu", 4 * 6 * 4)
     assert [len(rows) for rows in rows_of(torch.zeros(10, 6))] == [4, 4, 2]
     features = 3 + torch.randn(10, 6, dtype=torch.float64)
     weights = [torch.randn(w, 6, dtype=torch.float64, requires_grad=True) for w in (3, 5)]

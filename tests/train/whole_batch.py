@@ -67,8 +67,13 @@ def start_ranks(script: str, folder: Path, world: int, *more: str) -> list[Any]:
         subprocess.Popen(
             [sys.executable, script, str(folder), *more],
             # One that crashes below Python says nothing else, and the others only that it is gone.
-            env={**os.environ, **place, "RANK": str(rank), "OMP_NUM_THREADS": "1",
-                 "PYTHONFAULTHANDLER": "1"},
+            env={
+                **os.environ,
+                **place,
+                "RANK": str(rank),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONFAULTHANDLER": "1",
+            },
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from slidevlm.errors import ConfigError
 from slidevlm.models.attention import OwnStart
-from slidevlm.models.linear import outside_autograd, rows_of
+from slidevlm.models.graphs import outside_autograd
 from slidevlm.models.ragged import bags_of
 from slidevlm.models.slide.base import Standardise
+from slidevlm.models.tile_rows import rows_of
 from slidevlm.precision import wide
 
 _FACTOR = 0x9E3779B97F4A7C15 - 2**64  # odd, so that no power of it is 0 modulo 2**64

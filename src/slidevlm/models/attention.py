@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slidevlm.models.graphs import outside_autograd
 from slidevlm.models.linear import (
     geglu_linear,
     gelu_linear,
@@ -20,7 +21,6 @@ from slidevlm.models.linear import (
     is_replaced,
     norm_linear,
     normalised_linear,
-    outside_autograd,
 )
 from slidevlm.models.ragged import ragged_cross_attention
 

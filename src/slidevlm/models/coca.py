@@ -15,6 +15,7 @@ from slidevlm.models.alignment import Alignment
 from slidevlm.models.attention import AttentionPooler, initialise
 from slidevlm.models.linear import narrowed
 from slidevlm.models.mode import Resting
+from slidevlm.models.pieces import are_many, calmly
 from slidevlm.models.schema import ModelConfig
 from slidevlm.models.slide import SLIDE_ENCODERS
 from slidevlm.models.slide.base import SlideEncoder, Standardise
@@ -164,6 +165,11 @@ class CoCa(Resting):
 
     def see(self, bags: Bags) -> tuple[Tensor, Tensor]:
         """Bags -> the encoder's tokens [B, N, slide width], and the embedding [B, E]."""
+        if are_many(bags.features) and self.slide.is_light(bags):
+            return calmly(lambda: self._see(bags))
+        return self._see(bags)
+
+    def _see(self, bags: Bags) -> tuple[Tensor, Tensor]:
         slide = self.slide(bags)
         return slide, self._embed_slide(slide, bags)
 

@@ -10,13 +10,12 @@ are kept rounded to 16 bits besides, which takes half of it: `models/sketch.py`.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from slidevlm.models import jit
 from slidevlm.models.attention import (
     GEGLU,
     CrossAttention,
@@ -35,55 +35,18 @@ from slidevlm.models.linear import is_plain, is_replaced
 
 log = logging.getLogger(__name__)
 
-WITHOUT = "reports are the same, but written more slowly, without numba"
-THREADS = ("omp", "tbb")  # numba's own end the process where two callers use them at once
 MOST = 24  # rows; of more, the libraries behind torch are as quick: `benchmarks/few_rows.py`
 
-_processes: list[int] = []  # that have started threads: this one, or one that it was forked from
 
-
-@functools.cache
-def _started(process: int) -> Any:
-    """The kernels, compiled and with their threads running; None where that cannot be."""
-    if importlib.util.find_spec("numba") is None:
-        return None
-    if _processes:
-        log.warning("%s: numba's threads are those of the process before", WITHOUT)
-        return None
-    mine = torch.get_num_threads()
-    try:
-        import numba
-
-        if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
-            log.warning("%s: NUMBA_DISABLE_JIT is set", WITHOUT)
-            return None
-        numba.get_num_threads()  # starts them
-        layer = numba.threading_layer()
-        if layer not in THREADS:
-            log.warning("%s, whose %s threads can clash: set NUMBA_THREADING_LAYER=omp, or install "
-                        "tbb", WITHOUT, layer)  # fmt: skip
-            return None
-        from slidevlm.models import kernels
-
-        if not kernels.is_compiled(narrow=False):
-            log.info("compiling layers for this processor: some 20 seconds, once on a machine")
-        kernels.compile_all(narrow=False)
-    except Exception as error:  # of whatever is wrong with numba or with the place for its files
-        log.warning("%s, which does not work here (install it anew, or give its files another "
-                    "folder by NUMBA_CACHE_DIR): %s", WITHOUT, error)  # fmt: skip
-        return None
-    finally:
-        # To start its threads numba sets the number of OpenMP's, which may be torch's too.
-        if torch.get_num_threads() != mine:
-            torch.set_num_threads(mine)
-    _processes.append(process)
-    return kernels
+def _started() -> Any:
+    """The kernels, compiled; None where that cannot be."""
+    return jit.kernels("kernels", threaded=True)
 
 
 @functools.cache
 def _narrow_started(process: int) -> bool:
     """Whether the kernels are compiled for weights in 16 bits too, or could be."""
-    kernels = _started(process)
+    kernels = _started()
     try:
         if not kernels.is_compiled(narrow=True):
             log.info("compiling layers with weights in 16 bits: some 20 seconds, once on a machine")
@@ -98,7 +61,7 @@ def _narrow_started(process: int) -> bool:
 
 def is_available() -> bool:
     """Whether numba is there (the extra `cpu`) and works; it is started the first time."""
-    return _started(os.getpid()) is not None
+    return _started() is not None
 
 
 def cost(rows: int) -> float:
@@ -114,26 +77,15 @@ class Fused:
     """
 
     def __init__(self, many: Callable[[nn.Linear], Callable[[Tensor], Tensor]]) -> None:
-        import numba
-
-        self.kernels, self.many = _started(os.getpid()), many
+        self.kernels, self.many = _started(), many
         # Other threads that write with the same model have these layers too.
         self._this_thread = threading.local()
         self.sizes: dict[int, int] = {}  # of weights, by where they lie: some are of two layers
-        most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-        self.threads = min(torch.get_num_threads(), most)
+        self.threads = jit.threads()
 
-    @contextmanager
-    def own_threads(self) -> Iterator[None]:
+    def own_threads(self) -> AbstractContextManager[None]:
         """Within, the kernels have as many threads as torch has."""
-        import numba
-
-        before = numba.get_num_threads()
-        numba.set_num_threads(self.threads)
-        try:
-            yield
-        finally:
-            numba.set_num_threads(before)
+        return jit.own_threads(self.threads)
 
     @property
     def size(self) -> int:

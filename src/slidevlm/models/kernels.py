@@ -21,6 +21,7 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
+SECONDS = 20  # to compile all, for weights in 32 bits
 # Sums in any order, products and sums together; what is not finite stays so.
 OPTIONS: Any = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "nogil": True}
 BITS, LOWER, UNSIGNED = np.int32(16), np.int32(0xFFFF), np.int32(0x7FFFFFFF)
@@ -292,15 +293,20 @@ def _gate(x: Array, begin: int, end: int, y: Array) -> None:
             y[r, begin + i] = a[i] * b[i] * (below if b[i] < 0 else ONE - below)
 
 
-def _compiled(function: Callable[..., Array]) -> Any:
-    """For threads that share the loops over `shares`; numba keeps the result on disk."""
+def kept(function: Callable[..., Any], **options: Any) -> Any:
+    """Compiled, and kept on disk by numba where there is a folder to keep it in."""
     try:
-        return njit(cache=True, parallel=True, **OPTIONS)(function)
-    except RuntimeError:  # there is no folder to keep it in
-        return njit(parallel=True, **OPTIONS)(function)
+        return njit(cache=True, **OPTIONS, **options)(function)
+    except RuntimeError:
+        return njit(**OPTIONS, **options)(function)
 
 
-@_compiled
+def compiled(function: Callable[..., Array]) -> Any:
+    """For threads that share the loops over `shares`."""
+    return kept(function, parallel=True)
+
+
+@compiled
 def linear(weight: Weight, bias: Array, x: Array, shares: int) -> Array:
     """x [R, in] -> [R, out]; `shares`, in how many parts the outputs are divided among threads."""
     outputs = _outputs(weight)
@@ -313,7 +319,7 @@ def linear(weight: Weight, bias: Array, x: Array, shares: int) -> Array:
     return y
 
 
-@_compiled
+@compiled
 def cross_attention(
     x: Array,
     norm: Norm,
@@ -343,7 +349,7 @@ def cross_attention(
     return linear(out, bias, attended, shares)
 
 
-@_compiled
+@compiled
 def self_attention_layer(
     x: Array,
     first: Norm,
@@ -395,7 +401,7 @@ def self_attention_layer(
     return x + linear(outer, outer_bias, gated, shares)
 
 
-@_compiled
+@compiled
 def sketch(weight: Array, pairs: Array, steps: Array, shares: int) -> None:
     """A weight [out, 2 n] in 16 bits: pairs [out, n], in steps [out] of a row's largest / 32,767.
 
@@ -421,7 +427,7 @@ def sketch(weight: Array, pairs: Array, steps: Array, shares: int) -> None:
                 out[i] = a | b << BITS
 
 
-def compile_all(*, narrow: bool) -> None:
+def compile_all(*, narrow: bool = False) -> None:
     """Compile every kernel as generation calls it, or load what has been kept of that."""
     x, ones, four = np.ones((1, 2), np.float32), np.ones(2, np.float32), np.ones(4, np.float32)
     cache, starts = np.ones((1, 1, 1, 2), np.float32), np.zeros(1, np.int64)
@@ -443,9 +449,13 @@ def compile_all(*, narrow: bool) -> None:
         sketch(wide, *square, 1)
 
 
-def is_compiled(*, narrow: bool) -> bool:
+def is_compiled(*, narrow: bool = False) -> bool:
     """Whether numba has kept what it compiled of this file, and need not do so again."""
-    last = sketch if narrow else self_attention_layer
-    folder, since = last.stats.cache_path, Path(__file__).stat().st_mtime
-    kept = Path(folder).glob(f"*{last.__name__}*.nbi") if folder else ()
-    return any(file.stat().st_mtime > since for file in kept)
+    return is_kept(sketch if narrow else self_attention_layer, __file__)
+
+
+def is_kept(kernel: Any, file: str) -> bool:
+    """Whether numba has kept a kernel of this file since it was written."""
+    folder, since = kernel.stats.cache_path, Path(file).stat().st_mtime
+    kept = Path(folder).glob(f"*{kernel.__name__}*.nbi") if folder else ()
+    return any(one.stat().st_mtime > since for one in kept)

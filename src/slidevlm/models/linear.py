@@ -16,30 +16,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slidevlm.precision import wide
+from slidevlm.models.graphs import outside_autograd
+from slidevlm.models.pieces import are_shared, share
+from slidevlm.models.tile_rows import (
+    Moments,
+    Standard,
+    are_data,
+    normalised_rows,
+    use_normalised,
+)
 
-# Of rows in float32: on a CPU what is made of them stays in its cache, and in memory that the
-# process has (a tensor of 20 MB is new pages each time, which cost as much as what it holds);
-# elsewhere a call costs more than what lies in between.
-BYTES_AT_ONCE = {"cpu": 1 << 21}
-BYTES_ELSEWHERE = 1 << 25
+PIECE = 1 << 17  # numbers that a thread takes at a time, where threads take pieces
 
 # [..., n] and parameters -> [..., in of the linear layer]
 Before = Callable[..., Tensor]
-# Gets rows of tiles [n, D] as they are before a norm, some after the other.
-Watch = Callable[[Tensor], None]
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Module) -> Tensor:
     """`linear(norm(x))`."""
     if not _recomputes(x, linear):
-        y: Tensor = linear(norm(x))
+        y: Tensor = (
+            _in_pieces(x, norm, linear) if are_shared(x) and is_plain(linear) else linear(norm(x))
+        )
         return y
 
     def before(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
     return _linear_of(before, linear, x, norm.weight, norm.bias)
+
+
+def _in_pieces(x: Tensor, norm: nn.LayerNorm, linear: nn.Module) -> Tensor:
+    assert isinstance(linear, nn.Linear)
+    rows = x.flatten(0, -2)
+    y = x.new_empty(len(rows), linear.out_features)
+    size = max(1, PIECE // rows.shape[1])
+    parts = list(zip(rows.split(size), y.split(size), strict=True))
+
+    def work(number: int) -> None:
+        some, found = parts[number]
+        some = F.layer_norm(some, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        if linear.bias is None:
+            torch.mm(some, linear.weight.T, out=found)
+        else:
+            torch.addmm(linear.bias, some, linear.weight.T, out=found)
+
+    share(work, len(parts))
+    return y.view(*x.shape[:-1], -1)
 
 
 def gelu_linear(x: Tensor, linear: nn.Module) -> Tensor:
@@ -77,11 +100,6 @@ def shares_weight(model: nn.Module, layer: nn.Linear) -> bool:
     """Whether another module has the layer's weight too, as of a tied vocabulary projection."""
     owners = [m for m in model.modules() if any(p is layer.weight for p in m._parameters.values())]
     return len(owners) > 1
-
-
-def outside_autograd() -> bool:
-    """Whether a graph of the operations is being made, which knows no `autograd.Function`."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _recomputes(x: Tensor, linear: nn.Module) -> bool:
@@ -131,24 +149,13 @@ class _LinearOf(torch.autograd.Function):
         return (None, to_weight, to_bias, *found)
 
 
-def are_data(features: Tensor) -> bool:
-    """Whether tiles need no gradient, and may be taken some rows at a time."""
-    return not features.requires_grad and not outside_autograd()
-
-
-def rows_of(features: Tensor) -> tuple[Tensor, ...]:
-    """Some rows of [T, D] after the other."""
-    most = BYTES_AT_ONCE.get(features.device.type, BYTES_ELSEWHERE)
-    return features.split(max(1, most // (4 * max(1, features.shape[1]))))
-
-
 def normalised_linear(
     features: Tensor,
     norm: nn.LayerNorm,
     weights: tuple[Tensor, ...],
     bias: Tensor | None = None,
-    standard: tuple[Tensor, Tensor] | None = None,
-    watch: Watch | None = None,
+    standard: Standard | None = None,
+    moments: Moments | None = None,
 ) -> tuple[Tensor, ...]:
     """`F.linear(norm(features), weight)` for each of several weights.
 
@@ -163,14 +170,14 @@ def normalised_linear(
         weights: [W, D] each.
         bias: [sum of W], added to the outputs.
         standard: mean and deviation [D] by which the features are standardised before the norm.
-        watch: sees all rows before the norm, standardised, in float32 or wider, where `are_data`.
+        moments: gets to know all rows before the norm, standardised, where `are_data`.
 
     Returns:
         One [T, W] for each weight, contiguous.
     """
     assert norm.weight is not None and norm.bias is not None
     plain = not are_data(features)
-    assert watch is None or not plain
+    assert moments is None or not plain
     parts = [None] * len(weights) if bias is None else bias.split([len(w) for w in weights])
     if plain:
         rows = features.to(norm.weight.dtype)
@@ -182,7 +189,7 @@ def normalised_linear(
         constant = weight @ norm.bias
         biases.append(constant if part is None else constant + part)
     outputs: tuple[Tensor, ...] = _NormalisedLinear.apply(
-        features, norm.eps, standard, watch, *folded, *biases
+        features, norm.eps, standard, moments, *folded, *biases
     )
     return outputs
 
@@ -195,8 +202,8 @@ class _NormalisedLinear(torch.autograd.Function):
         ctx: Any,
         features: Tensor,
         eps: float,
-        standard: tuple[Tensor, Tensor] | None,
-        watch: Watch | None,
+        standard: Standard | None,
+        moments: Moments | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         device = features.device.type
@@ -208,16 +215,13 @@ class _NormalisedLinear(torch.autograd.Function):
         biases = [p.to(dtype) for p in parameters[count:]]
         outputs = tuple(features.new_empty(len(features), len(w), dtype=dtype) for w in weights)
         with torch.autocast(device, enabled=False):
-            done = 0
-            for some in rows_of(features):
-                wide_rows = standardised(some, standard)
-                if watch is not None:
-                    watch(wide_rows)
-                rows = _normalised(wide_rows, eps, dtype)
+
+            def multiply(begin: int, rows: Tensor) -> None:
                 for output, weight, bias in zip(outputs, weights, biases, strict=True):
                     # Written in place: the product of a chunk is not copied.
-                    torch.addmm(bias, rows, weight.T, out=output[done : done + len(rows)])
-                done += len(rows)
+                    torch.addmm(bias, rows, weight.T, out=output[begin : begin + len(rows)])
+
+            use_normalised(multiply, features, eps, dtype, standard, moments)
         ctx.save_for_backward(features)
         ctx.eps, ctx.standard, ctx.dtypes = eps, standard, [p.dtype for p in parameters]
         return outputs
@@ -233,8 +237,7 @@ class _NormalisedLinear(torch.autograd.Function):
             for g in gradients
         ]
         done = 0
-        for some in rows_of(features):
-            rows = _normalised(standardised(some, ctx.standard), ctx.eps, dtype)
+        for rows in normalised_rows(features, ctx.eps, dtype, ctx.standard):
             for total, gradient in zip(to_weights, gradients, strict=True):
                 part = gradient[done : done + len(rows)]
                 if total.dtype == dtype:
@@ -245,19 +248,6 @@ class _NormalisedLinear(torch.autograd.Function):
         to_biases = [g.sum(0, dtype=t.dtype) for g, t in zip(gradients, to_weights, strict=True)]
         result = [t.to(d) for t, d in zip([*to_weights, *to_biases], ctx.dtypes, strict=True)]
         return (None, None, None, None, *result)
-
-
-def standardised(features: Tensor, standard: tuple[Tensor, Tensor] | None) -> Tensor:
-    """`(features - mean) / deviation` [n, D], in float32 or wider; without `standard` the same."""
-    rows = wide(features)
-    if standard is None:
-        return rows
-    mean, deviation = standard
-    return (rows - mean).div_(deviation)
-
-
-def _normalised(rows: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return F.layer_norm(rows, rows.shape[-1:], eps=eps).to(dtype)
 
 
 def narrowed(x: Tensor, weight: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from slidevlm.models.chunked import chunked_attention, chunks_serve
+from slidevlm.models.pieces import are_shared, share
 
 # query [Tq, H, d], key and value [Tk, H, d], first rows of the bags [B + 1] int32 of queries and
 # keys, longest bag of each -> [Tq, H, d]
@@ -57,6 +58,8 @@ def ragged_cross_attention(
     if FLASH is not None and flash_serves(query):
         return flash_cross(FLASH, query, key, value, lengths)
     keys, values = bags_of(key, lengths, 1), bags_of(value, lengths, 1)
+    if len(key) > 1 and are_shared(key):
+        return _shared_attention(query, keys, values)
     outputs = [
         chunked_attention(q, k, v)[None]
         if chunks_serve(q, k)
@@ -64,6 +67,23 @@ def ragged_cross_attention(
         for q, k, v in zip(query, keys, values, strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _shared_attention(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Each bag's queries [B, H, L, d] to its keys and values [H, N, d], by bag and head."""
+    batch, heads, length, width = query.shape
+    attended = query.new_empty(batch, length, heads, width)
+
+    def work(number: int) -> None:
+        b, h = divmod(number, heads)
+        one = slice(h, h + 1)
+        found = F.scaled_dot_product_attention(
+            query[b : b + 1, one], keys[b][None, one], values[b][None, one]
+        )
+        attended[b, :, h] = found[0, 0]
+
+    share(work, batch * heads)
+    return attended.transpose(1, 2)
 
 
 def ragged_self_attention(

@@ -12,16 +12,10 @@ from torch import Tensor, nn
 from slidevlm.batch import Bags
 from slidevlm.errors import ConfigError, DataError
 from slidevlm.models.attention import OwnStart
-from slidevlm.models.linear import (
-    are_data,
-    is_plain,
-    narrowed,
-    normalised_linear,
-    rows_of,
-    standardised,
-)
+from slidevlm.models.linear import is_plain, narrowed, normalised_linear
 from slidevlm.models.mode import Group, Recomputing
 from slidevlm.models.ragged import bags_of
+from slidevlm.models.tile_rows import are_data, joined, moments_of
 from slidevlm.registry import Registry
 
 
@@ -43,6 +37,10 @@ class SlideEncoder(Recomputing):
         Raises:
             DataError: an encoder that needs positions, and bags without.
         """
+
+    def is_light(self, bags: Bags) -> bool:
+        """Whether all it does that takes time is shared out in pieces (`models/pieces.py`)."""
+        return False
 
     @abstractmethod
     def groups(self) -> list[Group]:
@@ -175,81 +173,14 @@ class Standardise(nn.Module):
         gradient, rows are standardised some at a time, and no copy of the features is made.
         """
         if not are_data(features):
-            found = [_moments(bag) for bag in bags_of(self(features), lengths)]
-            return _joined(found).to(self.mean.dtype)
-        watched = Moments(lengths)
+            parts = [_moments(bag) for bag in bags_of(self(features), lengths)]
+            return joined(parts).to(self.mean.dtype)
         with torch.autocast(features.device.type, enabled=False):
-            # Bag by bag: the moments of one do not depend on the others, to the last bit.
-            for bag in bags_of(features, lengths):
-                for rows in rows_of(bag):
-                    watched.add(standardised(rows, (self.mean, self.deviation)))
-        return watched.found().to(self.mean.dtype)
-
-
-class Moments:
-    """Mean and standard deviation of each bag, from rows that come some at a time.
-
-    The squares are those of distances to the mean of the rows that came together; what such parts
-    hold is joined as Chan et al. (1979) do, and loses no digits where a mean is large.
-
-    Args:
-        lengths: rows of each bag, one or more; bags come end to end.
-    """
-
-    def __init__(self, lengths: tuple[int, ...]) -> None:
-        if not lengths or min(lengths) < 1:
-            raise ValueError(f"bags of {lengths} tiles: each must have one or more")
-        self._lengths = lengths
-        self._found: list[tuple[Tensor, Tensor]] = []  # mean and sum of squares of whole bags
-        self._seen = 0  # rows of the next one
-        self._mean, self._squares = torch.empty(0), torch.empty(0)
-
-    def add(self, rows: Tensor) -> None:
-        """The next rows [n, D], float32 or wider, without gradient.
-
-        Raises:
-            ValueError: there are more than the bags have.
-        """
-        while len(rows):
-            if len(self._found) == len(self._lengths):
-                raise ValueError(f"{len(rows)} tiles more than the bags' {sum(self._lengths)}")
-            length = self._lengths[len(self._found)]
-            some, rows = rows.tensor_split([length - self._seen])
-            self._join(some)
-            if self._seen == length:
-                self._found.append((self._mean, self._squares / length))
-                self._seen = 0
-
-    def _join(self, rows: Tensor) -> None:
-        mean = rows.mean(0)
-        squares = (rows - mean).square_().sum(0)
-        seen, new = self._seen, len(rows)
-        self._seen = seen + new
-        if seen:
-            # By numbers of Python: a tensor of counts would make a GPU's host wait.
-            away = mean - self._mean
-            mean = self._mean + away * (new / self._seen)
-            squares = self._squares + squares + away.square() * (seen * new / self._seen)
-        self._mean, self._squares = mean, squares
-
-    def found(self) -> Tensor:
-        """[B, 2 D] of all bags.
-
-        Raises:
-            ValueError: rows have not come.
-        """
-        if len(self._found) < len(self._lengths):
-            raise ValueError(f"fewer tiles than the bags' {sum(self._lengths)}")
-        return _joined(self._found)
+            found = moments_of(features, lengths, (self.mean, self.deviation))
+        return found.to(self.mean.dtype)
 
 
 def _moments(bag: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance over tiles, [D] each."""
     mean = bag.mean(0)
     return mean, (bag - mean).square().mean(0)
-
-
-def _joined(found: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Mean and variance of each bag, side by side and as a deviation: [B, 2 D]."""
-    mean, variance = (torch.stack(rows) for rows in zip(*found, strict=True))
-    return torch.cat([mean, (variance + 1e-12).sqrt() - 1e-6], 1)

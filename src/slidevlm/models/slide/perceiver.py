@@ -17,20 +17,21 @@ from slidevlm.models.attention import (
     OwnStart,
     SelfAttentionLayer,
 )
-from slidevlm.models.linear import Watch, are_data, is_plain, normalised_linear
+from slidevlm.models.linear import is_plain, normalised_linear
 from slidevlm.models.mode import Group
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     FourierPositions,
-    Moments,
     SlideEncoder,
     Standardise,
     check_heads,
     check_least,
     check_one_of,
 )
+from slidevlm.models.tile_rows import Moments, are_data
 
 ACTIVATIONS = ("geglu", "gelu")
+LIGHT = 1 << 14  # numbers of latents
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,10 @@ class Perceiver(SlideEncoder):
             latents = self.norm(latents)
         return latents if self.output is None else self.output(latents)
 
+    def is_light(self, bags: Bags) -> bool:
+        """Where latents are few: else threads share what is done with them."""
+        return len(bags) * self.latents.numel() <= LIGHT
+
     def groups(self) -> list[Group]:
         """Tiles, latents, the two kinds of cross-attention, self-attention, output."""
         parts: list[tuple[str, list[nn.Module | nn.Parameter | None]]] = [
@@ -192,14 +197,14 @@ class Perceiver(SlideEncoder):
         tile_project = self.tile_project if self.first is not None else None
         if tile_project is not None and is_plain(tile_project) and are_data(bags.features):
             watched = Moments(bags.lengths)
-            tiles = self._tiles(bags, watched.add)
+            tiles = self._tiles(bags, watched)
             known = watched.found().to(self.standardise.mean.dtype)  # [B, 2 D]
             return latents + self.moments(self.moments_dropout(known))[:, None], tiles
         known = self.standardise.moments(bags.features, bags.lengths)
         latents = latents + self.moments(self.moments_dropout(known))[:, None]
         return latents, self._tiles(bags, None)
 
-    def _tiles(self, bags: Bags, watch: Watch | None) -> Tensor:
+    def _tiles(self, bags: Bags, moments: Moments | None) -> Tensor:
         tile_norm, project, standard = self.tile_norm, self.tile_project, self.standardise
         if tile_norm is None or project is None or standard is None or self.first is None:
             return bags.features
@@ -210,7 +215,7 @@ class Perceiver(SlideEncoder):
                 (project.weight,),
                 project.bias,
                 (standard.mean, standard.deviation),
-                watch,
+                moments,
             )
         else:
             tiles = project(tile_norm(standard(bags.features)))

@@ -1,0 +1,257 @@
+"""Tiles some rows at a time: compiled as by torch, in one thread as in two."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slidevlm.batch import Bags
+from slidevlm.models import CoCa, build_model, jit, linear, pieces, tile_rows, zoo
+from slidevlm.models.linear import norm_linear, normalised_linear
+from slidevlm.models.pieces import calmly
+from slidevlm.models.ragged import ragged_cross_attention
+from slidevlm.models.tile_rows import Moments, moments_of, normalised_rows, rows_of, use_normalised
+
+LENGTHS = (40, 1, 33, 7)
+WIDTH = 24
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Everything is worth the compiled pass, in pieces of 16 rows; how many rows it has read."""
+    kernels = jit.kernels("tile_kernels", threaded=False)
+    if kernels is None:
+        pytest.skip("numba is not installed")
+    monkeypatch.setattr(tile_rows, "LEAST", 1)
+    monkeypatch.setitem(tile_rows.BYTES_AT_ONCE, "cpu", 4 * WIDTH * 16)
+    read, before = [], kernels.pass_over
+
+    def pass_over(tiles, *rest):
+        read.append(len(tiles))
+        before(tiles, *rest)
+
+    monkeypatch.setattr(kernels, "pass_over", pass_over)
+    return read
+
+
+def tiles_of(dtype: torch.dtype = torch.float32) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    tiles = (3 + 2 * torch.randn(sum(LENGTHS), WIDTH, generator=draw)).to(dtype)
+    return tiles, (torch.randn(WIDTH, generator=draw), 0.5 + torch.rand(WIDTH, generator=draw))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_standardised", [True, False])
+def test_rows_and_moments_of_bags(
+    compiled: list[int], threads: int, dtype: torch.dtype, is_standardised: bool
+) -> None:
+    tiles, standard = tiles_of(dtype)
+    if not is_standardised:
+        standard = None
+    exact = tiles.double()
+    if standard is not None:
+        exact = (exact - standard[0]) / standard[1]
+    normal = F.layer_norm(exact, (WIDTH,))
+    found, moments = torch.full(tiles.shape, torch.nan), Moments(LENGTHS)
+
+    def use(begin: int, rows: Tensor) -> None:
+        found[begin : begin + len(rows)] = rows
+
+    use_normalised(use, tiles, 1e-5, torch.float32, standard, moments)
+    close(found, normal)
+    bags = exact.split(list(LENGTHS))
+    close(moments.found()[:, :WIDTH], torch.stack([bag.mean(0) for bag in bags]))
+    close(moments.found()[:, WIDTH:], torch.stack([b.std(0, unbiased=False) for b in bags]))
+    assert sum(compiled) == len(tiles) and max(compiled) == 16
+    again = [rows.clone() for rows in normalised_rows(tiles, 1e-5, torch.float32, standard)]
+    close(torch.cat(again), normal)
+    if standard is not None:
+        assert torch.equal(moments_of(tiles, LENGTHS, standard), moments.found())
+        for number, bag in enumerate(tiles.split(list(LENGTHS))):
+            alone = moments_of(bag, (len(bag),), standard)[0]
+            assert torch.equal(alone, moments.found()[number]), "nothing of the bags beside"
+
+
+@pytest.mark.usefixtures("threads")
+def test_rows_in_16_bits(compiled: list[int]) -> None:
+    tiles, standard = tiles_of()
+    exact = torch.cat([r.clone() for r in normalised_rows(tiles, 1e-5, torch.float32, standard)])
+    rows = [r.clone() for r in normalised_rows(tiles, 1e-5, torch.bfloat16, standard)]
+    assert torch.equal(torch.cat(rows), exact.bfloat16()) and compiled
+
+
+def test_what_the_pass_does_not_serve_goes_the_other_way(compiled: list[int]) -> None:
+    tiles, standard = tiles_of()
+    double = standard[0].double(), standard[1].double()
+    for given, dtype, about in (
+        (tiles.double(), torch.float64, double),
+        (tiles, torch.float64, standard),
+        (tiles, torch.float32, double),
+    ):
+        rows = torch.cat(list(normalised_rows(given, 1e-5, dtype, about)))
+        close(rows, F.layer_norm((tiles.double() - standard[0]) / standard[1], (WIDTH,)))
+        assert not compiled
+    every_second = tiles[:, ::2]
+    half = standard[0][::2], standard[1][::2]
+    rows = torch.cat([r.clone() for r in normalised_rows(every_second, 1e-5, torch.float32, half)])
+    close(rows, F.layer_norm((every_second.double() - half[0]) / half[1], (WIDTH // 2,)))
+    assert compiled, "it is copied to lie side by side"
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_projection_and_its_gradients(compiled: list[int], dtype: torch.dtype) -> None:
+    tiles, standard = tiles_of(dtype)
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(WIDTH)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    weights = tuple(torch.randn(n, WIDTH, requires_grad=True) for n in (3, 5))
+    bias = torch.randn(8, requires_grad=True)
+    leaves = [norm.weight, norm.bias, *weights, bias]
+    ours = torch.cat(normalised_linear(tiles, norm, weights, bias, standard), 1)
+    rows = (tiles.double() - standard[0]) / standard[1]
+    normal = F.layer_norm(rows, (WIDTH,), norm.weight.double(), norm.bias.double())
+    expected = F.linear(normal, torch.cat(weights).double(), bias.double())
+    close(ours, expected)
+    factor = torch.randn(expected.shape)
+    mine = torch.autograd.grad((ours * factor).sum(), leaves)
+    theirs = torch.autograd.grad((expected * factor).sum(), leaves)
+    for got, exact in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(got, exact, atol=1e-4, rtol=1e-4)
+    assert sum(compiled) == 2 * len(tiles), "forward, and again backward"
+
+
+def model() -> CoCa:
+    torch.manual_seed(0)
+    made = build_model(replace(zoo.load("coca_tiny"), tile_width=WIDTH), 20).eval()
+    assert isinstance(made, CoCa)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+def test_a_slide_seen_by_one_thread_and_by_two(
+    compiled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "LEAST", 64)
+    monkeypatch.setattr(linear, "PIECE", 32 * 60)
+    tiles, standard = tiles_of(torch.float16)
+    made, bags = model(), Bags(tiles, LENGTHS)
+    made.slide.standardise.set(*standard)
+    exact = made.double().see(Bags(tiles.double(), LENGTHS))
+    made.float()
+    shared: list[int] = []
+    before = pieces.share
+
+    def share(work, count):
+        if pieces.are_shared(tiles):
+            shared.append(count)
+        before(work, count)
+
+    for module in ("linear", "ragged", "tile_rows"):
+        monkeypatch.setattr(f"slidevlm.models.{module}.share", share)
+    for inference in (torch.inference_mode, torch.no_grad):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            try:
+                with inference():
+                    found = made.see(bags)
+            finally:
+                torch.set_num_threads(1)
+            for mine, theirs in zip(found, exact, strict=True):
+                close(mine, theirs.detach())
+            assert bool(shared) == (threads == 2)
+        assert threads == 1 or {6, 2, 16} <= set(shared), "tiles, keys, attention"
+        shared.clear()
+    wanted = made.see(bags)[1]  # with a graph
+    wanted.sum().backward()
+    assert made.slide.tile_project.weight.grad is not None and not shared
+
+
+def test_a_heavy_encoder_shares_the_tiles_alone(
+    compiled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "LEAST", 64)
+    made, (tiles, _) = model(), tiles_of()
+    called: list[str] = []
+    monkeypatch.setattr("slidevlm.models.coca.calmly", lambda work: called.append("calmly"))
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            made.see(Bags(tiles, LENGTHS))
+            assert called == ["calmly"]
+            monkeypatch.setattr("slidevlm.models.slide.perceiver.LIGHT", 1)
+            assert made.see(Bags(tiles, LENGTHS)) is not None
+    finally:
+        torch.set_num_threads(1)
+    assert called == ["calmly"] and compiled
+
+
+def test_shared_operations_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "LEAST", 64)
+    monkeypatch.setattr("slidevlm.models.linear.PIECE", WIDTH * 30)
+    torch.manual_seed(0)
+    norm, x = nn.LayerNorm(WIDTH), torch.randn(2, 50, WIDTH)
+    nn.init.normal_(norm.weight)
+    query, key, value = torch.randn(4, 3, 5, 8), torch.randn(3, 81, 8), torch.randn(3, 81, 8)
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            for bias in (True, False):
+                layer = nn.Linear(WIDTH, 5, bias=bias)
+                found = calmly(lambda: norm_linear(x, norm, layer))  # noqa: B023
+                close(found, layer(norm(x)))
+            found = calmly(lambda: ragged_cross_attention(query, key, value, LENGTHS))
+    finally:
+        torch.set_num_threads(1)
+    close(found, ragged_cross_attention(query, key, value, LENGTHS))
+
+
+def test_without_numba() -> None:
+    """The same to rounding, and nobody is told: torch's operations are no mistake."""
+    code = (
+        "import sys, torch; sys.modules['numba'] = None\n"
+        "import logging; logging.basicConfig(level='DEBUG', stream=sys.stdout)\n"
+        "from slidevlm.models import tile_rows\n"
+        "tile_rows.LEAST = 1\n"
+        "x = torch.randn(90, 7)\n"
+        "rows = torch.cat(list(tile_rows.normalised_rows(x, 1e-5, torch.float32)))\n"
+        "assert torch.equal(rows, torch.nn.functional.layer_norm(x, (7,)))\n"
+        "print(tile_rows.moments_of(x, (90,), (torch.zeros(7), torch.ones(7))).shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "torch.Size([1, 14])\n", done.stderr
+
+
+def test_small_bags_share_a_piece() -> None:
+    """With up to ten rows, as of bags of 10 + 3, 2, 2, 7, 9 and 1 tiles."""
+    begins = [0, 10, 13, 15, 17, 24, 33, 34]
+    assert tile_rows._pieces(begins, 10) == [range(1), range(1, 4), range(4, 5), range(5, 7)]
+    assert tile_rows._pieces([0, 4], 10) == [range(1)]
+    assert tile_rows._pieces([0, 40, 80], 10) == [range(1), range(1, 2)]
+
+
+def test_pieces_of_a_bag_are_even_for_any_number_of_threads() -> None:
+    """What is computed together decides the last digits of a product."""
+    tiles = torch.zeros(5000, 1024)
+    assert {len(rows) for rows in rows_of(tiles)[:-1]} == {512}
