@@ -38,7 +38,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "report": (("plotly",), "pages with plots: report, data check --output"),
     "slide": (("openslide",), "the picture of a slide under the attention of a model"),
     "tiffslide": (("tiffslide",), "the same, without OpenSlide"),
-    "cpu": (("numba",), "caption by larger models on a CPU, 1.3 to 1.9 times as fast"),
+    "cpu": (("numba",), "embed, and caption by larger models, on a CPU up to twice as fast"),
     "umap": (("umap",), "a UMAP beside the PCA in the map of report"),
     "hf": (
         ("transformers", "sacremoses", "safetensors", "huggingface_hub"),

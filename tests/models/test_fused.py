@@ -347,7 +347,7 @@ def unstarted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("_is_there", "_has_threads", "_kernels"):
         monkeypatch.setattr(jit, name, functools.cache(getattr(jit, name).__wrapped__))
     yield
-    few_rows._tell_of_numba.cache_clear()
+    jit.suggest.cache_clear()
 
 
 @needs_numba
@@ -374,7 +374,7 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
     expected = draft(model, bags, ["s"], decoding)[0][0].tokens
     monkeypatch.setattr(few_rows, "LEAST", 0)
     monkeypatch.setitem(sys.modules, "numba", None)
-    few_rows._tell_of_numba.cache_clear()
+    jit.suggest.cache_clear()
     with caplog.at_level("INFO"):
         for _ in range(2):
             assert draft(model, bags, ["s"], decoding)[0][0].tokens == expected

@@ -18,7 +18,6 @@ without AVX-512: narrow weights alone, unless threads share the pieces).
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import math
 import platform
@@ -32,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slidevlm.models import jit
 from slidevlm.models.fused import Fused, is_available, is_fit
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def few_rows(*towers: nn.Module | None) -> Iterator[Fused | None]:
         if is_available():
             fused = Fused(FewRows)
         else:
-            _tell_of_numba()
+            jit.suggest("reports are written")
     try:
         for module in modules:
             forward: Any = None
@@ -82,12 +82,6 @@ def few_rows(*towers: nn.Module | None) -> Iterator[Fused | None]:
     finally:
         for module in changed:
             module.__dict__.pop("forward", None)
-
-
-@functools.cache
-def _tell_of_numba() -> None:
-    if importlib.util.find_spec("numba") is None:
-        log.info("on a CPU, reports are written sooner with numba: pip install 'slidevlm[cpu]'")
 
 
 def _weights(modules: list[nn.Module]) -> int:

@@ -99,6 +99,13 @@ def _kernels(name: str) -> Any:
     return module
 
 
+@functools.cache
+def suggest(what: str) -> None:
+    """Say once what would be done sooner, where numba is not installed."""
+    if importlib.util.find_spec("numba") is None:
+        log.info("on a CPU, %s sooner with numba: pip install 'slidevlm[cpu]'", what)
+
+
 def threads() -> int:
     """As many as torch has, and numba can have."""
     import numba

@@ -22,7 +22,7 @@ LEAST_WRITTEN = 128  # tokens of single reports before that is done
 RIGHT = 0.97  # share of right guesses that is expected
 RETURNING = 0.005  # to it, a token that was not worth a guess: so all is tried again now and then
 # So many weights are worth it: of fewer, other things take as long, and more would take 2 GB.
-LEAST_WEIGHTS, MOST_WEIGHTS = 2**25, 2**30
+LEAST_WEIGHTS, MOST_WEIGHTS = 2**24, 2**30
 
 
 class Sketch:

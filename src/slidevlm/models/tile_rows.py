@@ -272,7 +272,10 @@ class _Pass:
         if dtype == torch.float64 or any(t.dtype == torch.float64 for t in wide_ones):
             return None
         kernels = jit.kernels("tile_kernels", threaded=False)
-        return None if kernels is None else cls(kernels, features.shape[1], standard)
+        if kernels is None:
+            jit.suggest("tiles are read")
+            return None
+        return cls(kernels, features.shape[1], standard)
 
     @staticmethod
     def no_moments(some: Tensor) -> Tensor:
