@@ -39,6 +39,18 @@ def test_a_product_is_the_layer_s(inputs: int, outputs: int, shares: int) -> Non
             )
 
 
+def test_four_rows_of_each() -> None:
+    """As processors with registers for it have them, on any."""
+    draw = torch.Generator().manual_seed(0)
+    for inputs in (1, 7, 64, 515):
+        weight, x = torch.randn(13, inputs, generator=draw), torch.randn(6, inputs, generator=draw)
+        y = torch.full((6, 13), torch.nan)
+        kernels.tile(weight.numpy(), 1, 3, x.numpy(), 2, y.numpy())
+        exact = F.linear(x.double(), weight.double())
+        torch.testing.assert_close(y[2:, 1:11:3].double(), exact[2:, 1:11:3], atol=3e-5, rtol=1e-5)
+        assert y.isnan().sum() == 6 * 13 - 16, "nothing else is touched"
+
+
 def in_16_bits(weight: torch.Tensor, shares: int = 1) -> tuple[np.ndarray, np.ndarray]:
     outputs, inputs = weight.shape
     pairs, steps = np.empty((outputs, inputs // 2), np.int32), np.empty(outputs, np.float32)
