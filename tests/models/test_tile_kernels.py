@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +83,32 @@ def test_a_large_mean_loses_no_digits() -> None:
     torch.testing.assert_close(moments[0], exact.mean(0), rtol=1e-8, atol=0)
     variance = moments[1] / len(tiles)
     torch.testing.assert_close(variance, exact.var(0, unbiased=False), rtol=2e-2, atol=0)
+
+
+def test_rows_beyond_what_squares_can_be_of_are_no_numbers() -> None:
+    tiles = torch.tensor([[1e20, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    rows = passed(tiles, torch.zeros(3), torch.ones(3))[0]
+    assert rows[0].isnan().all() and F.layer_norm(tiles, (3,))[0].isnan().all()
+    assert rows[1].isfinite().all()
+
+
+def test_a_processor_without_an_instruction_for_float16(tmp_path: Path) -> None:
+    """LLVM would call a function that is not there, and end the process."""
+    code = (
+        "import torch; from slidevlm.models import tile_kernels, tile_rows\n"
+        "tile_rows.LEAST = 1\n"
+        "x = torch.randn(90, 7).half()\n"
+        "rows = torch.cat(list(tile_rows.normalised_rows(x, 1e-5, torch.float32)))\n"
+        "expected = torch.nn.functional.layer_norm(x.float(), (7,))\n"
+        "torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-5)\n"
+        "print(tile_kernels.READS_HALVES, len(tile_kernels.pass_over.signatures))\n"
+    )
+    told = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **told}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.stdout == "False 1\n", done.stderr
 
 
 def test_a_channel_without_deviation_is_what_torch_makes_of_it() -> None:

@@ -16,7 +16,9 @@ from slidevlm.batch import Bags
 from slidevlm.models import CoCa, build_model, jit, linear, pieces, tile_rows, zoo
 from slidevlm.models.linear import norm_linear, normalised_linear
 from slidevlm.models.pieces import calmly
+from slidevlm.models.quantize import Int8Linear
 from slidevlm.models.ragged import ragged_cross_attention
+from slidevlm.models.slide import perceiver
 from slidevlm.models.tile_rows import Moments, moments_of, normalised_rows, rows_of, use_normalised
 
 LENGTHS = (40, 1, 33, 7)
@@ -155,10 +157,13 @@ def test_a_slide_seen_by_one_thread_and_by_two(
 ) -> None:
     monkeypatch.setattr(pieces, "LEAST", 64)
     monkeypatch.setattr(linear, "PIECE", 32 * 60)
+    monkeypatch.setattr(perceiver, "HEAVY", 0)
+    monkeypatch.setattr(perceiver, "PLACES", 30)
     tiles, standard = tiles_of(torch.float16)
-    made, bags = model(), Bags(tiles, LENGTHS)
+    places = 1e4 * torch.rand(len(tiles), 2)
+    made, bags = model(), Bags(tiles, LENGTHS, places, None, "um")
     made.slide.standardise.set(*standard)
-    exact = made.double().see(Bags(tiles.double(), LENGTHS))
+    exact = made.double().see(Bags(tiles.double(), LENGTHS, places, None, "um"))
     made.float()
     shared: list[int] = []
     before = pieces.share
@@ -168,7 +173,7 @@ def test_a_slide_seen_by_one_thread_and_by_two(
             shared.append(count)
         before(work, count)
 
-    for module in ("linear", "ragged", "tile_rows"):
+    for module in ("linear", "ragged", "tile_rows", "slide.perceiver"):
         monkeypatch.setattr(f"slidevlm.models.{module}.share", share)
     for inference in (torch.inference_mode, torch.no_grad):
         for threads in (1, 2):
@@ -181,7 +186,7 @@ def test_a_slide_seen_by_one_thread_and_by_two(
             for mine, theirs in zip(found, exact, strict=True):
                 close(mine, theirs.detach())
             assert bool(shared) == (threads == 2)
-        assert threads == 1 or {6, 2, 16} <= set(shared), "tiles, keys, attention"
+        assert threads == 1 or {6, 3, 2, 16} <= set(shared), "tiles, places, keys, attention"
         shared.clear()
     wanted = made.see(bags)[1]  # with a graph
     wanted.sum().backward()
@@ -195,16 +200,73 @@ def test_a_heavy_encoder_shares_the_tiles_alone(
     made, (tiles, _) = model(), tiles_of()
     called: list[str] = []
     monkeypatch.setattr("slidevlm.models.coca.calmly", lambda work: called.append("calmly"))
+    before = perceiver.HEAVY
+    monkeypatch.setattr(perceiver, "HEAVY", 0)
     torch.set_num_threads(2)
     try:
         with torch.inference_mode():
             made.see(Bags(tiles, LENGTHS))
             assert called == ["calmly"]
-            monkeypatch.setattr("slidevlm.models.slide.perceiver.LIGHT", 1)
+            monkeypatch.setattr(perceiver, "HEAVY", before)
             assert made.see(Bags(tiles, LENGTHS)) is not None
     finally:
         torch.set_num_threads(1)
     assert called == ["calmly"] and compiled
+
+
+def test_what_is_light() -> None:
+    def is_light(name: str, tiles: int, **changes: object) -> bool:
+        config = zoo.load(name)
+        config = replace(config, tile_width=64, slide=replace(config.slide, **changes))
+        return build_model(config, 20).slide.is_light(Bags(torch.zeros(tiles, 64), (tiles,)))
+
+    assert is_light("coca_small", 3000) and not is_light("coca_small", 30)
+    assert is_light("coca_stage_1", 10_000) and not is_light("coca_stage_1", 1000)
+    assert not is_light("coca_small", 3000, cross_heads=1), "which is computed another way"
+    made = build_model(replace(zoo.load("coca_small"), tile_width=64), 20)
+    bags = Bags(torch.zeros(3000, 64), (3000,))
+    made.slide.first.key_values.project = Int8Linear(made.slide.first.key_values.project)
+    assert not made.slide.is_light(bags), "its product is not in pieces"
+    assert not build_model(replace(zoo.load("coca_vit_stage_1"), tile_width=64), 20).slide.is_light(bags)
+
+
+@pytest.mark.parametrize("which", ["norm", "linear", "another norm"])
+def test_who_watches_a_layer_is_called(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    monkeypatch.setattr(pieces, "LEAST", 64)
+    norm, layer, x = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5), torch.randn(50, WIDTH)
+    called: list[int] = []
+    if which == "another norm":
+
+        class Norm(nn.LayerNorm):
+            def forward(self, x: Tensor) -> Tensor:
+                called.append(len(x))
+                return super().forward(x)
+
+        norm = Norm(WIDTH)
+    else:
+        hooked = norm if which == "norm" else layer
+        hooked.register_forward_hook(lambda module, given, found: called.append(len(found)))
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            calmly(lambda: norm_linear(x, norm, layer))
+    finally:
+        torch.set_num_threads(1)
+    assert called == [50]
+
+
+def test_other_defaults_of_torch_change_nothing(compiled: list[int]) -> None:
+    tiles, standard = tiles_of()
+    expected = torch.cat([r.clone() for r in normalised_rows(tiles, 1e-5, torch.float32)])
+    known = moments_of(tiles, LENGTHS, standard)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            rows = [r.clone() for r in normalised_rows(tiles, 1e-5, torch.float32)]
+            found = moments_of(tiles, LENGTHS, standard)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.cat(rows), expected) and torch.equal(found, known) and compiled
 
 
 def test_shared_operations_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:

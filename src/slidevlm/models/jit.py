@@ -26,8 +26,18 @@ MEND = (
 )
 THREADS = ("omp", "tbb")  # numba's own end the process where two callers use them at once
 
-_one_starts = threading.RLock()
+_one_starts = threading.Lock()
 _processes: list[int] = []  # that have started threads: this one, or one that it was forked from
+
+
+def _forget() -> None:
+    """Another thread of the process before may have held the lock."""
+    global _one_starts
+    _one_starts = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 @functools.cache

@@ -35,15 +35,21 @@ Before = Callable[..., Tensor]
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Module) -> Tensor:
     """`linear(norm(x))`."""
     if not _recomputes(x, linear):
-        y: Tensor = (
-            _in_pieces(x, norm, linear) if are_shared(x) and is_plain(linear) else linear(norm(x))
-        )
+        if are_shared(x) and is_plain(linear) and not _are_watched(norm, linear):
+            return _in_pieces(x, norm, linear)
+        y: Tensor = linear(norm(x))
         return y
 
     def before(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
     return _linear_of(before, linear, x, norm.weight, norm.bias)
+
+
+def _are_watched(norm: nn.Module, linear: nn.Module) -> bool:
+    """Whether something else than their weights is in them, or wants to know of their calls."""
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (norm, linear))
+    return hooked or type(norm) is not nn.LayerNorm or is_replaced(norm)
 
 
 def _in_pieces(x: Tensor, norm: nn.LayerNorm, linear: nn.Module) -> Tensor:

@@ -9,21 +9,31 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.extending import intrinsic
 
 from slidevlm.models.kernels import ONE, OPTIONS, ZERO, Array, is_kept, kept
 
 SECONDS = 3  # to compile it
+NO_NUMBER, LARGEST = np.float32(np.nan), np.finfo(np.float32).max
+# Bits of float16 are wanted. Told another processor, LLVM takes it for one without.
+READS_HALVES = bool(get_host_cpu_features().get("f16c")) and not (
+    numba.config.CPU_NAME or numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+)
 _kept = functools.partial(kept, error_model="numpy")  # a channel without deviation ends nothing
 _compiled = njit(error_model="numpy", **OPTIONS)
 BLOCK = 32  # rows that are taken together: a hundred thousand numbers stay in the processor
 
 
 def _widening(typing: Any, feature: Any) -> Any:
-    """A feature in float32, of that type or the bits of float16, which numba does not know."""
+    """A feature in float32, of that type or the bits of float16, which numba does not know.
+
+    Where the processor has no instruction for that, LLVM calls a function which is not there.
+    """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (given,) = arguments
@@ -56,7 +66,8 @@ def _normalise(x: Array, epsilon: float, y: Array) -> None:
         mean /= width
         for i in range(len(given)):
             variance += (given[i] - mean) * (given[i] - mean)
-        scale = ONE / np.sqrt(variance / width + np.float32(epsilon))
+        # Rows beyond what squares can be of are no numbers, as torch has them.
+        scale = NO_NUMBER if variance > LARGEST else ONE / np.sqrt(variance / width + epsilon)
         for i in range(len(given)):
             row[i] = (given[i] - mean) * scale
 
@@ -115,7 +126,7 @@ def pass_over(
         some = standard[: end - begin]
         _standardise(x[begin:end], mean, deviation, some)
         if len(rows) > 0:
-            _normalise(some, epsilon, rows[begin:end])
+            _normalise(some, np.float32(epsilon), rows[begin:end])
         if len(moments) > 0:
             _moments(some, mean_here, squares_here)
             _join(begin, end - begin, mean_here, squares_here, moments[0], moments[1])
@@ -124,7 +135,7 @@ def pass_over(
 def compile_all() -> None:
     """Compile the pass for both kinds of tiles, or load what has been kept of that."""
     one = np.ones(2, np.float32)
-    for kind in (np.float32, np.int16):
+    for kind in (np.float32, np.int16) if READS_HALVES else (np.float32,):
         pass_over(np.ones((1, 2), kind), one, one, 1e-5, one[None], np.empty((2, 2)))
 
 

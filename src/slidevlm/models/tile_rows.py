@@ -7,7 +7,7 @@ Each bag is read once, and no copy of it is made. On a CPU that is one compiled 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -73,11 +73,16 @@ def normalised_rows(
             yield _normalised(standardised(some, standard), eps, dtype)
         return
     together = torch.get_num_threads()
-    memory = [torch.empty(parts[0].shape) for _ in parts[:together]]
+    shape, nothing = parts[0].shape, compiled.nothing
+    memory = [torch.empty(shape, dtype=torch.float32, device="cpu") for _ in parts[:together]]
     for begin in range(0, len(parts), together):
-        some_parts = parts[begin : begin + together]
-        rows = [m[: len(some)] for m, some in zip(memory, some_parts, strict=False)]
-        share(lambda n: compiled.normalise(some_parts[n], eps, rows[n]), len(rows))  # noqa: B023
+        here = parts[begin : begin + together]
+        rows = [one[: len(some)] for one, some in zip(memory, here, strict=False)]
+
+        def work(number: int, here: Any = here, rows: Any = rows) -> None:
+            compiled.normalise(here[number], eps, rows[number], nothing)
+
+        share(work, len(rows))
         for one in rows:
             yield one.to(dtype)
 
@@ -115,7 +120,7 @@ def use_normalised(
     lengths = (len(features),) if moments is None else moments.lengths
     parts = [rows for bag in bags_of(features, lengths) for rows in rows_of(bag)]
     begins = [0, *accumulate(len(rows) for rows in parts)]
-    found = [None if moments is None else compiled.no_moments(some) for some in parts]
+    found, nothing = compiled.no_moments(0 if moments is None else len(parts)), compiled.nothing
     pieces = _pieces(begins, len(rows_of(features)[0]))
 
     def work(number: int) -> None:
@@ -124,20 +129,18 @@ def use_normalised(
         rows = _memory(last - first, features.shape[1])
         for part in piece:
             of_part = rows[begins[part] - first : begins[part + 1] - first]
-            compiled.normalise(parts[part], eps, of_part, found[part])
+            compiled.normalise(parts[part], eps, of_part, found[part] if len(found) else nothing)
         use(first, rows.to(dtype))
 
     share(work, len(pieces))
     if moments is not None:
-        for some, known in zip(parts, found, strict=True):
-            assert known is not None
-            moments.join(len(some), *known)
+        moments.join_all([len(some) for some in parts], found)
 
 
 def moments_of(features: Tensor, lengths: tuple[int, ...], standard: Standard) -> Tensor:
     """Mean and deviation of each bag's standardised tiles: [T, D] -> [B, 2 D].
 
-    Bag by bag: those of one do not depend on the others, to the last bit.
+    Bag by bag: those of one depend on the others by no more than whether all are `LEAST` numbers.
     """
     moments = Moments(lengths)
     compiled = _Pass.of(features, standard, torch.float32)
@@ -146,10 +149,9 @@ def moments_of(features: Tensor, lengths: tuple[int, ...], standard: Standard) -
         for some in parts:
             moments.add(standardised(some, standard))
         return moments.found()
-    found = [compiled.no_moments(some) for some in parts]
+    found = compiled.no_moments(len(parts))
     share(lambda number: compiled.see(parts[number], found[number]), len(parts))
-    for some, known in zip(parts, found, strict=True):
-        moments.join(len(some), *known)
+    moments.join_all([len(some) for some in parts], found)
     return moments.found()
 
 
@@ -203,6 +205,15 @@ class Moments:
             self._found.append((mean, squares / length))
             self._seen = 0
 
+    def join_all(self, new: Sequence[int], found: Tensor) -> None:
+        """The same of many parts [n, 2, D], one after the other."""
+        if tuple(new) == self.lengths and not self._found and not self._seen:
+            counts = torch.tensor(new, dtype=found.dtype, device=found.device)[:, None]
+            self._found = list(zip(found[:, 0], found[:, 1] / counts, strict=True))
+            return
+        for count, (mean, squares) in zip(new, found, strict=True):
+            self.join(count, mean, squares)
+
     def _wanted(self, new: int) -> int:
         """How many rows the next bag lacks."""
         if len(self._found) == len(self.lengths):
@@ -248,7 +259,7 @@ def _memory(rows: int, width: int) -> Tensor:
     size = rows * width
     if getattr(_own, "memory", None) is None or len(_own.memory) < size:
         with torch.inference_mode(False):
-            _own.memory = torch.empty(size)
+            _own.memory = torch.empty(size, dtype=torch.float32, device="cpu")
     found: Tensor = _own.memory[:size].view(rows, width)
     return found
 
@@ -258,10 +269,13 @@ class _Pass:
 
     def __init__(self, kernels: Any, width: int, standard: Standard | None) -> None:
         self._kernels = kernels
-        mean, deviation = standard or (torch.zeros(width), torch.ones(width))
-        self._mean = mean.detach().float().contiguous().numpy()
-        self._deviation = deviation.detach().float().contiguous().numpy()
-        self._nothing = np.empty((0, width))
+        self._width, self.nothing = width, torch.empty(0, width, dtype=torch.float64, device="cpu")
+        if standard is None:
+            self._mean, self._deviation = np.zeros(width, np.float32), np.ones(width, np.float32)
+        else:
+            self._mean, self._deviation = (
+                t.detach().float().contiguous().numpy() for t in standard
+            )
 
     @classmethod
     def of(cls, features: Tensor, standard: Standard | None, dtype: torch.dtype) -> _Pass | None:
@@ -277,22 +291,19 @@ class _Pass:
             return None
         return cls(kernels, features.shape[1], standard)
 
-    @staticmethod
-    def no_moments(some: Tensor) -> Tensor:
-        """[2, D] for the moments of rows."""
-        return torch.empty(2, some.shape[1], dtype=torch.float64)
+    def no_moments(self, parts: int) -> Tensor:
+        """[parts, 2, D] for the moments of parts of bags."""
+        return torch.empty(parts, 2, self._width, dtype=torch.float64, device="cpu")
 
-    def normalise(
-        self, some: Tensor, eps: float, rows: Tensor, moments: Tensor | None = None
-    ) -> None:
-        """Leave some rows normalised in others [n, D], and their moments where they are wanted."""
-        self._run(some, eps, rows.numpy(), self._nothing if moments is None else moments.numpy())
+    def normalise(self, some: Tensor, eps: float, rows: Tensor, moments: Tensor) -> None:
+        """Leave rows normalised in others [n, D]; their moments in [2, D], or nowhere: [0, D]."""
+        self._run(some, eps, rows.numpy(), moments.numpy())
 
     def see(self, some: Tensor, moments: Tensor) -> None:
         """The moments of rows alone."""
         self._run(some, 0.0, np.empty((0, some.shape[1]), np.float32), moments.numpy())
 
     def _run(self, some: Tensor, eps: float, rows: Any, moments: Any) -> None:
-        half = some.dtype == torch.float16
+        half = some.dtype == torch.float16 and self._kernels.READS_HALVES
         tiles = (some.view(torch.int16) if half else some.float()).contiguous().detach().numpy()
         self._kernels.pass_over(tiles, self._mean, self._deviation, eps, rows, moments)

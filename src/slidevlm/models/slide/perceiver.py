@@ -19,6 +19,7 @@ from slidevlm.models.attention import (
 )
 from slidevlm.models.linear import is_plain, normalised_linear
 from slidevlm.models.mode import Group
+from slidevlm.models.pieces import are_shared, share
 from slidevlm.models.slide.base import (
     SLIDE_ENCODERS,
     FourierPositions,
@@ -31,7 +32,8 @@ from slidevlm.models.slide.base import (
 from slidevlm.models.tile_rows import Moments, are_data
 
 ACTIVATIONS = ("geglu", "gelu")
-LIGHT = 1 << 14  # numbers of latents
+PLACES = 512  # of tiles that a thread takes at a time
+HEAVY = 4  # times the products of the latents are to be fewer than those of the tiles
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,18 @@ class Perceiver(SlideEncoder):
         return latents if self.output is None else self.output(latents)
 
     def is_light(self, bags: Bags) -> bool:
-        """Where latents are few: else threads share what is done with them."""
-        return len(bags) * self.latents.numel() <= LIGHT
+        """Where what is done with the latents, which is in no pieces, is far less than the rest."""
+        reads = [read for read in (self.first, self.further) if read is not None]
+        projections = [read.key_values.project for read in reads]
+        if self.tile_project is not None and reads:
+            projections.append(self.tile_project)
+        if any(not is_plain(p) for p in projections) or any(r.key_values.heads < 2 for r in reads):
+            return False
+        of_tiles = sum(p.weight.numel() for p in projections)
+        block = [part for read in reads[:1] for part in (read.attention, read.feed_forward)]
+        of_latents = sum(p.numel() for m in (*block, *self.self_attention) for p in m.parameters())
+        latents = len(bags) * len(self.latents) * self.blocks * of_latents
+        return HEAVY * latents <= len(bags.features) * of_tiles
 
     def groups(self) -> list[Group]:
         """Tiles, latents, the two kinds of cross-attention, self-attention, output."""
@@ -219,8 +231,18 @@ class Perceiver(SlideEncoder):
             )
         else:
             tiles = project(tile_norm(standard(bags.features)))
-        if self.positions is not None and bags.positions is not None:
-            tiles = tiles + self.positions(bags.positions)
+        if self.positions is None or bags.positions is None:
+            return tiles
+        places, add = bags.positions, self.positions
+        if not are_shared(tiles):
+            return tiles + add(places)
+        some = range(0, len(tiles), PLACES)
+
+        def work(number: int) -> None:
+            piece = slice(some[number], some[number] + PLACES)
+            tiles[piece] += add(places[piece])
+
+        share(work, len(some))
         return tiles
 
     def _context(self, read: _Read, tiles: Tensor) -> tuple[Tensor, Tensor]:
