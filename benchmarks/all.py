@@ -165,6 +165,17 @@ BENCHMARKS = (
         threads=None,
     ),
     Benchmark(
+        "pieces",
+        (),
+        ("--tiles", "2100", "--rounds", "1"),
+        (
+            Figure("embedding a bag, threads share operations / pieces",
+                   rf"beside nothing .* ratio {NUMBER}"),
+            Figure("the same beside a busy process", rf"beside a busy .* ratio {NUMBER}"),
+        ),
+        threads=None,
+    ),
+    Benchmark(
         "generate",
         ("small", "large", "greedy", "--threads", "1", "--batch", "8"),
         ("small", "greedy", "--threads", "1", "--batch", "2", "--tokens", "4"),

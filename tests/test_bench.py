@@ -36,6 +36,9 @@ OUTPUTS = {
     "bag   padded     75.00 s     7211 MB\nbag   padded / ours: time 1.50, memory 3.41\n",
     "tiles": "ours    1.40 s     497 MB\nplain   2.91 s    1369 MB\n"
     "plain / ours: time 2.08, memory 2.76\n",
+    "pieces": "coca_small, 2 threads beside nothing       : operations   16.5 ms, pieces   13.2 "
+    "ms, ratio 1.25\ncoca_small, 2 threads beside a busy process: operations   51.5 ms, pieces   "
+    "21.3 ms, ratio 2.41\n",
     "generate": "| model | form | cached s | uncached s | ratio | last / first | x | y | ratio |\n"
     "| small | greedy | 1.30 | 6.79 | 5.2 | 1.00 | 0.52 | 6.76 | 13.0 |\n"
     "the slide takes 0.14 s and reading the weights 2.3 ms a token: "
@@ -72,6 +75,8 @@ EXPECTED = {
     "models: a bag of 100,000, padded / ours, memory": 3.41,
     "tiles: 100,000 before attention, at once / in pieces, time": 2.08,
     "tiles: the same, memory": 2.76,
+    "pieces: embedding a bag, threads share operations / pieces": 1.25,
+    "pieces: the same beside a busy process": 2.41,
     "generate: small, greedy: without cache / with": 5.2,
     "generate: small, greedy: the last tokens' time / the first's": 1.0,
     "generate: small, greedy: the same, were it reading the weights alone": 10.9,

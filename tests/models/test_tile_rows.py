@@ -227,7 +227,9 @@ def test_what_is_light() -> None:
     bags = Bags(torch.zeros(3000, 64), (3000,))
     made.slide.first.key_values.project = Int8Linear(made.slide.first.key_values.project)
     assert not made.slide.is_light(bags), "its product is not in pieces"
-    assert not build_model(replace(zoo.load("coca_vit_stage_1"), tile_width=64), 20).slide.is_light(bags)
+    assert not build_model(replace(zoo.load("coca_vit_stage_1"), tile_width=64), 20).slide.is_light(
+        bags
+    )
 
 
 @pytest.mark.parametrize("which", ["norm", "linear", "another norm"])
