@@ -118,7 +118,7 @@ class _Threads:
     def offer(self, job: _Job, times: int, threads: int) -> bool:
         """To some of so many. False: there is none; the system has no room, or Python ends."""
         with self._one_starts:
-            mine = torch.get_num_threads()
+            before, mine = self._started, torch.get_num_threads()
             try:
                 while self._started < threads:
                     ready = threading.Event()
@@ -130,8 +130,8 @@ class _Threads:
             except RuntimeError:  # can't start new thread
                 pass
             finally:
-                # Of threads to come, which that of these was set for, too.
-                torch.set_num_threads(mine)
+                if self._started > before:  # of threads to come, which theirs was set for, too
+                    torch.set_num_threads(mine)
             if self._closed or not self._started:
                 return False
         for _ in range(times):
@@ -219,18 +219,14 @@ def share(work: Callable[[int], None], count: int) -> None:
     Raises:
         whatever `work` raises first; no further piece is begun then.
     """
-    number, takes_part = _number(), _this_thread.sharing > 0
-    job = _Job(work, count)
-    if count and (
-        number <= 1
-        or count <= 1
-        or not _threads_here().offer(job, min(number, count) - takes_part, number)
-    ):
-        takes_part = True
-    if takes_part:
+    if not count:
+        return
+    number, is_calm = _number(), _this_thread.sharing > 0
+    job, together = _Job(work, count), min(number, count)
+    alone = together == 1 or not _threads_here().offer(job, together - is_calm, number)
+    if alone or is_calm:
         job.run()
-    if count:
-        job.wait()
+    job.wait()
 
 
 def calmly(work: Callable[[], T]) -> T:
