@@ -214,8 +214,8 @@ def _compute(
 ) -> None:
     """Use each batch, `at_once` of them side by side.
 
-    A bag is many short operations: cores that share each of them wait for each other most of the
-    time, cores with a bag each never do. At most `_TILES` are held at a time, whatever the number.
+    Cores that share a bag, its pieces or its operations, wait for each other now and then; cores
+    with a bag each never do. At most `_TILES` are held at a time, whatever the number.
     """
     if at_once == 1:
         for batch in batches:
