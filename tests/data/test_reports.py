@@ -224,3 +224,14 @@ def test_a_quote_that_is_not_closed_takes_no_rows_with_it(tmp_path, ending):
         read_text_file(path)
     path.write_text(f'id,report\na,5" tumor\nb,"breast\nbiopsy"\nc,colon{ending}')
     assert read_text_file(path) == {"a": '5" tumor', "b": "breast\nbiopsy", "c": "colon"}
+
+
+def test_a_column_that_may_hold_classes_is_told_once(tmp_path, caplog):
+    rows = [{"id": "a", "diagnosis": "cancer"}, {"id": "b", "diagnosis": "none"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.json").write_text(json.dumps([{**row, "report": "text"} for row in rows]))
+    with caplog.at_level("INFO", "slidevlm.data"):
+        assert read_text_file(tmp_path / "a.json") == {"a": "cancer", "b": "none"}
+        assert read_text_file(tmp_path / "b.json") == {"a": "text", "b": "text"}
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told.endswith("a.json: the reports are its 'diagnosis'")

@@ -22,6 +22,7 @@ V = TypeVar("V")
 _LARGE = 10**8  # letters of a file that takes seconds to read, and no step of it can be told
 ID_COLUMNS = ("specimen", "specimen_id", "case_id", "slide_id", "id")
 TEXT_COLUMNS = ("report", "text", "diagnosis", "caption")
+_ALSO_LABELS = ("diagnosis",)  # a column of that name may hold a class
 
 # White space, control characters, and halves of surrogate pairs, which no encoder takes.
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
@@ -157,6 +158,7 @@ def _of_mapping(data: Mapping[str, Any], path: Path) -> Iterator[tuple[str, str,
 def _of_rows(
     rows: Sequence[Any], path: Path, columns: Sequence[str]
 ) -> Iterator[tuple[str, str, str]]:
+    told = False
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise DataError(f"{path}, entry {number}: {row!r:.80} is not an object {{id, report}}")
@@ -166,6 +168,9 @@ def _of_rows(
                 f"{path}, entry {number} has the columns {', '.join(map(str, row))}; needed are "
                 f"one of {', '.join(ID_COLUMNS)} and one of {', '.join(columns)}"
             )
+        if text_column in _ALSO_LABELS and not told:
+            told = True
+            log.info("%s: the reports are its %r", path, text_column)
         name = row[id_column]
         if type(name) not in (str, int) or not str(name).strip():
             raise DataError(f"{path}, entry {number}: {name!r:.80} is not a specimen's name")
