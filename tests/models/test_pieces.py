@@ -162,7 +162,9 @@ def test_nothing_is_kept_of_a_job() -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_without_room_for_a_thread_the_caller_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_for_a_thread_the_caller_does_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -172,6 +174,8 @@ def test_without_room_for_a_thread_the_caller_does_it(monkeypatch: pytest.Monkey
     share(lambda number: found.append((number, threading.get_ident())), 5)
     assert found == [(number, threading.get_ident()) for number in range(5)]
     assert calmly(threading.get_ident) == threading.get_ident()
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "by 1 of 2 threads" in told and "ulimit -u" in told
     assert torch.get_num_threads() == 2
 
 

@@ -19,7 +19,7 @@ from slidevlm.models.pieces import calmly
 from slidevlm.models.quantize import Int8Linear
 from slidevlm.models.ragged import ragged_cross_attention
 from slidevlm.models.slide import perceiver
-from slidevlm.models.tile_rows import Moments, moments_of, normalised_rows, rows_of, use_normalised
+from slidevlm.models.tile_rows import Moments, moments_of, normalised_rows, use_normalised
 
 LENGTHS = (40, 1, 33, 7)
 WIDTH = 24
@@ -214,13 +214,20 @@ def test_a_heavy_encoder_shares_the_tiles_alone(
     assert called == ["calmly"] and compiled
 
 
-def test_what_is_light() -> None:
+@pytest.mark.usefixtures("compiled")
+def test_what_is_light(monkeypatch: pytest.MonkeyPatch) -> None:
     def is_light(name: str, tiles: int, **changes: object) -> bool:
         config = zoo.load(name)
         config = replace(config, tile_width=64, slide=replace(config.slide, **changes))
         return build_model(config, 20).slide.is_light(Bags(torch.zeros(tiles, 64), (tiles,)))
 
     assert is_light("coca_small", 3000) and not is_light("coca_small", 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(tile_rows, "LEAST", 3000 * 64 + 1)
+        assert not is_light("coca_small", 3000), "torch's threads share what is done with tiles"
+    with monkeypatch.context() as patch:
+        patch.setattr(jit, "kernels", lambda name, *, threaded: None)
+        assert not is_light("coca_small", 3000), "likewise"
     assert is_light("coca_stage_1", 10_000) and not is_light("coca_stage_1", 1000)
     assert not is_light("coca_small", 3000, cross_heads=1), "which is computed another way"
     made = build_model(replace(zoo.load("coca_small"), tile_width=64), 20)
@@ -278,6 +285,14 @@ def test_shared_operations_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, x = nn.LayerNorm(WIDTH), torch.randn(2, 50, WIDTH)
     nn.init.normal_(norm.weight)
     query, key, value = torch.randn(4, 3, 5, 8), torch.randn(3, 81, 8), torch.randn(3, 81, 8)
+    counts: list[int] = []
+    for module in ("linear", "ragged"):
+
+        def share(work, count):
+            counts.append(count)
+            pieces.share(work, count)
+
+        monkeypatch.setattr(f"slidevlm.models.{module}.share", share)
     torch.set_num_threads(2)
     try:
         with torch.inference_mode():
@@ -289,6 +304,7 @@ def test_shared_operations_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.set_num_threads(1)
     close(found, ragged_cross_attention(query, key, value, LENGTHS))
+    assert counts == [4, 4, 12]
 
 
 def test_without_numba() -> None:
@@ -317,7 +333,21 @@ def test_small_bags_share_a_piece() -> None:
     assert tile_rows._pieces([0, 40, 80], 10) == [range(1), range(1, 2)]
 
 
-def test_pieces_of_a_bag_are_even_for_any_number_of_threads() -> None:
-    """What is computed together decides the last digits of a product."""
-    tiles = torch.zeros(5000, 1024)
-    assert {len(rows) for rows in rows_of(tiles)[:-1]} == {512}
+def test_the_number_of_threads_changes_no_digit() -> None:
+    """Of tiles at the sizes of a real bag, which is 9 pieces and the rest of one."""
+    tiles = torch.randn(4700, 1024, generator=torch.Generator().manual_seed(0)).half()
+    norm, weight, found = nn.LayerNorm(1024), torch.randn(64, 1024), []
+    standard = torch.zeros(1024), torch.ones(1024)
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        moments = Moments((4700,))
+        try:
+            with torch.inference_mode():
+                (rows,) = normalised_linear(tiles, norm, (weight,), None, standard, moments)
+        finally:
+            torch.set_num_threads(1)
+        found.append((rows, moments.found()))
+    if jit.kernels("tile_kernels", threaded=False) is None:
+        pytest.skip("numba is not installed: torch shares each operation")
+    for rows, known in found[1:]:
+        assert torch.equal(rows, found[0][0]) and torch.equal(known, found[0][1])

@@ -9,6 +9,7 @@ Each piece is computed by one thread, so that how many of them there are changes
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 import time
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from slidevlm.models.graphs import outside_autograd
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 LEAST = 1 << 18  # numbers that an operation reads; it then takes a tenth of a millisecond
@@ -113,7 +116,7 @@ class _Threads:
         self._one_starts = threading.Lock()
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._doing: dict[int, _Job] = {}  # by thread
-        self._closed = False
+        self._closed = self._told = False
 
     def offer(self, job: _Job, times: int, threads: int) -> bool:
         """To some of so many. False: there is none; the system has no room, or Python ends."""
@@ -127,8 +130,12 @@ class _Threads:
                     ).start()
                     self._started += 1
                     ready.wait()
-            except RuntimeError:  # can't start new thread
-                pass
+            except RuntimeError as error:  # can't start new thread
+                if not self._told:
+                    self._told = True
+                    log.warning("slides are read by %d of %d threads, and more slowly: the system "
+                                "starts no more (%s; see ulimit -u)",
+                                self._started or 1, threads, error)  # fmt: skip
             finally:
                 if self._started > before:  # of threads to come, which theirs was set for, too
                     torch.set_num_threads(mine)

@@ -241,9 +241,6 @@ def _normalised(rows: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return F.layer_norm(rows, rows.shape[-1:], eps=eps).to(dtype)
 
 
-_own = threading.local()
-
-
 def _pieces(begins: list[int], most: int) -> list[range]:
     """Parts of bags one after the other, as many as have up to so many rows together."""
     pieces, first = [], 0
@@ -254,6 +251,9 @@ def _pieces(begins: list[int], most: int) -> list[range]:
     return [*pieces, range(first, len(begins) - 1)]
 
 
+_own = threading.local()
+
+
 def _memory(rows: int, width: int) -> Tensor:
     """[rows, width] of this thread, used again: new memory is new pages, which cost as much."""
     size = rows * width
@@ -262,6 +262,20 @@ def _memory(rows: int, width: int) -> Tensor:
             _own.memory = torch.empty(size, dtype=torch.float32, device="cpu")
     found: Tensor = _own.memory[:size].view(rows, width)
     return found
+
+
+def are_in_pieces(features: Tensor) -> bool:
+    """Whether threads take pieces of these tiles, and share no operation of torch's on them."""
+    return features.dtype != torch.float64 and _kernels(features) is not None
+
+
+def _kernels(features: Tensor) -> Any:
+    if features.device.type != "cpu" or features.numel() < LEAST:
+        return None
+    kernels = jit.kernels("tile_kernels", threaded=False)
+    if kernels is None:
+        jit.suggest("tiles are read")
+    return kernels
 
 
 class _Pass:
@@ -280,16 +294,11 @@ class _Pass:
     @classmethod
     def of(cls, features: Tensor, standard: Standard | None, dtype: torch.dtype) -> _Pass | None:
         """For features on a CPU, where it serves and pays."""
-        if features.device.type != "cpu" or features.numel() < LEAST:
-            return None
         wide_ones = (features, *(standard or ()))
         if dtype == torch.float64 or any(t.dtype == torch.float64 for t in wide_ones):
             return None
-        kernels = jit.kernels("tile_kernels", threaded=False)
-        if kernels is None:
-            jit.suggest("tiles are read")
-            return None
-        return cls(kernels, features.shape[1], standard)
+        kernels = _kernels(features)
+        return None if kernels is None else cls(kernels, features.shape[1], standard)
 
     def no_moments(self, parts: int) -> Tensor:
         """[parts, 2, D] for the moments of parts of bags."""

@@ -29,7 +29,7 @@ from slidevlm.models.slide.base import (
     check_least,
     check_one_of,
 )
-from slidevlm.models.tile_rows import Moments, are_data
+from slidevlm.models.tile_rows import Moments, are_data, are_in_pieces
 
 ACTIVATIONS = ("geglu", "gelu")
 PLACES = 512  # of tiles that a thread takes at a time
@@ -173,6 +173,8 @@ class Perceiver(SlideEncoder):
 
     def is_light(self, bags: Bags) -> bool:
         """Where what is done with the latents, which is in no pieces, is far less than the rest."""
+        if not are_in_pieces(bags.features):
+            return False
         reads = [read for read in (self.first, self.further) if read is not None]
         projections = [read.key_values.project for read in reads]
         if self.tile_project is not None and reads:
